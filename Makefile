@@ -1,0 +1,155 @@
+# FCN Segment: `make help` lists what there is. Nothing to prepare: on a machine with Python 3.11 or
+# newer and pip, each command sets up what it needs, once.
+#
+# Two environments, because serving must not need torch:
+#   .venv-serve  requirements-cpu.txt   what `make serve` runs
+#   .venv        requirements-dev.txt   that, training, tests and checks
+# They are made anew when their lock file changes, when this folder was moved, or when their
+# interpreter went away. A set-up that was interrupted starts again.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PORT ?= $(or $(FCN_PORT),8000)
+DOCKER ?= docker
+# 3.11 first: the locked torch is built for it.
+PYTHON ?= $(shell for python in python3.11 python3 python3.13 python3.12; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { command -v "$$python"; break; }; done)
+# Further arguments for pytest: make test ARGS="-k decoding -x"
+ARGS ?=
+
+# ---- environments --------------------------------------------------------------------------------
+
+# Without pip inside: `pip --python` fills it from outside, so Debian's python3-venv (ensurepip) is
+# not needed. Wheels only: nothing is compiled on the user's machine.
+pip = "$(PYTHON)" -m pip --python $(1)/bin/python install --quiet --no-input
+# `home` holds where the environment was made: its scripts and the editable install name that path.
+here = $(shell $(1)/bin/python -c "print(int(open('$(1)/home').read() == '$(CURDIR)'))" 2>/dev/null)
+if-moved = $(if $(filter 1,$(call here,$(1))),,FORCE)
+
+define create
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -m pip --version >/dev/null 2>&1 \
+		|| { echo "pip is needed for $(PYTHON) (Debian: apt-get install python3-pip)" >&2; exit 1; }
+	@echo "Setting up $(1) from $(2) (once; a minute or so)"
+	@rm -rf $(1)
+	@"$(PYTHON)" -m venv --without-pip $(1)
+	@$(call pip,$(1)) --require-hashes --only-binary :all: -r $(2)
+	@printf %s "$(CURDIR)" > $(1)/home
+endef
+
+define install
+	@$(call pip,$(1)) --no-deps --no-build-isolation --editable .
+endef
+
+.venv-serve/locked: requirements-cpu.txt $(call if-moved,.venv-serve)
+	$(call create,.venv-serve,requirements-cpu.txt)
+	@touch $@
+
+.venv-serve/ready: .venv-serve/locked pyproject.toml
+	$(call install,.venv-serve)
+	@touch $@
+
+.venv/locked: requirements-dev.txt $(call if-moved,.venv)
+	$(torch-is-there)
+	$(call create,.venv,requirements-dev.txt)
+	@touch $@
+
+.venv/ready: .venv/locked pyproject.toml
+	$(call install,.venv)
+	@touch $@
+
+# On Linux the public index's torch is the CUDA build: several GB that no test needs, and pip would
+# only notice after the download. So look first whether pip finds the CPU build that is locked.
+define torch-is-there
+	@if [ "$$(uname -s)" = Linux ]; then \
+		"$(PYTHON)" -c 'import platform, sys; sys.exit( \
+			(*sys.version_info[:2], platform.machine()) != (3, 11, "x86_64"))' \
+		|| { echo "requirements-dev.txt knows torch's CPU build for Python 3.11 on x86-64; this is" \
+			"$$("$(PYTHON)" --version) on $$(uname -m): see README, Development" >&2; exit 1; }; \
+		versions=$$("$(PYTHON)" -m pip index versions torch 2>/dev/null || true); \
+		[[ "$$versions" == *"$(TORCH)+cpu"* ]] \
+		|| { echo "pip finds no CPU build of torch $(TORCH): give it PyTorch's index of CPU wheels" \
+			"(PIP_EXTRA_INDEX_URL) or a folder that has the wheel (PIP_FIND_LINKS)" >&2; exit 1; }; \
+	fi
+endef
+
+.PHONY: FORCE
+FORCE:
+
+# ---- commands ------------------------------------------------------------------------------------
+
+.PHONY: help serve test check format lock docker clean
+
+help: ## this list
+	@echo "make COMMAND, where COMMAND is one of:"
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
+
+serve: .venv-serve/ready ## the service on the CPU with the default model, on PORT (8000)
+	@exec .venv-serve/bin/fcn-segment serve --port "$(PORT)"
+
+test: check ## set-up, checks and all tests; ARGS go to pytest
+	@.venv/bin/pytest $(ARGS)
+
+check: .venv/ready ## linters, types, import rules
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: .venv/ready ## format the code and fix what ruff can fix
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+docker: ## the CPU image, fcn-segment:cpu
+	$(DOCKER) build --target cpu --tag fcn-segment:cpu .
+
+clean: ## remove environments, caches and build output
+	rm -rf .venv .venv-serve .venv-lock build dist *.egg-info .coverage htmlcov \
+		.hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find service models tests docker -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# ---- lock files ----------------------------------------------------------------------------------
+
+UV := 0.13.9
+TORCH := 2.13.0
+# sha256 of torch-$(TORCH)+cpu-cp311-cp311-manylinux_2_28_x86_64.whl, PyTorch's own CPU wheel. The
+# public index lacks it, so uv cannot know its hash: this is `sha256sum` of the file. On Linux it is
+# the only hash allowed; with the public ones beside it pip would prefer the CUDA build. Elsewhere
+# the public wheels are CPU builds, and their hashes come from the index's metadata.
+TORCH_CPU_SHA256 := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
+
+compile = .venv-lock/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-header --group build $(ARGS)
+
+made := by 'make lock' from pyproject.toml; do not edit.
+
+# A line keeps its version unless ARGS says --upgrade or --upgrade-package NAME. Before the dev lock
+# is resolved, torch is taken out of the old one: uv would copy the hash of the CPU wheel from there.
+lock: .venv-lock/uv-$(UV) ## resolve requirements-*.txt anew; ARGS go to uv
+	$(compile) --extra cpu --output-file requirements-cpu.txt
+	@sed -i "1i # Serving on a CPU. Made $(made)" requirements-cpu.txt
+	$(compile) --extra gpu --constraint requirements-cpu.txt --output-file requirements-gpu.txt
+	@sed -i "1i # Serving on an NVIDIA GPU. Made $(made)" requirements-gpu.txt
+	@touch requirements-dev.txt
+	@awk '/^[^ #]/ { torch = /^torch==/ } !torch' requirements-dev.txt > .venv-lock/old.txt
+	@cp .venv-lock/old.txt requirements-dev.txt
+	$(compile) --extra cpu --extra train --group dev --constraint requirements-cpu.txt \
+		--output-file requirements-dev.txt
+	@{ printf '%s\n' "# Serving on a CPU, training, tests and checks. Made $(made)" \
+		"# On Linux, PyTorch's own CPU wheel and no other: the reason is in the Makefile." \
+		"torch==$(TORCH) ; sys_platform == 'linux' \\" \
+		"    --hash=sha256:$(TORCH_CPU_SHA256)"; \
+		sed "s/^torch==$(TORCH) /&; sys_platform != 'linux' /" requirements-dev.txt; \
+	} > .venv-lock/new.txt
+	@cp .venv-lock/new.txt requirements-dev.txt
+
+.venv-lock/uv-$(UV):
+	@rm -rf .venv-lock
+	@"$(PYTHON)" -m venv --without-pip .venv-lock
+	@$(call pip,.venv-lock) uv==$(UV)
+	@touch $@
