@@ -1,0 +1,188 @@
+"""Dynamic batching over asyncio: many waiting callers, one device, one thread that feeds it.
+
+An item that comes while the device is idle runs at once. While the device is busy, items gather
+in groups of one key (a shape), and when it falls idle the next batch is
+
+1. of the group whose first item has waited ``max_wait_s`` or more, the longest first;
+2. else of a group that fills a batch;
+3. else of the group whose first item came first.
+
+So nothing ever waits beside an idle device, and ``max_wait_s`` bounds how long a small group is
+passed over in favour of full batches. Knows neither HTTP nor ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from service.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+THREAD_NAME: Final = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[ResultT]):
+    """One item's result, the seconds it waited, and the seconds its batch ran."""
+
+    result: ResultT
+    queue_s: float
+    run_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Entry(Generic[ItemT, ResultT]):
+    item: ItemT
+    future: asyncio.Future[Answer[ResultT]]
+    arrived_s: float
+    deadline_s: float | None
+
+
+class Batcher(Generic[ItemT, ResultT]):
+    """Groups items into batches and runs them one batch at a time.
+
+    ``run`` takes the items of one batch, all of one key, and returns as many results in their
+    order; it is called in ``executor`` (by default a thread of its own, named ``device``).
+    ``max_queue`` bounds the items that wait; ``clock`` gives seconds and never goes back.
+    Belongs to the event loop it is first used in.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[ItemT]], Sequence[ResultT]],
+        *,
+        max_batch: int = 1,
+        max_wait_s: float = 0.0,
+        max_queue: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+        executor: Executor | None = None,
+    ) -> None:
+        self._run = run
+        self._max_batch = max_batch
+        self._max_wait_s = max_wait_s
+        self._max_queue = max_queue
+        self._clock = clock
+        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
+        # Each group in order of arrival; none is ever empty.
+        self._groups: dict[Hashable, deque[_Entry[ItemT, ResultT]]] = {}
+        self._feeder: asyncio.Task[None] | None = None
+        self._closing = False
+        self._last_run_s = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Items that wait for the device."""
+        return sum(len(group) for group in self._groups.values())
+
+    def retry_after_s(self) -> float:
+        """When the queue should have moved, judged by the last batch's time; at least 1 second."""
+        batches = self.waiting / self._max_batch + 1
+        return max(1.0, batches * self._last_run_s)
+
+    async def submit(
+        self, item: ItemT, key: Hashable, deadline_s: float | None = None
+    ) -> Answer[ResultT]:
+        """Queue an item and wait for its result. Cancelling drops it from the queue.
+
+        ``deadline_s`` is a time of ``clock``: an item that is still queued then never reaches the
+        device. Raises `Overloaded` (queue full, nothing queued), `Draining`, `DeadlineExceeded`
+        or `InferenceFailed` (``run`` raised; its error is the cause).
+        """
+        if self._closing:
+            raise Draining("the service is shutting down")
+        if self.waiting >= self._max_queue:
+            raise Overloaded(f"{self.waiting} photos are waiting", self.retry_after_s())
+        future: asyncio.Future[Answer[ResultT]] = asyncio.get_running_loop().create_future()
+        entry = _Entry(item, future, self._clock(), deadline_s)
+        self._groups.setdefault(key, deque()).append(entry)
+        if self._feeder is None:
+            # Lives while there is something to run; the reference keeps it from being collected.
+            self._feeder = asyncio.create_task(self._feed(), name="batcher")
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._forget(entry, key)
+            raise
+
+    async def close(self) -> None:
+        """Refuse new items, answer all that were taken, then end the device's thread."""
+        self._closing = True
+        if self._feeder is not None:
+            await self._feeder
+        self._executor.shutdown(wait=True)
+
+    async def _feed(self) -> None:
+        try:
+            # One turn of the loop first, so that callers that arrived together run together.
+            await asyncio.sleep(0)
+            while batch := self._next_batch():
+                await self._run_batch(batch)
+        finally:
+            self._feeder = None
+
+    def _next_batch(self) -> list[_Entry[ItemT, ResultT]]:
+        """The live items to run next; empty once nothing is left."""
+        while self._groups:
+            now = self._clock()
+            key = self._pick_group(now)
+            group = self._groups.pop(key)
+            batch: list[_Entry[ItemT, ResultT]] = []
+            while group and len(batch) < self._max_batch:
+                entry = group.popleft()
+                if entry.future.done():
+                    continue
+                if entry.deadline_s is not None and now >= entry.deadline_s:
+                    entry.future.set_exception(DeadlineExceeded("the photo waited too long"))
+                    continue
+                batch.append(entry)
+            if group:
+                self._groups[key] = group
+            if batch:
+                return batch
+        return []
+
+    def _pick_group(self, now: float) -> Hashable:
+        by_arrival = sorted(self._groups, key=lambda key: self._groups[key][0].arrived_s)
+        oldest = by_arrival[0]
+        if now - self._groups[oldest][0].arrived_s >= self._max_wait_s:
+            return oldest
+        full = (key for key in by_arrival if len(self._groups[key]) >= self._max_batch)
+        return next(full, oldest)
+
+    async def _run_batch(self, batch: list[_Entry[ItemT, ResultT]]) -> None:
+        started = self._clock()
+        items = [entry.item for entry in batch]
+        loop = asyncio.get_running_loop()
+        try:
+            results = await loop.run_in_executor(self._executor, self._run, items)
+            if len(results) != len(items):
+                raise RuntimeError(f"{len(items)} items gave {len(results)} results")
+        # Whatever the device raises, every caller of this batch must hear of it.
+        except Exception as exc:  # noqa: BLE001
+            for entry in batch:
+                if not entry.future.done():
+                    failure = InferenceFailed(f"the batch failed: {type(exc).__name__}")
+                    failure.__cause__ = exc
+                    entry.future.set_exception(failure)
+            return
+        finally:
+            self._last_run_s = self._clock() - started
+        for entry, result in zip(batch, results, strict=True):
+            if not entry.future.done():
+                answer = Answer(result, started - entry.arrived_s, self._last_run_s)
+                entry.future.set_result(answer)
+
+    def _forget(self, entry: _Entry[ItemT, ResultT], key: Hashable) -> None:
+        group = self._groups.get(key)
+        if group is not None and entry in group:
+            group.remove(entry)
+            if not group:
+                del self._groups[key]

@@ -1,0 +1,184 @@
+"""``fcn-segment serve`` and ``fcn-segment predict``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import structlog
+import uvicorn
+
+from service import __version__, logs
+from service.app import create_app, with_state
+from service.errors import SegmentError, SettingsError
+from service.predict import predict
+from service.routes.state import LifespanState
+from service.settings import Settings, env_name, load_settings
+
+_log: Any = structlog.get_logger("service.cli")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    0: done; 1: it failed, or some photos did, one line each on stderr; 2: wrong usage.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        if parsed.command == "serve":
+            return _serve(load_settings(_given(parsed, Settings.model_fields)))
+        settings = load_settings(_given(parsed, ["model"]))
+        logs.configure("warning", settings.log_format)
+        failed = predict(settings, parsed.images, parsed.out, parsed.view, parsed.max_side)
+    except SettingsError as exc:
+        print(f"fcn-segment: {exc}", file=sys.stderr)
+        return 2
+    except SegmentError as exc:
+        print(f"fcn-segment: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if failed:
+        print(f"fcn-segment: {failed} photos failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fcn-segment", description="Label every pixel of a photo with PASCAL VOC's classes."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser("serve", help="answer over HTTP")
+    for name, field in Settings.model_fields.items():
+        # The default None means "not given": then the environment or the field's default rules.
+        default = "" if field.default is None else f", default {field.default}"
+        serve.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="VALUE",
+            help=f"{field.description} ({env_name(name)}{default})",
+        )
+
+    files = commands.add_parser("predict", help="segment files")
+    files.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="file or folder")
+    files.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    files.add_argument("--view", choices=("mask", "overlay", "json"), default="mask")
+    files.add_argument(
+        "--max-side", type=int, metavar="N", help="longest side that the network sees, pixels"
+    )
+    files.add_argument("--model", metavar="DIR", help=f"artefact folder ({env_name('model')})")
+    return parser
+
+
+def _given(parsed: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """The flags that were given, by the names of the settings."""
+    return {name: value for name in names if (value := getattr(parsed, name)) is not None}
+
+
+def _serve(settings: Settings) -> int:
+    logs.configure(settings.log_level, settings.log_format)
+    # First of all: loading a model only to find the port taken wastes everybody's time.
+    with _bind(settings.host, settings.port) as listener:
+        asyncio.run(_serve_on(listener, settings))
+    return 0
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. Raises `SettingsError` if that cannot be."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with contextlib.ExitStack() as undo:
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            undo.pop_all()
+    except OSError as exc:
+        raise SettingsError(f"cannot listen on {host}:{port}: {exc.strerror or exc}") from exc
+    return listener
+
+
+async def _serve_on(listener: socket.socket, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, and finish what is in flight.
+
+    The lifespan runs here and not in uvicorn, which would wrap a start's one-line error into a
+    traceback and three lines of its own.
+    """
+    app = create_app(settings)
+    async with app.router.lifespan_context(app) as lifespan_state:
+        state: LifespanState = lifespan_state  # type: ignore[assignment]
+        config = uvicorn.Config(
+            with_state(app, state),
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=int(settings.deadline_s) + 5,
+        )
+        host, port = listener.getsockname()[:2]
+        try:
+            # Two starting at once may both have bound the port; only one may listen.
+            listener.listen(config.backlog)
+        except OSError as exc:
+            raise SettingsError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        server = _Server(
+            config,
+            on_start=partial(_log.info, "listening", url=url),
+            on_stop=state["service"].begin_draining,
+        )
+        await server.serve(sockets=[listener])
+    _log.info("stopped")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling when it answers, and of a stop before it waits for what is in flight."""
+
+    def __init__(
+        self, config: uvicorn.Config, on_start: Callable[[], None], on_stop: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+        self._on_stop = on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, then say so: from here on signals stop it in order."""
+        await super().startup(sockets)
+        self._on_start()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT.
+
+        uvicorn raises the signal again once it has stopped, which would end the process before
+        the lifespan took down what it owns.
+        """
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._on_stop()
+            self.handle_exit(number, frame)
+
+        previous = {
+            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A photo to the network's input, and the geometry that leads back to the photo's pixels.
+
+The longest side is brought to the working size, the result is padded at the bottom and on the
+right to a listed shape. The offline half evaluates with exactly this geometry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from service.contract import SHAPE_MULTIPLE, Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where a photo's pixels lie in the network's input. All sizes are ``(height, width)`` pixels.
+
+    ``photo`` is the photo's own size, ``resized`` what it was scaled to, ``padded`` the network's
+    input, whose top left ``resized`` part holds the photo.
+    """
+
+    photo: Shape
+    resized: Shape
+    padded: Shape
+
+    @classmethod
+    def plan(cls, photo: Shape, max_side: int, shapes: Iterable[Shape]) -> Self:
+        """Plan the way of a photo of size ``photo`` whose longest side becomes ``max_side``.
+
+        ``shapes`` are the contract's listed shapes, ascending by area: the first that contains
+        the resized photo is taken. If none does, both sides go up to the next multiple of 32.
+        """
+        height, width = photo
+        scale = max_side / max(height, width)
+        resized = max(1, round(height * scale)), max(1, round(width * scale))
+        for shape in shapes:
+            if resized[0] <= shape[0] and resized[1] <= shape[1]:
+                return cls(photo, resized, shape)
+        return cls(photo, resized, (_round_up(resized[0]), _round_up(resized[1])))
+
+
+def preprocess(
+    image: npt.NDArray[np.uint8], geometry: Geometry, padding_color: tuple[int, int, int]
+) -> npt.NDArray[np.uint8]:
+    """Resize and pad a photo to the network's input.
+
+    ``image``: ``(H, W, 3) uint8`` RGB of size ``geometry.photo``. Returns ``(h, w, 3) uint8`` RGB
+    of size ``geometry.padded``, contiguous. Bilinear, antialiased where it shrinks (Pillow's
+    ``BILINEAR``).
+    """
+    height, width = geometry.resized
+    resized = Image.fromarray(image)
+    if geometry.resized != geometry.photo:
+        resized = resized.resize((width, height), Image.Resampling.BILINEAR)
+    padded = np.empty((*geometry.padded, 3), dtype=np.uint8)
+    padded[:height, :width] = np.asarray(resized)
+    padded[height:] = padding_color
+    padded[:height, width:] = padding_color
+    return padded
+
+
+def _round_up(size: int) -> int:
+    return -(-size // SHAPE_MULTIPLE) * SHAPE_MULTIPLE

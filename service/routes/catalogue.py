@@ -1,0 +1,46 @@
+"""``GET /classes`` and ``GET /model``: what the numbers mean, and who says so."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from service import voc
+from service.routes.state import ServiceDep
+from service.schemas import ClassLabel, LabelMap, ModelDescription
+
+router = APIRouter(tags=["catalogue"])
+
+
+@router.get("/classes", summary="The label map")
+async def classes() -> LabelMap:
+    """PASCAL VOC's classes: id (the mask's pixel value), name and colour."""
+    return LabelMap(
+        classes=[
+            ClassLabel(id=index, name=name, color=voc.rgb(index))
+            for index, name in enumerate(voc.CLASSES)
+        ],
+        ignore_index=voc.IGNORE_INDEX,
+    )
+
+
+@router.get("/model", summary="The model that is being served")
+async def model(service: ServiceDep) -> ModelDescription:
+    """Its name, file and sha256, measured accuracy per class, provider in use and licences."""
+    loaded = service.model
+    contract, manifest = loaded.contract, loaded.manifest
+    return ModelDescription(
+        name=contract.name,
+        version=contract.version,
+        network=contract.network,
+        file=loaded.file_name,
+        sha256=manifest.files[loaded.file_name].sha256,
+        precision=contract.precision,
+        provider=loaded.provider,
+        stride=contract.stride,
+        working_size=contract.working_size,
+        shapes=contract.shapes,
+        accuracy=manifest.metrics.get(contract.precision),
+        data=dict(manifest.data),
+        licences=manifest.licences,
+        created=manifest.created,
+    )

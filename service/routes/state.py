@@ -1,0 +1,50 @@
+"""What the lifespan makes and the endpoints use, typed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, TypedDict
+
+from fastapi import Depends, Request
+
+from service.segmenter import Segmenter
+from service.session import Model
+from service.settings import Settings
+
+
+class Phase(Enum):
+    """Where the service is in its life."""
+
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True)
+class Service:
+    """Every resource of a running service, owned by the lifespan in ``app``."""
+
+    settings: Settings
+    model: Model
+    segmenter: Segmenter
+    phase: Phase = Phase.STARTING
+
+    def begin_draining(self) -> None:
+        """Turn unready; what is in flight goes on."""
+        self.phase = Phase.DRAINING
+
+
+class LifespanState(TypedDict):
+    """What the lifespan yields; the server lays it into every request's state."""
+
+    service: Service
+
+
+async def get_service(request: Request) -> Service:
+    """The running service of a request, as a dependency."""
+    service: Service = request.state.service
+    return service
+
+
+ServiceDep = Annotated[Service, Depends(get_service)]

@@ -1,0 +1,230 @@
+"""The whole data path of one request, from bytes to bytes.
+
+Decoding, preprocessing, upsampling and encoding run in a pool of threads, the network in the
+batcher's own thread; the event loop only waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Final, Literal, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from service import voc
+from service.batcher import Batcher
+from service.decoding import decode
+from service.encoding import Runs, encode_image, encode_mask, limit_classes, overlay
+from service.errors import DeadlineExceeded, Overloaded
+from service.preprocessing import Geometry, preprocess
+from service.schemas import ModelName, Rle, Segmentation, SegmentedClass
+from service.session import Model
+from service.upsampling import Labels, upsample
+
+View = Literal["mask", "overlay"]
+MaskFormat = Literal["rle", "png", "none"]
+MediaType = Literal["image/png", "image/jpeg", "application/json"]
+InputImage = npt.NDArray[np.uint8]
+Logits = npt.NDArray[np.float32]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+POOL_THREAD_NAME: Final = "images"
+
+MEDIA_TYPES: Final[dict[View, tuple[MediaType, ...]]] = {
+    "mask": ("image/png", "application/json"),
+    "overlay": ("image/png", "image/jpeg", "application/json"),
+}
+"""What each view can be answered as, the default first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller wants to have of a photo.
+
+    ``classes`` are the ids that any view is limited to (None: all); ``max_side`` the longest side
+    the network sees, in pixels (None: the contract's working size); ``alpha`` the weight of an
+    overlay's colours in [0, 1]; ``mask`` how JSON carries the mask.
+    """
+
+    view: View = "mask"
+    media_type: MediaType = "image/png"
+    alpha: float = 0.5
+    classes: frozenset[int] | None = None
+    max_side: int | None = None
+    mask: MaskFormat = "rle"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An encoded answer; ``timing_ms`` maps each stage, in order, to its milliseconds."""
+
+    content: bytes
+    media_type: MediaType
+    timing_ms: dict[str, float]
+
+
+class Segmenter:
+    """Takes photos from bytes to encoded answers.
+
+    ``pool`` runs everything but the network; ``max_in_flight`` bounds the photos held at once;
+    ``deadline_s`` the seconds for one.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batcher: Batcher[InputImage, Logits],
+        pool: Executor,
+        *,
+        max_pixels: int,
+        max_in_flight: int,
+        deadline_s: float,
+    ) -> None:
+        self._model = model
+        self._batcher = batcher
+        self._pool = pool
+        self._max_pixels = max_pixels
+        self._max_in_flight = max_in_flight
+        self._deadline_s = deadline_s
+        self._in_flight = 0
+
+    async def segment(self, data: bytes, options: Options) -> Result:
+        """Segment one photo.
+
+        ``data``: an image file of an allowed type. Raises `ImageError`, `Overloaded`, `Draining`,
+        `DeadlineExceeded` or `InferenceFailed`.
+        """
+        # Before decoding: a queue of decoded photos would take far more memory than one of files.
+        if self._in_flight >= self._max_in_flight:
+            raise Overloaded(
+                f"{self._in_flight} photos are being worked on", self._batcher.retry_after_s()
+            )
+        self._in_flight += 1
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await self._segment(data, options)
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"no answer within {self._deadline_s:g} s") from exc
+        finally:
+            self._in_flight -= 1
+
+    async def _segment(self, data: bytes, options: Options) -> Result:
+        contract = self._model.contract
+        photo, decode_ms = await self._in_pool(decode, data, self._max_pixels)
+        height, width, _ = photo.shape
+        geometry = Geometry.plan(
+            (height, width), options.max_side or contract.working_size, contract.shapes
+        )
+        image, preprocess_ms = await self._in_pool(
+            preprocess, photo, geometry, contract.padding_color
+        )
+        answer = await self._batcher.submit(image, key=geometry.padded)
+        labels, upsample_ms = await self._in_pool(
+            upsample,
+            answer.result,
+            geometry,
+            with_confidence=options.media_type == "application/json",
+        )
+        timing_ms = {
+            "decode": decode_ms,
+            "preprocess": preprocess_ms,
+            "queue": answer.queue_s * 1000,
+            "infer": answer.run_s * 1000,
+            "upsample": upsample_ms,
+        }
+        content, encode_ms = await self._in_pool(self._encode, photo, labels, options, timing_ms)
+        return Result(content, options.media_type, {**timing_ms, "encode": encode_ms})
+
+    def _encode(
+        self,
+        photo: npt.NDArray[np.uint8],
+        labels: Labels,
+        options: Options,
+        timing_ms: dict[str, float],
+    ) -> bytes:
+        mask = labels.mask
+        if options.classes is not None:
+            mask = limit_classes(mask, options.classes)
+        match options.media_type:
+            case "application/json":
+                return self._describe(mask, labels, options, timing_ms)
+            case "image/jpeg":
+                return encode_image(overlay(photo, mask, options.alpha), "JPEG")
+            case "image/png" if options.view == "overlay":
+                return encode_image(overlay(photo, mask, options.alpha), "PNG")
+            case _:
+                return encode_mask(mask)
+
+    def _describe(
+        self,
+        mask: npt.NDArray[np.uint8],
+        labels: Labels,
+        options: Options,
+        timing_ms: dict[str, float],
+    ) -> bytes:
+        started = time.perf_counter()
+        height, width = mask.shape
+        # Of the whole mask: limiting the classes must not turn the others into background pixels.
+        runs = Runs.of(labels.mask)
+        confidence = labels.confidence if labels.confidence is not None else np.zeros(256)
+        classes = [
+            SegmentedClass(
+                id=found.class_id,
+                name=voc.CLASSES[found.class_id],
+                color=voc.rgb(found.class_id),
+                pixels=found.pixels,
+                fraction=found.pixels / (height * width),
+                bbox=found.bbox,
+                confidence=float(confidence[found.class_id]),
+                rle=Rle(size=(height, width), counts=runs.rle(found.class_id))
+                if options.mask == "rle"
+                else None,
+            )
+            for found in runs.statistics()
+            if options.classes is None or found.class_id in options.classes
+        ]
+        png = base64.b64encode(encode_mask(mask)).decode() if options.mask == "png" else None
+        contract = self._model.contract
+        encode_ms = (time.perf_counter() - started) * 1000
+        body = Segmentation(
+            width=width,
+            height=height,
+            model=ModelName(name=contract.name, version=contract.version),
+            classes=classes,
+            mask=png,
+            timing_ms={
+                stage: round(value, 3)
+                for stage, value in [*timing_ms.items(), ("encode", encode_ms)]
+            },
+        )
+        # Without mask=rle the key would be null in every class; `mask` stays, null or not.
+        exclude = None if options.mask == "rle" else {"classes": {"__all__": {"rle"}}}
+        return body.model_dump_json(exclude=exclude).encode()
+
+    async def _in_pool(
+        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[R, float]:
+        """Run a stage in the pool; returns its result and its own milliseconds."""
+
+        def timed() -> tuple[R, float]:
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            return result, (time.perf_counter() - started) * 1000
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+
+
+def run_batch(model: Model, images: Sequence[InputImage]) -> Sequence[Logits]:
+    """The batcher's work: stack ``(h, w, 3) uint8`` images of one shape, run them, unstack.
+
+    Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.
+    """
+    return list(model.run(np.stack(images)))

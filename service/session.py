@@ -1,0 +1,172 @@
+"""The artefact's network on its device: the only importer of ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+from service.contract import INPUT_NAME, OUTPUT_NAME, ModelContract, Precision, TensorInfo
+from service.errors import ArtefactError, ContractError, DeviceUnavailable
+from service.manifest import Manifest, load_manifest, verify_files
+
+Device = Literal["auto", "cpu", "cuda"]
+
+CPU_PROVIDER: Final = "CPUExecutionProvider"
+CUDA_PROVIDER: Final = "CUDAExecutionProvider"
+
+# Which of an artefact's files each device prefers.
+_PREFERENCE: Final[dict[str, tuple[Precision, ...]]] = {
+    CPU_PROVIDER: ("fp32", "int8", "fp16"),
+    CUDA_PROVIDER: ("fp32", "fp16", "int8"),
+}
+
+
+class ModelMetadata(Protocol):
+    """What ``InferenceSession.get_modelmeta()`` returns, as far as it is read here."""
+
+    @property
+    def custom_metadata_map(self) -> Mapping[str, str]:
+        """The graph's ``metadata_props``."""
+
+
+class InferenceSession(Protocol):
+    """The part of ``onnxruntime.InferenceSession`` that is used here; tests pass their own."""
+
+    def get_inputs(self) -> Sequence[TensorInfo]:
+        """The graph's inputs."""
+
+    def get_outputs(self) -> Sequence[TensorInfo]:
+        """The graph's outputs."""
+
+    def get_modelmeta(self) -> ModelMetadata:
+        """The graph's metadata."""
+
+    def get_providers(self) -> Sequence[str]:
+        """The execution providers in use, the preferred one first."""
+
+    def run(
+        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        """Run the graph on arrays by input name; returns one array for each output name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded artefact: session, contract and manifest, checked against each other.
+
+    ``file_name`` is the network file in the artefact folder, ``provider`` ONNX Runtime's name of
+    the execution provider that runs it.
+    """
+
+    session: InferenceSession
+    contract: ModelContract
+    manifest: Manifest
+    file_name: str
+    provider: str
+
+    def run(self, batch: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Run the network, blocking.
+
+        ``batch``: ``(N, h, w, 3) uint8`` RGB, h and w multiples of 32. Returns logits
+        ``(N, 21, h/stride, w/stride) float32``. Raises whatever ONNX Runtime raises.
+        """
+        (logits,) = self.session.run([OUTPUT_NAME], {INPUT_NAME: batch})
+        result: npt.NDArray[np.float32] = logits
+        return result
+
+    def warm_up(self, batch_size: int = 1) -> None:
+        """Run every listed shape once, so that no request pays for first-time allocations.
+
+        Raises `ContractError` if the logits are not of the size that the contract's stride says.
+        """
+        stride, classes = self.contract.stride, len(self.contract.classes)
+        for height, width in self.contract.shapes:
+            logits = self.run(np.zeros((batch_size, height, width, 3), dtype=np.uint8))
+            wanted = (batch_size, classes, height // stride, width // stride)
+            if logits.shape != wanted:
+                raise ContractError(
+                    f"{self.file_name}: stride {stride} makes logits {list(wanted)} of a "
+                    f"{height}x{width} image, but the graph gives {list(logits.shape)}"
+                )
+
+
+def load_model(
+    folder: Path,
+    device: Device = "auto",
+    threads: int | None = None,
+    session: InferenceSession | None = None,
+) -> Model:
+    """Load an artefact folder: sha256 first, then the graph, then the contract against both.
+
+    ``threads`` are the CPU threads of one run (None: the cores this process may use). A given
+    ``session`` takes the place of ONNX Runtime's; everything else is checked all the same.
+
+    Raises `ArtefactError` or `DeviceUnavailable`, with one line that says what differs.
+    """
+    manifest = load_manifest(folder)
+    provider = _choose_provider(device)
+    file_name = manifest.pick_file(_PREFERENCE[provider])
+    verify_files(folder, manifest, [file_name])
+    if session is None:
+        session = _open(folder / file_name, provider, threads or available_cores())
+        # ONNX Runtime falls back to the CPU silently; only the session knows what it runs on.
+        if provider not in session.get_providers():
+            if device != "auto":
+                raise DeviceUnavailable(
+                    f"device {device} was asked for, but ONNX Runtime fell back to "
+                    f"{', '.join(session.get_providers())}"
+                )
+            provider = CPU_PROVIDER
+    try:
+        contract = ModelContract.from_metadata(session.get_modelmeta().custom_metadata_map)
+        contract.check_graph(session.get_inputs(), session.get_outputs())
+        manifest.check_contract(contract, file_name)
+    except ContractError as exc:
+        raise ContractError(f"{folder / file_name}: {exc}") from exc
+    return Model(session, contract, manifest, file_name, provider)
+
+
+def available_cores() -> int:
+    """CPU cores that this process may run on, which is not all cores in a container."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # only Linux has it
+        return os.cpu_count() or 1
+
+
+def _choose_provider(device: Device) -> str:
+    if device == "cpu":
+        return CPU_PROVIDER
+    if CUDA_PROVIDER in ort.get_available_providers():
+        # The gpu extra's CUDA and cuDNN live in site-packages, where the loader does not look.
+        ort.preload_dlls()
+        return CUDA_PROVIDER
+    if device == "cuda":
+        raise DeviceUnavailable(
+            "device cuda was asked for, but this ONNX Runtime offers only "
+            f"{', '.join(ort.get_available_providers())}"
+        )
+    return CPU_PROVIDER
+
+
+def _open(path: Path, provider: str, threads: int) -> InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors; warnings about fused nodes help nobody here
+    providers = [provider] if provider == CPU_PROVIDER else [provider, CPU_PROVIDER]
+    try:
+        opened: InferenceSession = ort.InferenceSession(
+            str(path), sess_options=options, providers=providers
+        )
+    # ONNX Runtime's exceptions share no base below Exception; any of them means: not loadable.
+    except Exception as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise ArtefactError(f"{path}: ONNX Runtime cannot load it: {reason}") from exc
+    return opened

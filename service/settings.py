@@ -1,0 +1,91 @@
+"""The service's settings: ``FCN_*`` in the environment, the same names as flags of ``serve``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.contract import one_line
+from service.errors import SettingsError
+
+ENV_PREFIX: Final = "FCN_"
+DEFAULT_MODEL: Final = (
+    Path(__file__).parent.parent / "models" / "artifacts" / "atrous_fcn_resnet50_16s"
+)
+
+
+class Settings(BaseSettings):
+    """Every knob of the service; read it with `load_settings`."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    model: Path = Field(DEFAULT_MODEL, description="artefact folder to serve")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the network runs; cuda stops the start if it is not there"
+    )
+    threads: int | None = Field(
+        None, ge=1, le=256, description="CPU threads of one inference (default: all usable cores)"
+    )
+    decode_workers: int = Field(
+        2, ge=1, le=64, description="threads that decode, upsample and encode"
+    )
+    max_bytes: int = Field(20 * 2**20, ge=1024, description="largest image file, bytes")
+    # Above this Pillow itself refuses to open an image.
+    max_pixels: int = Field(
+        50_000_000, ge=1024, le=178_956_970, description="largest image, pixels"
+    )
+    min_side: int = Field(64, ge=32, le=4096, description="least max_side of a request, pixels")
+    max_side: int = Field(
+        2048, ge=32, le=4096, description="greatest max_side of a request, pixels"
+    )
+    queue_size: int = Field(64, ge=1, description="photos taken in at once; more are refused")
+    max_batch: int = Field(1, ge=1, le=64, description="most photos in one run of the network")
+    max_wait_ms: float = Field(
+        10.0, ge=0, description="how long a photo may be passed over for fuller batches, ms"
+    )
+    deadline_s: float = Field(30.0, gt=0, description="time to answer one request, seconds")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe log line that is written"
+    )
+    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+
+
+def load_settings(
+    overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Read the settings from the environment; ``overrides`` (the flags) win.
+
+    Raises `SettingsError` with one line that names the first variable that is unknown or wrong.
+    """
+    overrides = overrides or {}
+    for variable in os.environ if environ is None else environ:
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        if variable.startswith(ENV_PREFIX) and name not in Settings.model_fields:
+            close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f"; did you mean {ENV_PREFIX}{close[0].upper()}?" if close else ""
+            raise SettingsError(f"unknown setting {variable}{hint}")
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as exc:
+        field = str(exc.errors()[0]["loc"][0])
+        source = f"--{field.replace('_', '-')}" if field in overrides else env_name(field)
+        raise SettingsError(f"{source}: {one_line(exc).removeprefix(field + ': ')}") from exc
+    if settings.min_side > settings.max_side:
+        raise SettingsError(
+            f"{env_name('min_side')} ({settings.min_side}) is above "
+            f"{env_name('max_side')} ({settings.max_side})"
+        )
+    return settings
+
+
+def env_name(field: str) -> str:
+    """The environment variable of a field."""
+    return ENV_PREFIX + field.upper()

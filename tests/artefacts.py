@@ -1,0 +1,115 @@
+"""A tiny network in the shape of the contract, and photos that it must get right."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from service import voc
+from service.contract import ModelContract
+from service.manifest import FileEntry, Manifest
+
+STRIDE = 16
+SHAPES = ((64, 96), (96, 64), (96, 96))
+WORKING_SIZE = 96
+
+# Makes softmax of neighbouring colours neither flat nor one-hot.
+SCALE = 2000.0
+
+
+def make_contract(**changes: object) -> ModelContract:
+    """The tiny network's contract."""
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "version": "1",
+        "network": "nearest_color",
+        "stride": STRIDE,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "working_size": WORKING_SIZE,
+        "shapes": SHAPES,
+        "precision": "fp32",
+    }
+    return ModelContract(**{**fields, **changes})
+
+
+def build_network(metadata: Mapping[str, str], stride: int = STRIDE) -> onnx.ModelProto:
+    """A graph that labels each cell of stride x stride pixels by its nearest VOC colour.
+
+    The logits are minus the squared distance to each palette colour, less the part that is the
+    same for all: a linear function, so one 1x1 convolution after an average pool.
+    """
+    palette = voc.PALETTE.astype(np.float32)
+    weight = (2 * palette / SCALE).reshape(21, 3, 1, 1)
+    bias = -(palette**2).sum(axis=1) / SCALE
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["float"], to=TensorProto.FLOAT),
+            helper.make_node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+            helper.make_node(
+                "AveragePool",
+                ["planes"],
+                ["cells"],
+                kernel_shape=[stride, stride],
+                strides=[stride, stride],
+            ),
+            helper.make_node("Conv", ["cells", "weight", "bias"], ["logits"]),
+        ],
+        "tiny",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "h", "w", 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 21, "lh", "lw"])],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
+    )
+    network = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10, producer_name="tests"
+    )
+    helper.set_model_props(network, dict(metadata))
+    return network
+
+
+def build_artefact(
+    folder: Path, *, metadata: Mapping[str, str] | None = None, stride: int = STRIDE
+) -> Path:
+    """Write network and manifest; ``metadata`` and ``stride`` are for making them disagree."""
+    folder.mkdir(parents=True, exist_ok=True)
+    contract = make_contract()
+    path = folder / "network.onnx"
+    onnx.save(build_network(metadata or contract.to_metadata(), stride), path)
+    Manifest(
+        name=contract.name,
+        version=contract.version,
+        files={path.name: FileEntry.of(path, contract.precision)},
+        licences={"code": "Apache-2.0"},
+        created=date(2026, 1, 1),
+    ).write(folder)
+    return folder
+
+
+def paint(ids: npt.NDArray[np.uint8], cell: int = STRIDE) -> npt.NDArray[np.uint8]:
+    """A ``(h*cell, w*cell, 3) uint8`` RGB photo of a ``(h, w)`` map of class ids."""
+    big = ids.repeat(cell, axis=0).repeat(cell, axis=1)
+    return voc.FULL_PALETTE[big]
+
+
+def encode(image: npt.NDArray[np.uint8], image_format: str = "PNG", **options: object) -> bytes:
+    """An image as a file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, image_format, **options)
+    return file.getvalue()
+
+
+def two_class_photo() -> npt.NDArray[np.uint8]:
+    """(64, 96, 3) uint8: a person on the right half, a cat in the left, below background."""
+    ids = np.zeros((4, 6), dtype=np.uint8)
+    ids[1:, :2] = voc.CLASSES.index("cat")
+    ids[:, 3:] = voc.CLASSES.index("person")
+    return paint(ids)

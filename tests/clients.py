@@ -1,0 +1,122 @@
+"""Clients of the service: in this process over ASGI, or of a server process over a socket."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from service.app import create_app, with_state
+from service.routes.state import Service
+from service.session import InferenceSession
+from service.settings import Settings
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """An HTTP client and the service behind it."""
+
+    http: httpx.AsyncClient
+    service: Service
+
+
+@contextlib.asynccontextmanager
+async def in_process(
+    settings: Settings, session: InferenceSession | None = None
+) -> AsyncIterator[InProcess]:
+    """The app with its lifespan, without a socket."""
+    app = create_app(settings, session)
+    async with app.router.lifespan_context(app) as state:
+        assert state is not None
+        transport = httpx.ASGITransport(with_state(app, state))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+            yield InProcess(http, state["service"])
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running ``fcn-segment serve``."""
+
+    process: subprocess.Popen[str]
+    url: str
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        parts = urlsplit(self.url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        return parts.hostname, parts.port
+
+
+def environment(**variables: object) -> dict[str, str]:
+    """This process's environment with ``FCN_*`` variables."""
+    given = {f"FCN_{name.upper()}": str(value) for name, value in variables.items()}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **given}
+
+
+def command_line(*arguments: str | Path) -> list[str]:
+    """``fcn-segment`` of this very interpreter."""
+    return [sys.executable, "-W", "error", "-m", "service", *map(str, arguments)]
+
+
+@contextlib.contextmanager
+def serving(model: Path, *arguments: str, **variables: object) -> Iterator[Server]:
+    """Start ``serve`` on a free port, wait until it says that it listens, stop it at the end."""
+    fixed = {"model": model, "port": 0, "threads": 1, "log_format": "json"}
+    process = subprocess.Popen(
+        command_line("serve", *arguments),
+        env=environment(**{**fixed, **variables}),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Server(process, _listening(process)["url"])
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+
+
+def _listening(process: subprocess.Popen[str]) -> Mapping[str, Any]:
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        with contextlib.suppress(json.JSONDecodeError):
+            event: dict[str, Any] = json.loads(line)
+            if event["event"] == "listening":
+                return event
+    raise AssertionError(f"the server ended before it listened:\n{seen}")
+
+
+def mask_of(response: httpx.Response) -> npt.NDArray[np.uint8]:
+    """The class ids of a palette PNG."""
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert image.mode == "P"
+        return np.asarray(image)
+
+
+def assert_problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:
+    """The answer is RFC 9457's, whole, and about this request."""
+    assert response.headers["Content-Type"] == "application/problem+json"
+    problem: dict[str, Any] = response.json()
+    assert (response.status_code, problem["type"]) == (status, f"/problems/{slug}")
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    assert problem["instance"] == response.request.url.path
+    assert problem["request_id"] == response.headers["X-Request-ID"]
+    return problem

@@ -1,0 +1,277 @@
+"""The API over ASGI, with the tiny network that knows VOC's colours."""
+
+import asyncio
+import base64
+import io
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service import voc
+from tests.artefacts import encode, paint, two_class_photo
+from tests.clients import InProcess, assert_problem, mask_of
+
+pytestmark = pytest.mark.anyio
+
+PHOTO = encode(two_class_photo())
+JPEG = encode(np.asarray(Image.fromarray(two_class_photo()).resize((300, 200))), "JPEG")
+CAT, PERSON = voc.CLASSES.index("cat"), voc.CLASSES.index("person")
+JSON = {"Accept": "application/json"}
+
+
+async def test_a_raw_body_gives_vocs_mask(client: InProcess) -> None:
+    """By default: a palette PNG of the photo's size, right in the middle of each area."""
+    response = await client.http.post("/segment", content=PHOTO)
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == "image/png"
+    mask = mask_of(response)
+    assert mask.shape == (64, 96)
+    assert mask[40, 8] == CAT
+    assert mask[30, 80] == PERSON
+    assert mask[4, 8] == 0
+
+
+async def test_a_form_gives_the_same(client: InProcess) -> None:
+    """The field ``image`` of a multipart form, beside small other fields."""
+    raw = await client.http.post("/segment", content=PHOTO)
+    form = await client.http.post(
+        "/segment", files={"image": ("x.png", PHOTO)}, data={"note": "hello"}
+    )
+    assert form.status_code == 200
+    assert form.content == raw.content
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/x-www-form-urlencoded", "text/plain", "image/gif", "nonsense"]
+)
+async def test_the_content_type_of_a_raw_body_is_not_believed(
+    client: InProcess, content_type: str
+) -> None:
+    """The bytes tell; curl's --data-binary claims a form."""
+    response = await client.http.post(
+        "/segment", content=PHOTO, headers={"Content-Type": content_type}
+    )
+    assert response.status_code == 200
+
+
+async def test_a_chunked_body(client: InProcess) -> None:
+    """A body without a Content-Length is a body."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for start in range(0, len(PHOTO), 100):
+            yield PHOTO[start : start + 100]
+
+    response = await client.http.post("/segment", content=chunks())
+    assert response.status_code == 200
+
+
+async def test_the_headers(client: InProcess) -> None:
+    """Model, request id, and every stage's milliseconds."""
+    response = await client.http.post("/segment", content=JPEG, headers={"X-Request-ID": "mine-1"})
+    assert response.headers["X-Model"] == "tiny/1"
+    assert response.headers["X-Request-ID"] == "mine-1"
+    stages = dict(part.split(";dur=") for part in response.headers["Server-Timing"].split(", "))
+    assert list(stages) == ["decode", "preprocess", "queue", "infer", "upsample", "encode"]
+    assert all(float(value) >= 0 for value in stages.values())
+
+
+async def test_the_answer_has_the_photos_upright_size(client: InProcess) -> None:
+    """EXIF orientation 6: stored lying, answered standing."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(two_class_photo(), "JPEG", exif=exif, quality=95)
+    mask = mask_of(await client.http.post("/segment", content=data))
+    assert mask.shape == (96, 64)
+    assert mask[80, 30] == PERSON
+
+
+@pytest.mark.parametrize("max_side", [64, 100, 512])
+async def test_max_side_does_not_change_the_size_of_the_answer(
+    client: InProcess, max_side: int
+) -> None:
+    """The network sees more or less; the mask stays the photo's size."""
+    response = await client.http.post("/segment", content=JPEG, params={"max_side": max_side})
+    assert mask_of(response).shape == (200, 300)
+
+
+async def test_an_overlay_is_a_png_by_default(client: InProcess) -> None:
+    """Photo and colours half and half; background as it was."""
+    response = await client.http.post("/segment", content=PHOTO, params={"view": "overlay"})
+    assert response.headers["Content-Type"] == "image/png"
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert image.mode == "RGB"
+        pixels = np.asarray(image)
+    assert pixels[4, 8].tolist() == [0, 0, 0]
+    assert pixels[30, 80].tolist() == [192, 128, 128]
+
+
+async def test_an_overlay_on_another_photo(client: InProcess) -> None:
+    """A pixel of a class is (1 - alpha) of the photo and alpha of the class's colour."""
+    photo = np.full((64, 96, 3), (190, 130, 120), dtype=np.uint8)  # nearest: person
+    response = await client.http.post(
+        "/segment", content=encode(photo), params={"view": "overlay", "alpha": 0.25}
+    )
+    with Image.open(io.BytesIO(response.content)) as image:
+        pixel = np.asarray(image)[10, 10]
+    expected = 0.75 * photo[10, 10] + 0.25 * np.array([192, 128, 128])
+    assert np.abs(pixel - expected).max() <= 1
+
+
+async def test_an_overlay_as_jpeg(client: InProcess) -> None:
+    """By Accept."""
+    response = await client.http.post(
+        "/segment",
+        content=JPEG,
+        params={"view": "overlay"},
+        headers={"Accept": "image/png;q=0.5, image/jpeg"},
+    )
+    assert response.headers["Content-Type"] == "image/jpeg"
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert (image.format, image.size) == ("JPEG", (300, 200))
+
+
+async def test_json_describes_the_mask(client: InProcess) -> None:
+    """Size, model, and the classes present, largest first, with everything about them."""
+    mask = mask_of(await client.http.post("/segment", content=PHOTO))
+    body = (await client.http.post("/segment", content=PHOTO, headers=JSON)).json()
+    assert (body["width"], body["height"]) == (96, 64)
+    assert body["model"] == {"name": "tiny", "version": "1"}
+    assert body["mask"] is None
+    assert list(body["timing_ms"])[-1] == "encode"
+    classes = body["classes"]
+    assert {one["id"] for one in classes} == set(np.unique(mask).tolist())
+    assert {one["id"] for one in classes} >= {0, CAT, PERSON}
+    assert [one["pixels"] for one in classes] == sorted(
+        (one["pixels"] for one in classes), reverse=True
+    )
+    for one in classes:
+        y, x = np.nonzero(mask == one["id"])
+        assert one["name"] == voc.CLASSES[one["id"]]
+        assert one["color"] == voc.PALETTE[one["id"]].tolist()
+        assert one["pixels"] == len(x)
+        assert one["fraction"] == pytest.approx(len(x) / mask.size)
+        assert one["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+        assert 1 / 21 < one["confidence"] <= 1
+        assert one["rle"]["size"] == [64, 96]
+        assert one["rle"]["counts"]
+
+
+async def test_json_with_the_mask_as_png(client: InProcess) -> None:
+    """Base64 of the very file that the mask view answers."""
+    png = await client.http.post("/segment", content=PHOTO)
+    body = (
+        await client.http.post("/segment", content=PHOTO, params={"mask": "png"}, headers=JSON)
+    ).json()
+    assert base64.b64decode(body["mask"]) == png.content
+    assert all("rle" not in one for one in body["classes"])
+
+
+async def test_json_without_a_mask(client: InProcess) -> None:
+    """Statistics alone."""
+    body = (
+        await client.http.post("/segment", content=PHOTO, params={"mask": "none"}, headers=JSON)
+    ).json()
+    assert body["mask"] is None
+    assert all("rle" not in one for one in body["classes"])
+
+
+async def test_classes_limit_any_view(client: InProcess) -> None:
+    """Others become background in the mask, keep the photo in the overlay, leave the list."""
+    only = {"classes": "person, dog"}
+    mask = mask_of(await client.http.post("/segment", content=PHOTO, params=only))
+    assert set(np.unique(mask)) == {0, PERSON}
+    body = (await client.http.post("/segment", content=PHOTO, params=only, headers=JSON)).json()
+    assert [one["name"] for one in body["classes"]] == ["person"]
+    overlay = await client.http.post(
+        "/segment", content=PHOTO, params={**only, "view": "overlay", "alpha": 1}
+    )
+    with Image.open(io.BytesIO(overlay.content)) as image:
+        assert np.asarray(image)[40, 8].tolist() == list(voc.rgb(CAT))
+
+
+async def test_many_at_once(client: InProcess) -> None:
+    """Photos of several shapes together each get their own mask."""
+    ids = [CAT, PERSON, 1, 2, 3, 4]
+    shapes = [(4, 6), (6, 4), (6, 6)] * 2
+    photos = [
+        encode(paint(np.full(shape, index, dtype=np.uint8)))
+        for index, shape in zip(ids, shapes, strict=True)
+    ]
+    answers = await asyncio.gather(
+        *(client.http.post("/segment", content=photo) for photo in photos)
+    )
+    for answer, index, (height, width) in zip(answers, ids, shapes, strict=True):
+        mask = mask_of(answer)
+        assert mask.shape == (height * 16, width * 16)
+        assert (mask == index).all()
+
+
+async def test_the_label_map(client: InProcess) -> None:
+    """21 classes with VOC's colours, and the ignore index."""
+    body = (await client.http.get("/classes")).json()
+    assert body["ignore_index"] == 255
+    assert [one["name"] for one in body["classes"]] == list(voc.CLASSES)
+    assert body["classes"][15] == {"id": 15, "name": "person", "color": [192, 128, 128]}
+
+
+async def test_the_model(client: InProcess) -> None:
+    """What is served, with the sha256 of the very file, and where it runs."""
+    body = (await client.http.get("/model")).json()
+    assert (body["name"], body["version"], body["precision"]) == ("tiny", "1", "fp32")
+    assert body["sha256"] == client.service.model.manifest.files[body["file"]].sha256
+    assert body["provider"] == "CPUExecutionProvider"
+    assert body["licences"] == {"code": "Apache-2.0"}
+
+
+async def test_alive_and_ready(client: InProcess) -> None:
+    """200 both, once the lifespan has started."""
+    assert (await client.http.get("/healthz")).json() == {"status": "alive"}
+    assert (await client.http.get("/readyz")).json() == {"status": "ready"}
+
+
+async def test_draining(client: InProcess) -> None:
+    """Alive, not ready, and new photos are refused with Retry-After."""
+    client.service.begin_draining()
+    assert (await client.http.get("/healthz")).status_code == 200
+    assert_problem(await client.http.get("/readyz"), 503, "not-ready")
+    refused = await client.http.post("/segment", content=PHOTO)
+    assert_problem(refused, 503, "not-ready")
+    assert refused.headers["Retry-After"] == "1"
+
+
+async def test_openapi_tells_the_body_and_every_answer(client: InProcess) -> None:
+    """Form and raw types in; media types and problems out; every reference resolves."""
+    document = (await client.http.get("/openapi.json")).json()
+    post = document["paths"]["/segment"]["post"]
+    assert {"multipart/form-data", "image/jpeg", "image/png", "image/webp"} <= set(
+        post["requestBody"]["content"]
+    )
+    assert set(post["responses"]["200"]["content"]) == {
+        "image/png",
+        "image/jpeg",
+        "application/json",
+    }
+    for status in ("400", "406", "413", "415", "422", "503", "504"):
+        assert list(post["responses"][status]["content"]) == ["application/problem+json"]
+    schemas = document["components"]["schemas"]
+    assert "HTTPValidationError" not in schemas
+    for reference in _references(document):
+        assert reference.removeprefix("#/components/schemas/") in schemas
+
+
+def _references(node: object) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["$ref"]] if "$ref" in node else []
+        return own + [found for value in node.values() for found in _references(value)]
+    if isinstance(node, list):
+        return [found for value in node for found in _references(value)]
+    return []
+
+
+async def test_the_docs_page(client: InProcess) -> None:
+    """/docs is there."""
+    response = await client.http.get("/docs")
+    assert response.status_code == 200
+    assert "/openapi.json" in response.text

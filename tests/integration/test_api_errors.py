@@ -1,0 +1,282 @@
+"""Every error of the API over ASGI: its status, its problem, and nothing of the inside."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from starlette.types import Message, Scope
+
+from service.errors import ArtefactError, ContractError
+from service.settings import Settings
+from tests.artefacts import build_artefact, encode, paint, two_class_photo
+from tests.clients import InProcess, assert_problem, in_process
+from tests.fakes import FakeSession
+
+pytestmark = pytest.mark.anyio
+
+PHOTO = encode(two_class_photo())
+JPEG = encode(paint(np.full((12, 18), 15, dtype=np.uint8)), "JPEG")
+
+
+async def test_no_body(client: InProcess) -> None:
+    """Nothing sent: 400."""
+    assert_problem(await client.http.post("/segment"), 400, "no-image")
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"files": {"photo": ("x.png", PHOTO)}},
+        {"files": {"image": ("x.png", b"")}},
+        {"files": {"note": (None, "x")}, "data": {"image": "text"}},
+    ],
+)
+async def test_a_form_without_an_image(client: InProcess, form: dict[str, Any]) -> None:
+    """Another field, an empty file, or text: 400."""
+    assert_problem(await client.http.post("/segment", **form), 400, "no-image")
+
+
+@pytest.mark.parametrize(
+    ("content", "content_type"),
+    [
+        (b"nonsense", "multipart/form-data; boundary=x"),
+        (b"--x\r\n", "multipart/form-data"),
+        (
+            b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--",
+            "multipart/form-data; boundary=x",
+        ),
+        (b"", "multipart/form-data; boundary=x"),
+        (b"--x--", "multipart/form-data; boundary=x; charset=nonsense"),
+        (b"x", "multipart/form-data; boundary="),
+        (b"x", 'multipart/form-data; boundary="'),
+        (b"x", "multipart/form-data; boundary=" + "x" * 1000),
+    ],
+)
+async def test_a_broken_form(client: InProcess, content: bytes, content_type: str) -> None:
+    """Neither a form nor an image: 400."""
+    response = await client.http.post(
+        "/segment", content=content, headers={"Content-Type": content_type}
+    )
+    assert response.status_code == 400
+    assert response.headers["Content-Type"] == "application/problem+json"
+
+
+async def test_a_form_of_two_files(client: InProcess) -> None:
+    """One photo a request: 400."""
+    files = [("image", ("a.png", PHOTO)), ("image", ("b.png", PHOTO))]
+    assert_problem(await client.http.post("/segment", files=files), 400, "malformed-request")
+
+
+async def test_a_text_file(client: InProcess) -> None:
+    """Not an image, whatever the header says: 415, and the allowed types."""
+    response = await client.http.post(
+        "/segment", content=b"hello", headers={"Content-Type": "image/png"}
+    )
+    assert "JPEG, PNG" in assert_problem(response, 415, "unsupported-image-type")["detail"]
+
+
+async def test_a_truncated_jpeg(client: InProcess) -> None:
+    """An image that stops halfway: 422."""
+    response = await client.http.post("/segment", content=JPEG[: len(JPEG) // 2])
+    assert_problem(response, 422, "undecodable-image")
+
+
+async def test_an_image_over_the_pixel_cap(client: InProcess) -> None:
+    """Few bytes, many pixels: 413."""
+    big = encode(np.zeros((400, 300, 3), dtype=np.uint8))
+    problem = assert_problem(
+        await client.http.post("/segment", content=big), 413, "image-too-large"
+    )
+    assert "300 x 400 = 120000 pixels, but at most 100000" in problem["detail"]
+
+
+@pytest.mark.parametrize("as_form", [False, True])
+async def test_a_body_over_the_cap(client: InProcess, as_form: bool) -> None:
+    """By its Content-Length, raw or in a form: 413."""
+    data = JPEG + bytes(200_000)
+    sent = {"files": {"image": ("x.jpg", data)}} if as_form else {"content": data}
+    problem = assert_problem(
+        await client.http.post("/segment", **sent),
+        413,
+        "body-too-large",
+    )
+    assert "100000 bytes" in problem["detail"]
+
+
+@pytest.mark.parametrize("content_type", ["image/jpeg", "multipart/form-data; boundary=x"])
+async def test_an_endless_chunked_body_is_not_read_to_its_end(
+    client: InProcess, content_type: str
+) -> None:
+    """Without a Content-Length the bytes are counted as they come."""
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\n'
+        while True:
+            taken += 10_000
+            assert taken < 1_000_000
+            yield bytes(10_000)
+
+    response = await client.http.post(
+        "/segment", content=endless(), headers={"Content-Type": content_type}
+    )
+    assert_problem(response, 413, "body-too-large")
+
+
+async def test_a_form_whose_file_alone_is_over_the_cap(client: InProcess) -> None:
+    """The overhead that forms are given is not for the file."""
+    data = JPEG + bytes(100_001 - len(JPEG))
+    response = await client.http.post("/segment", files={"image": ("x.jpg", data)})
+    assert_problem(response, 413, "body-too-large")
+
+
+@pytest.mark.parametrize(
+    ("params", "parameter"),
+    [
+        ({"view": "wireframe"}, "view"),
+        ({"alpha": "1.5"}, "alpha"),
+        ({"alpha": "nan"}, "alpha"),
+        ({"alpha": "much"}, "alpha"),
+        ({"mask": "svg"}, "mask"),
+        ({"max_side": "63"}, "max_side"),
+        ({"max_side": "2049"}, "max_side"),
+        ({"max_side": "big"}, "max_side"),
+        ({"classes": "person,unicorn"}, "classes"),
+        ({"classes": ""}, "classes"),
+    ],
+)
+async def test_a_parameter_out_of_range(
+    client: InProcess, params: dict[str, str], parameter: str
+) -> None:
+    """422, and the parameter is named."""
+    response = await client.http.post("/segment", content=PHOTO, params=params)
+    assert assert_problem(response, 422, "invalid-parameter")["detail"].startswith(f"{parameter}: ")
+
+
+@pytest.mark.parametrize(
+    ("view", "accept", "available"),
+    [
+        ("mask", "text/html", ["image/png", "application/json"]),
+        ("mask", "image/jpeg", ["image/png", "application/json"]),
+        ("overlay", "image/webp", ["image/png", "image/jpeg", "application/json"]),
+    ],
+)
+async def test_no_acceptable_representation(
+    client: InProcess, view: str, accept: str, available: list[str]
+) -> None:
+    """406, and what there is."""
+    response = await client.http.post(
+        "/segment", content=PHOTO, params={"view": view}, headers={"Accept": accept}
+    )
+    assert assert_problem(response, 406, "not-acceptable")["available"] == available
+
+
+async def test_unknown_paths_and_methods(client: InProcess) -> None:
+    """404 and 405 are problems too; 405 says what is allowed."""
+    assert_problem(await client.http.get("/nowhere"), 404, "not-found")
+    response = await client.http.get("/segment")
+    assert_problem(response, 405, "method-not-allowed")
+    assert response.headers["Allow"] == "POST"
+
+
+async def test_overload_says_when_to_come_back(make_settings: Callable[..., Settings]) -> None:
+    """503 with Retry-After in whole seconds; the photo that holds the place is answered."""
+    fake = FakeSession()
+    async with in_process(make_settings(queue_size=1), fake) as client:
+        fake.gate.clear()
+        fake.started.clear()
+        held = asyncio.create_task(client.http.post("/segment", content=PHOTO))
+        await asyncio.to_thread(fake.started.wait, 30)
+        response = await client.http.post("/segment", content=PHOTO)
+        assert_problem(response, 503, "overloaded")
+        assert int(response.headers["Retry-After"]) >= 1
+        fake.gate.set()
+        assert (await held).status_code == 200
+
+
+async def test_the_deadline(make_settings: Callable[..., Settings]) -> None:
+    """504 when the answer would come too late."""
+    fake = FakeSession()
+    async with in_process(make_settings(deadline_s=0.05), fake) as client:
+        fake.gate.clear()
+        response = await client.http.post("/segment", content=PHOTO)
+        fake.gate.set()
+        assert_problem(response, 504, "deadline-exceeded")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("secret inside"), MemoryError("secret inside")])
+async def test_a_failing_runtime_says_nothing_of_its_inside(
+    make_settings: Callable[..., Settings],
+    error: Exception,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """500 with the request's id; the cause is in the log under that id."""
+    fake = FakeSession()
+    async with in_process(make_settings(), fake) as client:
+        fake.error = error
+        response = await client.http.post("/segment", content=PHOTO)
+        problem = assert_problem(response, 500, "internal-error")
+    assert "secret" not in json.dumps(problem)
+    logged = capsys.readouterr().out
+    assert "secret inside" in logged
+    assert problem["request_id"] in logged
+
+
+async def test_a_caller_who_hangs_up_frees_its_place(
+    make_settings: Callable[..., Settings],
+) -> None:
+    """The work is cancelled, and nothing of it counts as in flight."""
+    fake = FakeSession()
+    async with in_process(make_settings(queue_size=1), fake) as client:
+        fake.gate.clear()
+        fake.started.clear()
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        messages.put_nowait({"type": "http.request", "body": PHOTO, "more_body": False})
+        sent: list[Message] = []
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": "/segment",
+            "raw_path": b"/segment",
+            "query_string": b"",
+            "headers": [],
+            "client": None,
+            "server": None,
+        }
+        app = client.http._transport.app  # type: ignore[attr-defined]
+        request = asyncio.create_task(app(scope, messages.get, send))
+        await asyncio.to_thread(fake.started.wait, 30)
+        messages.put_nowait({"type": "http.disconnect"})
+        await request
+        assert sent == []
+        fake.gate.set()
+        assert (await client.http.post("/segment", content=PHOTO)).status_code == 200
+
+
+async def test_a_bad_artefact_stops_the_lifespan(
+    make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """By its contract before the warm-up, by its stride in the warm-up, by its folder's absence."""
+    strange = build_artefact(tmp_path / "strange", metadata={"fcn.schema_version": "1"})
+    with pytest.raises(ContractError, match=r"lacks fcn\.name"):
+        async with in_process(make_settings(model=strange)):
+            pytest.fail("started")
+    stride = build_artefact(tmp_path / "stride", stride=8)
+    with pytest.raises(ContractError, match="stride 16"):
+        async with in_process(make_settings(model=stride)):
+            pytest.fail("started")
+    with pytest.raises(ArtefactError, match=r"manifest\.json: No such file"):
+        async with in_process(make_settings(model=tmp_path)):
+            pytest.fail("started")

@@ -1,0 +1,107 @@
+"""The committed model on real photos, over a real socket: what a user of `make serve` gets.
+
+The photos are scikit-image's ``chelsea`` (CC0, Stefan van der Walt) and ``astronaut`` (public
+domain, NASA), which its wheel carries.
+"""
+
+import io
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from skimage import data
+
+from service import voc
+from service.settings import DEFAULT_MODEL
+from tests.artefacts import encode
+from tests.clients import Server, mask_of, serving
+
+CHELSEA: npt.NDArray[np.uint8] = data.chelsea()  # type: ignore[no-untyped-call]
+ASTRONAUT: npt.NDArray[np.uint8] = data.astronaut()  # type: ignore[no-untyped-call]
+PHOTOS = {"cat": CHELSEA, "person": ASTRONAUT}
+JPEGS = {name: encode(photo, "JPEG", quality=90) for name, photo in PHOTOS.items()}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """The default model on all cores."""
+    with serving(DEFAULT_MODEL, threads=2, deadline_s=300) as running:
+        yield running
+
+
+def post(server: Server, name: str, **options: str) -> httpx.Response:
+    """Segment one of the photos; ``accept`` is a header, the rest are parameters."""
+    accept = options.pop("accept", "*/*")
+    response = httpx.post(
+        f"{server.url}/segment",
+        files={"image": (f"{name}.jpg", JPEGS[name], "image/jpeg")},
+        params=options,
+        headers={"Accept": accept},
+        timeout=300,
+    )
+    assert response.status_code == 200
+    return response
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_the_mask_finds_what_is_in_the_photo(server: Server, name: str) -> None:
+    """A palette PNG of the photo's size; its largest class is the photo's, on over 15 %."""
+    mask = mask_of(post(server, name))
+    assert mask.shape == PHOTOS[name].shape[:2]
+    pixels = np.bincount(mask.ravel(), minlength=21)
+    assert len(pixels) == 21
+    assert voc.CLASSES[1 + pixels[1:].argmax()] == name
+    assert pixels[voc.CLASSES.index(name)] > 0.15 * mask.size
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_json_agrees_with_the_mask(server: Server, name: str) -> None:
+    """The same pixels, counted; fractions add up to one."""
+    mask = mask_of(post(server, name))
+    body = post(server, name, accept="application/json").json()
+    counted = {one["id"]: one["pixels"] for one in body["classes"]}
+    ids, pixels = np.unique(mask, return_counts=True)
+    assert counted == dict(zip(ids.tolist(), pixels.tolist(), strict=True))
+    assert sum(one["fraction"] for one in body["classes"]) == pytest.approx(1)
+    (found,) = (one for one in body["classes"] if one["name"] == name)
+    assert found["confidence"] > 0.5
+
+
+def test_the_overlay_is_the_photo_under_colors(server: Server) -> None:
+    """Background pixels are the photo's, the cat's are half VOC's colour."""
+    mask = mask_of(post(server, "cat"))
+    with Image.open(io.BytesIO(post(server, "cat", view="overlay").content)) as image:
+        overlay = np.asarray(image).astype(int)
+    with Image.open(io.BytesIO(JPEGS["cat"])) as image:
+        photo = np.asarray(image).astype(int)
+    assert np.array_equal(overlay[mask == 0], photo[mask == 0])
+    cat = mask == voc.CLASSES.index("cat")
+    expected = (photo[cat] + voc.PALETTE[voc.CLASSES.index("cat")]) / 2
+    assert np.abs(overlay[cat] - expected).max() <= 1
+
+
+def test_the_overlay_as_jpeg(server: Server) -> None:
+    """By Accept, of the photo's size."""
+    response = post(server, "person", view="overlay", accept="image/jpeg")
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert (image.format, image.size) == ("JPEG", (512, 512))
+
+
+def test_max_side_keeps_the_answer_about_the_same(server: Server) -> None:
+    """A coarser look at the cat is a mask of the same size that mostly agrees."""
+    fine, coarse = mask_of(post(server, "cat")), mask_of(post(server, "cat", max_side="256"))
+    assert coarse.shape == fine.shape
+    assert (coarse == fine).mean() > 0.6
+
+
+def test_the_model_says_how_good_it_is(server: Server) -> None:
+    """Name, accuracy and the licences of what it was made from."""
+    body = httpx.get(f"{server.url}/model").json()
+    assert body["name"] == DEFAULT_MODEL.name
+    assert body["accuracy"]["miou"] >= 0.5
+    assert body["accuracy"]["pixel_accuracy"] >= 0.85
+    assert set(body["accuracy"]["per_class_iou"]) == set(voc.CLASSES)
+    assert {"code", "data", "starting_weights"} <= set(body["licences"])

@@ -1,0 +1,261 @@
+"""Batching, on a device that the test holds still, with a clock that the test turns."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+
+from service.batcher import THREAD_NAME, Batcher
+from service.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
+
+pytestmark = pytest.mark.anyio
+
+
+class Device:
+    """Doubles numbers; stands still at every batch until let go, and remembers the batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.threads: set[str] = set()
+        self.started: asyncio.Queue[list[int]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._turns = threading.Semaphore(0)
+
+    def run(self, items: list[int]) -> Sequence[int]:
+        """One batch; -1 in it is an error."""
+        self.threads.add(threading.current_thread().name)
+        self.batches.append(items)
+        self._loop.call_soon_threadsafe(self.started.put_nowait, items)
+        assert self._turns.acquire(timeout=30)
+        if -1 in items:
+            raise RuntimeError("device lost")
+        return [item * 2 for item in items]
+
+    def let_go(self, batches: int = 1000) -> None:
+        """Let that many batches through."""
+        self._turns.release(batches)
+
+
+class Clock:
+    """Seconds that pass only when the test says so."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        """Read the clock."""
+        return self.now_s
+
+
+@pytest.fixture
+async def device() -> AsyncIterator[Device]:
+    """A device, let go of at the end."""
+    device = Device()
+    yield device
+    device.let_go()
+
+
+async def submit(
+    batcher: Batcher[int, int], *items: int, key: str = "a", deadline_s: float | None = None
+) -> list[asyncio.Task[int]]:
+    """Submit items, and come back once all are queued."""
+
+    async def one(item: int) -> int:
+        return (await batcher.submit(item, key, deadline_s)).result
+
+    tasks = [asyncio.create_task(one(item)) for item in items]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def test_one_item_on_an_idle_device_runs_at_once(device: Device) -> None:
+    """It waits for nobody, however long max_wait is."""
+    batcher = Batcher(device.run, max_batch=8, max_wait_s=3600)
+    (task,) = await submit(batcher, 1)
+    assert await device.started.get() == [1]
+    device.let_go()
+    assert await task == 2
+    await batcher.close()
+
+
+async def test_items_gather_while_the_device_is_busy(device: Device) -> None:
+    """What came meanwhile runs together, at most max_batch at once, in order of arrival."""
+    batcher = Batcher(device.run, max_batch=3)
+    tasks = await submit(batcher, 0)
+    await device.started.get()
+    tasks += await submit(batcher, 1, 2, 3, 4)
+    device.let_go()
+    assert await asyncio.gather(*tasks) == [0, 2, 4, 6, 8]
+    assert device.batches == [[0], [1, 2, 3], [4]]
+    await batcher.close()
+
+
+async def test_a_batch_has_one_key(device: Device) -> None:
+    """Photos of different shapes never share a batch; the first that came goes first."""
+    batcher = Batcher(device.run, max_batch=4)
+    tasks = await submit(batcher, 0)
+    await device.started.get()
+    tasks += await submit(batcher, 1, key="b")
+    tasks += await submit(batcher, 2, key="c")
+    tasks += await submit(batcher, 3, key="b")
+    device.let_go()
+    await asyncio.gather(*tasks)
+    assert device.batches == [[0], [1, 3], [2]]
+    await batcher.close()
+
+
+async def test_a_full_batch_goes_before_an_older_small_group(device: Device) -> None:
+    """As long as the small group has not waited max_wait."""
+    clock = Clock()
+    batcher = Batcher(device.run, max_batch=2, max_wait_s=1.0, clock=clock)
+    tasks = await submit(batcher, 0)
+    await device.started.get()
+    tasks += await submit(batcher, 1, key="small")
+    tasks += await submit(batcher, 2, 3, key="full")
+    clock.now_s += 0.9
+    device.let_go()
+    await asyncio.gather(*tasks)
+    assert device.batches == [[0], [2, 3], [1]]
+    await batcher.close()
+
+
+async def test_a_small_group_is_passed_over_no_longer_than_max_wait(device: Device) -> None:
+    """Then it goes before full batches."""
+    clock = Clock()
+    batcher = Batcher(device.run, max_batch=2, max_wait_s=1.0, clock=clock)
+    tasks = await submit(batcher, 0)
+    await device.started.get()
+    tasks += await submit(batcher, 1, key="small")
+    tasks += await submit(batcher, 2, 3, key="full")
+    clock.now_s += 1.0
+    device.let_go()
+    await asyncio.gather(*tasks)
+    assert device.batches == [[0], [1], [2, 3]]
+    await batcher.close()
+
+
+async def test_a_full_queue_refuses_at_once(device: Device) -> None:
+    """The refused item is told when to come back; those queued are answered."""
+    batcher = Batcher(device.run, max_queue=2)
+    tasks = await submit(batcher, 0)
+    await device.started.get()
+    tasks += await submit(batcher, 1, 2)
+    with pytest.raises(Overloaded, match="2 photos are waiting") as caught:
+        await batcher.submit(3, "a")
+    assert caught.value.retry_after_s >= 1
+    device.let_go()
+    assert await asyncio.gather(*tasks) == [0, 2, 4]
+    await batcher.close()
+
+
+async def test_a_cancelled_item_never_reaches_the_device(device: Device) -> None:
+    """Its place in the queue is free at once."""
+    batcher = Batcher(device.run, max_batch=4)
+    first = await submit(batcher, 0)
+    await device.started.get()
+    gone, stays = await submit(batcher, 1, 2)
+    gone.cancel()
+    await asyncio.wait([gone])
+    assert batcher.waiting == 1
+    device.let_go()
+    assert await asyncio.gather(*first, stays) == [0, 4]
+    assert device.batches == [[0], [2]]
+    await batcher.close()
+
+
+async def test_cancelling_all_items_of_a_running_batch_does_no_harm(device: Device) -> None:
+    """The batch's results go nowhere; the next batch runs."""
+    batcher = Batcher(device.run)
+    (gone,) = await submit(batcher, 1)
+    await device.started.get()
+    gone.cancel()
+    await asyncio.wait([gone])
+    (task,) = await submit(batcher, 2)
+    device.let_go()
+    assert await task == 4
+    await batcher.close()
+
+
+async def test_an_expired_item_never_reaches_the_device(device: Device) -> None:
+    """It is told so; its neighbours run."""
+    clock = Clock()
+    batcher = Batcher(device.run, max_batch=4, clock=clock)
+    first = await submit(batcher, 0)
+    await device.started.get()
+    (late,) = await submit(batcher, 1, deadline_s=clock() + 1)
+    (stays,) = await submit(batcher, 2, deadline_s=clock() + 9)
+    clock.now_s += 1
+    device.let_go()
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert await asyncio.gather(*first, stays) == [0, 4]
+    assert device.batches == [[0], [2]]
+    await batcher.close()
+
+
+async def test_a_failed_batch_answers_every_member(device: Device) -> None:
+    """Each gets its own error with the device's as cause; the next batch runs."""
+    batcher = Batcher(device.run, max_batch=2)
+    first = await submit(batcher, 0)
+    await device.started.get()
+    failing = await submit(batcher, -1, 5)
+    fine = await submit(batcher, 6)
+    device.let_go()
+    errors = await asyncio.gather(*failing, return_exceptions=True)
+    assert await asyncio.gather(*first, *fine) == [0, 12]
+    assert errors[0] is not errors[1]
+    for error in errors:
+        assert isinstance(error, InferenceFailed)
+        assert isinstance(error.__cause__, RuntimeError)
+    await batcher.close()
+
+
+async def test_too_few_results_are_a_failure() -> None:
+    """A result must never go to the wrong photo."""
+    batcher: Batcher[int, int] = Batcher(lambda items: items[1:])
+    with pytest.raises(InferenceFailed):
+        await batcher.submit(1, "a")
+    await batcher.close()
+
+
+async def test_closing_answers_what_was_taken_and_refuses_the_rest(device: Device) -> None:
+    """Nobody is left waiting for ever."""
+    batcher = Batcher(device.run)
+    tasks = await submit(batcher, 1, 2, 3)
+    closing = asyncio.create_task(batcher.close())
+    await device.started.get()
+    with pytest.raises(Draining):
+        await batcher.submit(4, "a")
+    device.let_go()
+    await closing
+    assert await asyncio.gather(*tasks) == [2, 4, 6]
+
+
+async def test_one_thread_of_its_own_feeds_the_device(device: Device) -> None:
+    """All batches run there, none on the event loop."""
+    batcher = Batcher(device.run)
+    device.let_go()
+    await asyncio.gather(*await submit(batcher, 1, 2, 3))
+    assert device.threads == {f"{THREAD_NAME}_0"}
+    await batcher.close()
+
+
+async def test_the_answer_says_how_long_it_waited(device: Device) -> None:
+    """Queue and run times, by the batcher's clock."""
+    clock = Clock()
+    batcher = Batcher(device.run, clock=clock)
+    first = await submit(batcher, 0)
+    await device.started.get()
+    second = asyncio.create_task(batcher.submit(1, "a"))
+    await asyncio.sleep(0)
+    clock.now_s += 2
+    device.let_go(1)
+    assert await device.started.get() == [1]
+    clock.now_s += 3
+    device.let_go()
+    await asyncio.gather(*first)
+    answer = await second
+    assert (answer.result, answer.queue_s, answer.run_s) == (2, 2, 3)
+    assert batcher.retry_after_s() == 3
+    await batcher.close()

@@ -1,0 +1,331 @@
+"""Decoding: what viewers show, and nothing but three errors."""
+
+import contextlib
+import io
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageCms, ImageOps
+
+from service.decoding import MEDIA_TYPES, decode, sniff
+from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
+from tests.artefacts import encode
+
+CAP = 1_000_000
+
+
+def save(image: Image.Image, image_format: str, **options: object) -> bytes:
+    """An image as a file."""
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return file.getvalue()
+
+
+def gradient(height: int = 48, width: int = 64) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8: smooth, and different in every corner and channel."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = (x * 255 / (width - 1), y * 255 / (height - 1), (x + y) * 255 / (width + height - 2))
+    return np.stack(planes, axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_come_back_exactly(image_format: str) -> None:
+    """Every pixel is what was saved, as (H, W, 3) uint8, contiguous and writeable."""
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    decoded = decode(encode(gradient(), image_format, **options), CAP)
+    assert np.array_equal(decoded, gradient())
+    assert decoded.flags.c_contiguous
+    assert decoded.flags.writeable
+
+
+def test_jpeg_comes_back_closely() -> None:
+    """Within what the compression changes."""
+    decoded = decode(encode(gradient(), "JPEG", quality=95, subsampling=0), CAP)
+    assert np.abs(decoded.astype(int) - gradient()).mean() < 2
+
+
+def test_every_allowed_format_is_sniffed() -> None:
+    """The first bytes tell the format; nothing else is asked."""
+    for name in MEDIA_TYPES:
+        assert sniff(encode(gradient(), name)) == name
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello",
+        b"%PDF-1.7",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"RIFF\0\0\0\0WAVE",
+        b"P6 1 1 255 abc",
+        save(Image.new("RGB", (4, 4)), "ICO"),
+        save(Image.new("RGB", (4, 4)), "TGA"),
+    ],
+)
+def test_anything_else_is_unsupported(data: bytes) -> None:
+    """Text, documents and formats that Pillow could open but the service does not allow."""
+    with pytest.raises(UnsupportedImageType, match="JPEG, PNG, WEBP, BMP, GIF, TIFF"):
+        decode(data, CAP)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(image_format: str, orientation: int) -> None:
+    """All eight orientations come out as viewers turn them, in every format that has EXIF."""
+    stored = Image.fromarray(gradient())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = save(stored, image_format, exif=exif)
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    decoded = decode(data, CAP)
+    assert decoded.shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
+    assert np.array_equal(decoded, expected)
+
+
+def test_a_broken_exif_block_is_ignored() -> None:
+    """The photo is still a photo."""
+    data = save(Image.fromarray(gradient()), "PNG", exif=b"Exif\0\0nonsense")
+    assert np.array_equal(decode(data, CAP), gradient())
+
+
+def test_lab_tiff() -> None:
+    """CIELAB, which Pillow converts only by its colour management, is not an error."""
+    gray = np.full((8, 8), 100, dtype=np.uint8)
+    lab = save(Image.merge("LAB", [Image.fromarray(gray)] * 3), "TIFF")
+    decoded = decode(lab, CAP)
+    assert decoded.shape == (8, 8, 3)
+    assert len(np.unique(decoded.reshape(-1, 3), axis=0)) == 1
+
+
+def wide_gamut_profile() -> bytes:
+    """Profile of sRGB with red and green swapped: as wrong as can be, and easy to foretell."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    profile = bytearray(bytes(profile).replace(b"s\0R\0G\0B", b"x\0R\0G\0B"))
+    count = struct.unpack(">I", profile[128:132])[0]
+    tags = {bytes(profile[132 + 12 * i : 136 + 12 * i]): 136 + 12 * i for i in range(count)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    swapped = profile[green : green + 8], profile[red : red + 8]
+    profile[red : red + 8], profile[green : green + 8] = swapped
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("with_alpha", [False, True])
+def test_the_icc_profile_is_applied(with_alpha: bool) -> None:
+    """Under a profile that swaps red and green, stored red is shown green."""
+    red = np.zeros((8, 8, 3), dtype=np.uint8)
+    red[..., 0] = 255
+    image = Image.fromarray(red)
+    if with_alpha:
+        image.putalpha(255)
+    decoded = decode(save(image, "PNG", icc_profile=wide_gamut_profile()), CAP)
+    assert np.abs(decoded.astype(int) - (0, 255, 0)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"nonsense",
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(),
+        wide_gamut_profile()[:200],
+    ],
+)
+def test_a_useless_profile_is_ignored(profile: bytes) -> None:
+    """Broken, truncated, or for another colour space: the pixels stay as they are."""
+    data = save(Image.fromarray(gradient()), "PNG", icc_profile=profile)
+    assert np.array_equal(decode(data, CAP), gradient())
+
+
+def test_cmyk_jpeg() -> None:
+    """Print colours become about the colours they were made from."""
+    cmyk = Image.fromarray(gradient()).convert("CMYK")
+    decoded = decode(save(cmyk, "JPEG", quality=95), CAP)
+    assert np.abs(decoded.astype(int) - gradient()).mean() < 4
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled(image_format: str) -> None:
+    """0 is black, 65535 is white, the middle is grey: scaled, not clipped."""
+    levels = np.array([[0, 255, 257, 32768, 65535]], dtype=np.uint16)
+    decoded = decode(save(Image.fromarray(levels), image_format), CAP)
+    assert decoded[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+    assert (decoded == decoded[..., :1]).all()
+
+
+def test_16_bit_color_is_scaled() -> None:
+    """A 16-bit RGB PNG, which Pillow cannot write, keeps its full range."""
+    row = struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = zlib.crc32(kind + body)
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + row)
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        [chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
+    )
+    assert decode(data, CAP).tolist() == [[[0, 128, 255], [255, 1, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_32_bit_grey_is_stretched(dtype: type) -> None:
+    """Samples without an agreed range go from their least to their greatest."""
+    levels: npt.NDArray[np.generic] = np.array([[-1000, 0, 1000]], dtype=dtype)
+    decoded = decode(save(Image.fromarray(levels), "TIFF"), CAP)
+    assert decoded[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_float_without_a_finite_range_is_black() -> None:
+    """Neither NaN nor infinity nor one single level is an error."""
+    levels = np.array([[np.nan, np.inf, 7.0]], dtype=np.float32)
+    assert not decode(save(Image.fromarray(levels), "TIFF"), CAP).any()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_every_png_mode_becomes_rgb(mode: str) -> None:
+    """White is white in every mode."""
+    white = 65535 if mode == "I;16" else "white"
+    decoded = decode(save(Image.new(mode, (5, 3), white), "PNG"), CAP)
+    assert decoded.shape == (3, 5, 3)
+    assert (decoded == 255).all()
+
+
+def with_palette_transparency(image: Image.Image) -> bytes:
+    """Index 0 of a palette made transparent."""
+    paletted = Image.new("P", image.size, 0)
+    paletted.putpalette([9, 9, 9] * 256)
+    return save(paletted, "PNG", transparency=0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda image: save(image.convert("RGBA").point(lambda _: 0), "PNG"),
+        lambda image: save(image.convert("LA").point(lambda _: 0), "PNG"),
+        lambda image: save(Image.new("RGB", image.size, (9, 9, 9)), "PNG", transparency=(9, 9, 9)),
+        lambda image: save(Image.new("RGBA", image.size), "WEBP", lossless=True),
+        with_palette_transparency,
+    ],
+)
+def test_transparency_is_over_white(make: Callable[[Image.Image], bytes]) -> None:
+    """However a format says 'transparent', it is shown on white."""
+    assert (decode(make(Image.fromarray(gradient())), CAP) == 255).all()
+
+
+def test_half_transparency_is_blended() -> None:
+    """Half of black over white is grey."""
+    decoded = decode(save(Image.new("RGBA", (2, 2), (0, 0, 0, 128)), "PNG"), CAP)
+    assert np.abs(decoded.astype(int) - 127).max() <= 1
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_frame_of_an_animation(image_format: str) -> None:
+    """The others are not looked at."""
+    frames = [Image.new("RGB", (6, 4), color) for color in ("red", "blue")]
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    data = save(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
+    assert (decode(data, CAP) == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("image_format", list(MEDIA_TYPES))
+@pytest.mark.parametrize("part", [0.3, 0.9])
+def test_truncated_is_undecodable(image_format: str, part: float) -> None:
+    """Half a photo is not answered as if it were one."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode(noise, image_format)
+    with pytest.raises(UndecodableImage, match="broken, truncated"):
+        decode(data[: int(len(data) * part)], CAP)
+
+
+def test_the_pixel_cap_is_checked_before_pixels_are_read() -> None:
+    """A header of more pixels than allowed is enough, even where no pixels follow."""
+    data = encode(np.zeros((100, 101, 3), dtype=np.uint8))
+    assert decode(data, 10_100).shape == (100, 101, 3)
+    with pytest.raises(ImageTooLarge, match=r"101 x 100 = 10100 pixels, but at most 10099"):
+        decode(data[:60], 10_099)
+
+
+def test_a_decompression_bomb_is_too_large() -> None:
+    """What Pillow itself refuses is refused as too large."""
+    header = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
+    header += struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
+    with pytest.raises(ImageTooLarge):
+        decode(header, CAP)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("x"),
+        SyntaxError("x"),
+        ValueError("x"),
+        struct.error("x"),
+        EOFError("x"),
+        KeyError("x"),
+        IndexError("x"),
+        TypeError("x"),
+        AttributeError("x"),
+        OverflowError("x"),
+        ZeroDivisionError("x"),
+        MemoryError("x"),
+        zlib.error("x"),
+        RecursionError("x"),
+        UserWarning("x"),
+    ],
+)
+def test_whatever_pillow_raises_is_mapped(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No exception of the readers gets out as it is."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UndecodableImage) as caught:
+        decode(b"BM", CAP)
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error", [Image.DecompressionBombError("x"), Image.DecompressionBombWarning("x")]
+)
+def test_pillows_bomb_guard_is_mapped(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its error and its warning both mean: too many pixels."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(ImageTooLarge):
+        decode(b"BM", CAP)
+
+
+SMALL = {name: encode(gradient(12, 16), name) for name in MEDIA_TYPES}
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(sorted(MEDIA_TYPES)),
+    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8),
+)
+def test_flipped_bytes_never_raise_anything_else(
+    image_format: str, flips: list[tuple[int, int]]
+) -> None:
+    """A damaged file is either still an image or one of the three errors."""
+    data = bytearray(SMALL[image_format])
+    for place, value in flips:
+        data[place % len(data)] = value
+    with contextlib.suppress(ImageError):
+        decoded = decode(bytes(data), CAP)
+        assert decoded.ndim == 3
+        assert decoded.shape[2] == 3

@@ -1,0 +1,65 @@
+"""Request ids and log lines."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from service import logs
+
+
+@pytest.fixture
+def restored_logging() -> Iterator[None]:
+    """Leave logging as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
+    structlog.reset_defaults()
+
+
+@pytest.mark.parametrize("sane", ["abc-123", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa-01"])
+def test_a_sane_request_id_is_kept(sane: str) -> None:
+    """The caller can follow its request through."""
+    assert logs.request_id(sane) == sane
+
+
+@pytest.mark.parametrize("insane", [None, "", "a b", "x" * 129, "a\nb", "é", "<script>"])
+def test_any_other_is_replaced(insane: str | None) -> None:
+    """Nothing that could forge a log line gets in; ids differ."""
+    fresh = logs.request_id(insane)
+    assert re.fullmatch("[0-9a-f]{32}", fresh)
+    assert fresh != logs.request_id(insane)
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_json_lines_carry_the_request_id(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours and the standard library's alike, one JSON object a line."""
+    logs.configure("info", "json")
+    with structlog.contextvars.bound_contextvars(request_id="r1"):
+        structlog.get_logger("ours").info("event", answer=42)
+        logging.getLogger("theirs").warning("watch %s", "out")
+        logging.getLogger("theirs").debug("unseen")
+    ours, theirs = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (ours["event"], ours["answer"], ours["level"]) == ("event", 42, "info")
+    assert (theirs["event"], theirs["level"], theirs["logger"]) == (
+        "watch out",
+        "warning",
+        "theirs",
+    )
+    assert ours["request_id"] == theirs["request_id"] == "r1"
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_console_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """For people: the event and its values on one line."""
+    logs.configure("info", "console")
+    structlog.get_logger("ours").info("event", answer=42)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "event" in line
+    assert "answer=42" in line

@@ -1,0 +1,102 @@
+"""The manifest: round trip, and every file that is not the one it names."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from service.errors import ContractError, IntegrityError
+from service.manifest import MANIFEST_NAME, Accuracy, load_manifest, verify_files
+from tests.artefacts import build_artefact, make_contract
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An artefact of its own, to be broken."""
+    return build_artefact(tmp_path / "artefact")
+
+
+def edit(folder: Path, **changes: object) -> None:
+    """Change fields of a manifest on disk."""
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_round_trip(folder: Path) -> None:
+    """What is written is read back unchanged, classes without an IoU included."""
+    accuracy = Accuracy(
+        miou=0.5,
+        pixel_accuracy=0.9,
+        mean_accuracy=0.6,
+        frequency_weighted_iou=0.8,
+        per_class_iou={"cat": 0.7, "sofa": None},
+    )
+    manifest = load_manifest(folder).model_copy(
+        update={"metrics": {"fp32": accuracy}, "recipe": {"lr": 0.01, "steps": [1, 2]}}
+    )
+    manifest.write(folder)
+    assert load_manifest(folder) == manifest
+
+
+def test_the_files_of_a_fresh_artefact_are_its_own(folder: Path) -> None:
+    """The sha256 on disk is the manifest's."""
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest)
+    assert manifest.files["network.onnx"].bytes == (folder / "network.onnx").stat().st_size
+
+
+def test_a_changed_file_is_named(folder: Path) -> None:
+    """One changed byte is found, and the line names the file and both sums."""
+    path = folder / "network.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(IntegrityError, match=r"network\.onnx: sha256 is .* says "):
+        verify_files(folder, load_manifest(folder))
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    """A file that the manifest lists must be there."""
+    (folder / "network.onnx").unlink()
+    with pytest.raises(IntegrityError, match=r"network\.onnx: No such file"):
+        verify_files(folder, load_manifest(folder))
+
+
+def test_a_folder_without_manifest_is_no_artefact(tmp_path: Path) -> None:
+    """The missing manifest is named."""
+    with pytest.raises(IntegrityError, match=r"manifest\.json: No such file"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"files": {}}, "files"),
+        ({"files": {"../x": {"sha256": "0" * 64, "bytes": 1, "precision": "fp32"}}}, "plain"),
+        ({"files": {"x": {"sha256": "0", "bytes": 1, "precision": "fp32"}}}, "sha256"),
+        ({"surprise": 1}, "surprise"),
+        ({"created": "yesterday"}, "created"),
+    ],
+)
+def test_a_wrong_field_is_named(folder: Path, changes: dict[str, object], message: str) -> None:
+    """The error names the manifest and the field, on one line."""
+    edit(folder, **changes)
+    with pytest.raises(ContractError, match=rf"manifest\.json: .*{message}") as caught:
+        load_manifest(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_of_another_model_is_refused(folder: Path) -> None:
+    """Name, version and precision must be those of the graph."""
+    manifest = load_manifest(folder)
+    with pytest.raises(ContractError, match=r"version is '1' in .*, but '2' in network\.onnx"):
+        manifest.check_contract(make_contract(version="2"), "network.onnx")
+    with pytest.raises(ContractError, match="precision is 'fp32'"):
+        manifest.check_contract(make_contract(precision="int8"), "network.onnx")
+
+
+def test_files_are_picked_by_precision(folder: Path) -> None:
+    """The first precision that is there wins; none at all is an error that lists what is."""
+    manifest = load_manifest(folder)
+    assert manifest.pick_file(["int8", "fp32"]) == "network.onnx"
+    with pytest.raises(ContractError, match="no network of precision int8, only fp32"):
+        manifest.pick_file(["int8"])

@@ -1,0 +1,62 @@
+"""Geometry and resizing."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.preprocessing import Geometry, preprocess
+
+SHAPES = ((384, 512), (512, 384), (512, 512))
+
+
+@pytest.mark.parametrize(
+    ("photo", "max_side", "resized", "padded"),
+    [
+        ((375, 500), 512, (384, 512), (384, 512)),  # VOC's usual landscape, up
+        ((500, 375), 512, (512, 384), (512, 384)),
+        ((1000, 1000), 512, (512, 512), (512, 512)),
+        ((400, 500), 512, (410, 512), (512, 512)),  # past the flat shape
+        ((300, 300), 256, (256, 256), (384, 512)),  # smaller than all: the smallest
+        ((750, 1000), 1000, (750, 1000), (768, 1024)),  # larger than all: multiples of 32
+        ((1, 5000), 512, (1, 512), (384, 512)),  # never less than one pixel
+        ((5000, 1), 512, (512, 1), (512, 384)),
+    ],
+)
+def test_plan(
+    photo: tuple[int, int], max_side: int, resized: tuple[int, int], padded: tuple[int, int]
+) -> None:
+    """The longest side becomes max_side, up or down; the smallest shape that contains it wins."""
+    assert Geometry.plan(photo, max_side, SHAPES) == Geometry(photo, resized, padded)
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(32, 2048))
+def test_every_plan_holds_its_photo(height: int, width: int, max_side: int) -> None:
+    """Whatever the photo: its longest side is max_side, it fits, and the input is of 32s."""
+    geometry = Geometry.plan((height, width), max_side, SHAPES)
+    assert max(geometry.resized) == max_side
+    assert min(geometry.resized) >= 1
+    for inside, outside in zip(geometry.resized, geometry.padded, strict=True):
+        assert inside <= outside
+        assert outside % 32 == 0
+
+
+def test_preprocess_resizes_as_pillow_and_pads_with_the_mean() -> None:
+    """The top left holds Pillow's bilinear resize, the rest the padding colour."""
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    geometry = Geometry((90, 120), (45, 60), (64, 96))
+    padded = preprocess(image, geometry, (1, 2, 3))
+    resized = Image.fromarray(image).resize((60, 45), Image.Resampling.BILINEAR)
+    assert padded.shape == (64, 96, 3)
+    assert padded.dtype == np.uint8
+    assert np.array_equal(padded[:45, :60], np.asarray(resized))
+    assert (padded[45:] == (1, 2, 3)).all()
+    assert (padded[:, 60:] == (1, 2, 3)).all()
+
+
+def test_a_photo_of_the_right_size_is_not_touched() -> None:
+    """No resampling where none is needed."""
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    geometry = Geometry((64, 96), (64, 96), (64, 96))
+    assert np.array_equal(preprocess(image, geometry, (0, 0, 0)), image)

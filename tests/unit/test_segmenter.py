@@ -1,0 +1,98 @@
+"""The data path of one request, without HTTP."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from service import segmenter as module
+from service.app import open_service
+from service.batcher import THREAD_NAME
+from service.errors import DeadlineExceeded, InferenceFailed, Overloaded
+from service.segmenter import POOL_THREAD_NAME, Options
+from service.settings import Settings
+from tests.artefacts import encode, two_class_photo
+from tests.fakes import FakeSession
+
+pytestmark = pytest.mark.anyio
+
+PHOTO = encode(two_class_photo())
+STAGES = ["decode", "preprocess", "queue", "infer", "upsample", "encode"]
+
+
+@pytest.fixture
+def session() -> Iterator[FakeSession]:
+    """A session whose gate is open at the end, whatever the test did."""
+    fake = FakeSession()
+    yield fake
+    fake.gate.set()
+
+
+async def test_stages_run_off_the_event_loop(
+    make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoding, preprocessing, upsampling and encoding in the pool, the network in its thread."""
+    threads: dict[str, str] = {}
+
+    def spy(name: str) -> None:
+        original = getattr(module, name)
+
+        def spied(*args: object, **kwargs: object) -> object:
+            threads[name] = threading.current_thread().name
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, spied)
+
+    stages = ["decode", "preprocess", "upsample", "encode_mask", "overlay", "encode_image"]
+    for name in [*stages, "run_batch"]:
+        spy(name)
+    monkeypatch.setattr("service.app.run_batch", module.run_batch)
+    async with open_service(make_settings(), session) as service:
+        for options in (Options(), Options(view="overlay"), Options(media_type="image/jpeg")):
+            result = await service.segmenter.segment(PHOTO, options)
+            assert list(result.timing_ms) == STAGES
+    assert threads.pop("run_batch").startswith(THREAD_NAME)
+    assert set(threads) == set(stages)
+    assert all(thread.startswith(POOL_THREAD_NAME) for thread in threads.values())
+
+
+async def test_past_the_limit_photos_are_refused_before_decoding(
+    make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as queue_size are held; the next one is told when to come back."""
+    async with open_service(make_settings(queue_size=2), session) as service:
+        session.gate.clear()
+        held = [asyncio.create_task(service.segmenter.segment(PHOTO, Options())) for _ in range(2)]
+        await asyncio.sleep(0)
+        monkeypatch.setattr(module, "decode", pytest.fail)
+        with pytest.raises(Overloaded) as caught:
+            await service.segmenter.segment(PHOTO, Options())
+        assert caught.value.retry_after_s >= 1
+        monkeypatch.undo()
+        session.gate.set()
+        assert len(await asyncio.gather(*held)) == 2
+
+
+async def test_the_deadline_ends_the_wait(
+    make_settings: Callable[..., Settings], session: FakeSession
+) -> None:
+    """A device that does not answer costs its caller the deadline and no more."""
+    async with open_service(make_settings(deadline_s=0.05), session) as service:
+        session.gate.clear()
+        with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.05 s"):
+            await service.segmenter.segment(PHOTO, Options())
+        session.gate.set()
+
+
+async def test_a_failing_device_is_told_apart(
+    make_settings: Callable[..., Settings], session: FakeSession
+) -> None:
+    """The runtime's error is the cause; the next photo works again."""
+    async with open_service(make_settings(), session) as service:
+        session.error = RuntimeError("out of memory")
+        with pytest.raises(InferenceFailed) as caught:
+            await service.segmenter.segment(PHOTO, Options())
+        assert caught.value.__cause__ is session.error
+        session.error = None
+        assert (await service.segmenter.segment(PHOTO, Options())).media_type == "image/png"
