@@ -1,0 +1,1 @@
+"""The offline half: trains the networks in PyTorch and exports them for the service."""

@@ -1,0 +1,123 @@
+"""Checkpoints and starting weights, read without running code from them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models.networks import FcnResNet50, build_network
+from models.recipe import Recipe
+
+# ImageNet's classification layer is part of every torchvision-layout file and of no FCN.
+UNUSED_KEYS = frozenset({"fc.weight", "fc.bias"})
+# Files older than PyTorch 0.4.1 lack these counters, which only cumulative averaging reads.
+OPTIONAL_SUFFIX = "num_batches_tracked"
+
+
+class CheckpointError(Exception):
+    """A file of weights cannot be read or does not fit; the message says what differs."""
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write plain data and tensors so that a kill at any moment leaves the old or the new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def rounded_weights(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's state with the convolutions' weights as fp16, the rest as it is.
+
+    That is what a run hands on, so that its export can be stored in half the space and still be
+    the very network that the checkpoint was scored as.
+    """
+    return {
+        key: value.half() if value.ndim == 4 else value
+        for key, value in network.state_dict().items()
+    }
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what `save_checkpoint` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: there is no such file, or it is no checkpoint of plain data.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{path}: no such file") from exc
+    except Exception as exc:  # torch.load raises whatever its zip and pickle readers raise
+        raise CheckpointError(f"{path}: not a checkpoint: {exc}") from exc
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a mapping")
+    return state
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a torchvision-layout ``.pth``, ``.npz`` or ``.safetensors`` file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or would need unpickling to be.
+    """
+    if path.suffix in (".pth", ".pt"):
+        return {k: v for k, v in load_checkpoint(path).items() if isinstance(v, Tensor)}
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        if path.suffix == ".safetensors":
+            return load_file(path)
+    except Exception as exc:  # a broken zip, header or array: each reader has its own errors
+        raise CheckpointError(f"{path}: cannot be read: {exc}") from exc
+    raise CheckpointError(f"{path}: expected .pth, .npz or .safetensors")
+
+
+def load_backbone(backbone: nn.Module, path: Path) -> None:
+    """Load starting weights into a backbone; every key and shape must fit.
+
+    Raises:
+        CheckpointError: lists each key that is missing, unknown or of another shape.
+    """
+    weights = {k: v for k, v in read_weights(path).items() if k not in UNUSED_KEYS}
+    wanted = backbone.state_dict()
+    problems = [
+        f"missing: {key}"
+        for key in wanted
+        if key not in weights and not key.endswith(OPTIONAL_SUFFIX)
+    ]
+    problems += [f"unknown: {key}" for key in weights if key not in wanted]
+    problems += [
+        f"shape {tuple(weights[key].shape)}, expected {tuple(wanted[key].shape)}: {key}"
+        for key in wanted
+        if key in weights and weights[key].shape != wanted[key].shape
+    ]
+    if problems:
+        raise CheckpointError("\n  ".join([f"{path}: {len(problems)} keys do not fit", *problems]))
+    backbone.load_state_dict(weights, strict=False)
+
+
+def load_network(path: Path) -> tuple[FcnResNet50, Recipe]:
+    """Return a trained network in eval mode, with its averaged weights, and its recipe.
+
+    Raises:
+        CheckpointError: the file is no checkpoint of a training run.
+    """
+    state = load_checkpoint(path)
+    try:
+        recipe = Recipe.model_validate(state["recipe"])
+        network = build_network(recipe.network)
+        network.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, ValueError) as exc:
+        raise CheckpointError(f"{path}: not a checkpoint of a training run: {exc}") from exc
+    return network.eval(), recipe

@@ -1,0 +1,103 @@
+"""From a photo to its mask through any network that gives logits: the offline data path.
+
+The service has its own, faster one; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import onnxruntime  # type: ignore[import-untyped]
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from models.dataset import Sample
+from models.metrics import ConfusionMatrix
+from models.transforms import fit, upsample
+from service.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
+
+Infer = Callable[[NDArray[np.uint8]], Tensor]
+"""``(N, h, w, 3) uint8 RGB`` -> ``(N, 21, h/stride, w/stride) float32`` logits."""
+
+Predict = Callable[[Image.Image], NDArray[np.uint8]]
+"""RGB photo -> (H, W) uint8 class ids of its own size."""
+
+NETWORK_FILE = "network.onnx"
+"""The network within an artefact folder."""
+
+SHAPES = ((384, 512), (512, 384), (512, 512))
+"""(height, width) of the network inputs that exported models list: VOC's two, and the square."""
+
+
+def predict_photo(
+    image: Image.Image,
+    infer: Infer,
+    *,
+    working_size: int,
+    stride: int,
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+) -> NDArray[np.uint8]:
+    """Return the (H, W) uint8 class ids of a photo.
+
+    Args:
+        image: RGB.
+        infer: the network.
+        working_size: what the longest side is brought to, in pixels.
+        stride: of the logits.
+        shapes: the listed network inputs, (height, width).
+    """
+    padded, geometry = fit(image, working_size, shapes)
+    logits = infer(padded[None])[0]
+    return upsample(logits, geometry, stride).argmax(0).to(torch.uint8).cpu().numpy()
+
+
+def torch_infer(
+    network: nn.Module,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+) -> Infer:
+    """Wrap a network as `predict_photo` wants it; the network is left in eval mode."""
+    network.eval()
+
+    def infer(batch: NDArray[np.uint8]) -> Tensor:
+        image = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float()
+        with torch.inference_mode(), autocast():
+            logits: Tensor = network(image.contiguous(memory_format=torch.channels_last))
+        return logits.float()
+
+    return infer
+
+
+def onnx_infer(path: Path) -> tuple[Infer, ModelContract]:
+    """Load an exported network on the CPU, with the contract that it carries.
+
+    Raises:
+        ContractError: the graph holds no contract, or not the one it promises.
+    """
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    contract = ModelContract.from_metadata(session.get_modelmeta().custom_metadata_map)
+    contract.check_graph(session.get_inputs(), session.get_outputs())
+
+    def infer(batch: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(session.run([OUTPUT_NAME], {INPUT_NAME: batch})[0])
+
+    return infer, contract
+
+
+def score(predict: Predict, samples: Iterable[Sample]) -> ConfusionMatrix:
+    """Score predictions at the photos' own resolution, in one confusion matrix.
+
+    Raises:
+        DatasetError: an image or a mask is missing or wrong.
+    """
+    matrix = ConfusionMatrix()
+    for sample in samples:
+        image, mask = sample.load()
+        matrix.update(np.asarray(mask), predict(image))
+    return matrix

@@ -1,0 +1,70 @@
+"""A training run's hyper-parameters, read from TOML: the whole of what a run depends on."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class RecipeError(Exception):
+    """The recipe cannot be read or holds a wrong value; the message names it."""
+
+
+class Recipe(BaseModel):
+    """See ``models/recipes/*.toml``, where each value stands beside its reason."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    network: str
+    split: str
+    held_out: int = Field(ge=1)
+    """Images of the split that are never trained on, to choose by."""
+    seed: int = 0
+
+    iterations: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    crop_size: int = Field(gt=0, multiple_of=32)
+    working_size: int = Field(gt=0, multiple_of=32)
+    scale_range: tuple[float, float]
+    jitter: float = Field(ge=0, lt=1)
+    repeat_threshold: float = Field(ge=0, le=1)
+    """Classes in fewer than this share of the images are shown more often; 0 for never."""
+
+    learning_rate: float = Field(gt=0)
+    head_learning_rate_factor: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    poly_power: float = Field(gt=0)
+    warm_up_iterations: int = Field(ge=0)
+    ema_decay: float = Field(gt=0, lt=1)
+
+    frozen: tuple[str, ...] = ()
+    """Backbone modules that keep their starting weights."""
+    batch_norm: Literal["train", "frozen"]
+    """``frozen`` keeps the running statistics and trains scale and shift only."""
+    precision: Literal["fp32", "bf16"]
+    """The convolutions' arithmetic; weights and loss are float32 in either case."""
+    compile: bool
+    workers: int = Field(ge=0)
+    checkpoint_every: int = Field(gt=0)
+    evaluate_every: int = Field(gt=0)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Return the recipe in a TOML file.
+
+    Raises:
+        RecipeError: the file is missing, is no TOML, or a value is missing, unknown or wrong.
+    """
+    try:
+        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as exc:
+        raise RecipeError(f"{path}: cannot be read: {exc}") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise RecipeError(f"{path}: not TOML: {exc}") from exc
+    except ValidationError as exc:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()]
+        raise RecipeError("\n  ".join([f"{path}:", *lines])) from exc

@@ -1,0 +1,289 @@
+r"""Train a network from a recipe.
+
+    python -m models train --recipe models/recipes/cpu.toml --data VOCdevkit \
+        --weights resnet50.npz --out runs/cpu --device cpu
+
+The same command again resumes from ``checkpoint.pt`` in ``--out``, with the data order that the
+interrupted run would have had. TensorBoard logs lie beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from models.checkpoint import (
+    CheckpointError,
+    load_backbone,
+    load_checkpoint,
+    rounded_weights,
+    save_checkpoint,
+)
+from models.dataset import (
+    ResumableBatches,
+    Sample,
+    TrainingSet,
+    hold_out,
+    read_split,
+    repeat_factors,
+)
+from models.losses import upsampled_cross_entropy
+from models.networks import build_network
+from models.prediction import predict_photo, score, torch_infer
+from models.recipe import Recipe, load_recipe
+from models.transforms import Augmentation
+
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+def learning_rate_factor(iteration: int, recipe: Recipe) -> float:
+    """Poly schedule per iteration (Chen et al. 2015), after a linear warm-up; in (0, 1]."""
+    warm_up = min(1.0, (iteration + 1) / (recipe.warm_up_iterations + 1))
+    return float(warm_up * (1 - iteration / recipe.iterations) ** recipe.poly_power)
+
+
+def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Split the trainable parameters by learning rate and weight decay.
+
+    The head, which starts from nothing, learns faster; BatchNorm and biases (the 1-D parameters)
+    are not decayed (He et al., "Bag of Tricks", 2019).
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            key = (not name.startswith("backbone."), parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": recipe.learning_rate * (recipe.head_learning_rate_factor if head else 1),
+            "weight_decay": recipe.weight_decay if decayed else 0.0,
+        }
+        for (head, decayed), parameters in groups.items()
+    ]
+
+
+def set_training_mode(network: nn.Module, recipe: Recipe) -> None:
+    """Put the network in training mode, but for what the recipe freezes."""
+    network.train()
+    backbone = network.get_submodule("backbone")
+    frozen = [backbone.get_submodule(name) for name in recipe.frozen]
+    for module in frozen:
+        module.requires_grad_(requires_grad=False).eval()
+    if recipe.batch_norm == "frozen":
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+
+
+def make_autocast(device: torch.device, recipe: Recipe) -> Autocast:
+    """Return a factory of the context in which the network runs at the recipe's precision."""
+    if recipe.precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+class Run:
+    """One training run: what a checkpoint holds, and how it goes on from one."""
+
+    def __init__(
+        self, recipe: Recipe, device: torch.device, checkpoint: Path, weights: Path | None
+    ) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe = recipe
+        self.device = device
+        self.checkpoint = checkpoint
+        self.iteration = 0
+        self.history: list[dict[str, float]] = []
+        network = build_network(recipe.network)
+        state = load_checkpoint(checkpoint) if checkpoint.exists() else None
+        if state is None:
+            if weights is None:
+                raise CheckpointError("a new run needs --weights to start from")
+            load_backbone(network.backbone, weights)
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        set_training_mode(self.network, recipe)
+        self.optimizer = torch.optim.SGD(
+            parameter_groups(self.network, recipe),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+        )
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        # Buffers too: BatchNorm's statistics have to go with the weights they were taken under.
+        self.ema = AveragedModel(
+            self.network,
+            multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay),  # type: ignore[no-untyped-call]
+            use_buffers=True,
+        )
+        if state is not None:
+            self._restore(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        saved = Recipe.model_validate(state["recipe"])
+        if saved != self.recipe:
+            changed = [
+                name
+                for name, value in self.recipe.model_dump().items()
+                if value != saved.model_dump()[name]
+            ]
+            raise CheckpointError(
+                f"{self.checkpoint}: from another recipe ({', '.join(changed)} differ); "
+                "give another --out"
+            )
+        self.network.load_state_dict(state["network"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.ema.n_averaged.fill_(state["ema_updates"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["iteration"]
+        self.history = state["history"]
+
+    def save(self) -> None:
+        """Write the checkpoint; ``model`` in it is what `evaluate` and `export` read."""
+        save_checkpoint(
+            self.checkpoint,
+            {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "iteration": self.iteration,
+                "history": self.history,
+                "model": rounded_weights(self.ema.module),
+                "network": self.network.state_dict(),
+                "ema": self.ema.module.state_dict(),
+                "ema_updates": int(self.ema.n_averaged),
+                "optimizer": self.optimizer.state_dict(),
+            },
+        )
+
+    def evaluate(self, samples: list[Sample], autocast: Autocast) -> tuple[float, float]:
+        """Return the averaged network's mean IoU and pixel accuracy on held-out samples."""
+        infer = torch_infer(self.ema.module, self.device, autocast)
+        matrix = score(
+            lambda image: predict_photo(
+                image,
+                infer,
+                working_size=self.recipe.working_size,
+                stride=self.network.stride,
+            ),
+            samples,
+        )
+        return matrix.mean_iou(), matrix.pixel_accuracy()
+
+
+def batches(run: Run, training: list[Sample]) -> DataLoader[Any]:
+    """Return the batches that the run has still to see."""
+    recipe = run.recipe
+    augmentation = Augmentation(
+        recipe.crop_size, recipe.working_size, recipe.scale_range, recipe.jitter
+    )
+    return DataLoader(
+        TrainingSet(training, augmentation, recipe.seed),
+        batch_sampler=ResumableBatches(
+            repeat_factors(training, recipe.repeat_threshold),
+            recipe.batch_size,
+            run.iteration,
+            recipe.iterations,
+            recipe.seed,
+        ),
+        num_workers=recipe.workers,
+        pin_memory=run.device.type == "cuda",
+        persistent_workers=recipe.workers > 0,
+    )
+
+
+def train(run: Run, training: list[Sample], held_out: list[Sample]) -> None:
+    """Run the recipe to its end, checkpointing on the way."""
+    recipe, device, network = run.recipe, run.device, run.network
+    autocast = make_autocast(device, recipe)
+    forward = torch.compile(network) if recipe.compile else network
+    writer = SummaryWriter(run.checkpoint.parent / "tensorboard", purge_step=run.iteration)
+    mean_iou = run.history[-1]["mean_iou"] if run.history else math.nan
+    with (
+        contextlib.closing(writer),
+        tqdm(
+            total=recipe.iterations * recipe.batch_size,
+            initial=run.iteration * recipe.batch_size,
+            unit="images",
+            smoothing=0.02,
+            mininterval=5,
+            dynamic_ncols=True,
+        ) as progress,
+    ):
+        for image, target in batches(run, training):
+            factor = learning_rate_factor(run.iteration, recipe)
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            pixels = image.to(device, non_blocking=True).float()
+            with autocast():
+                logits = forward(pixels.contiguous(memory_format=torch.channels_last))
+            loss = upsampled_cross_entropy(logits, target.to(device, non_blocking=True))
+            run.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            run.optimizer.step()
+            run.ema.update_parameters(network)
+            run.iteration += 1
+
+            last = run.iteration == recipe.iterations
+            if run.iteration % 20 == 0 or last:
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"loss is {value} at iteration {run.iteration}")
+                rate = recipe.learning_rate * factor
+                writer.add_scalar("train/loss", value, run.iteration)
+                writer.add_scalar("train/learning_rate", rate, run.iteration)
+                progress.set_postfix(
+                    loss=f"{value:.3f}",
+                    mIoU="-" if math.isnan(mean_iou) else f"{mean_iou:.3f}",
+                    rate=f"{rate:.1e}",
+                    refresh=False,
+                )
+            progress.update(recipe.batch_size)
+            if run.iteration % recipe.evaluate_every == 0 or last:
+                mean_iou, accuracy = run.evaluate(held_out, autocast)
+                run.history.append(
+                    {
+                        "iteration": run.iteration,
+                        "mean_iou": mean_iou,
+                        "pixel_accuracy": accuracy,
+                    }
+                )
+                writer.add_scalar("held_out/mean_iou", mean_iou, run.iteration)
+                writer.add_scalar("held_out/pixel_accuracy", accuracy, run.iteration)
+                tqdm.write(
+                    f"iteration {run.iteration}: held-out mIoU {mean_iou:.4f}, "
+                    f"pixel accuracy {accuracy:.4f}"
+                )
+            if run.iteration % recipe.checkpoint_every == 0:
+                run.save()
+    run.save()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's options."""
+    parser.add_argument("--recipe", type=Path, required=True, help="TOML of hyper-parameters")
+    parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or its VOC2012")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and logs")
+    parser.add_argument("--weights", type=Path, help="torchvision-layout ResNet-50 to start from")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train, or go on training, as the arguments say."""
+    recipe = load_recipe(args.recipe)
+    training, held_out = hold_out(read_split(args.data, recipe.split), recipe.held_out)
+    run = Run(recipe, torch.device(args.device), args.out / "checkpoint.pt", args.weights)
+    if run.iteration:
+        tqdm.write(f"resuming {run.checkpoint} at iteration {run.iteration}")
+    train(run, training, held_out)
+    return 0

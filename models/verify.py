@@ -1,0 +1,133 @@
+r"""Compare a checkpoint in PyTorch with its exported network in ONNX Runtime; fail below the gate.
+
+python -m models verify --checkpoint runs/cpu/checkpoint.pt --data VOCdevkit \
+        --artifact models/artifacts/atrous_fcn_resnet50_16s --out parity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from models.checkpoint import load_network
+from models.dataset import Sample, read_split
+from models.metrics import ConfusionMatrix
+from models.prediction import NETWORK_FILE, Infer, onnx_infer, torch_infer
+from models.transforms import Geometry, fit, upsample
+
+MIN_PIXEL_AGREEMENT = 0.9999
+MAX_MEAN_IOU_LOSS = 0.0005
+WORKING_SIZES = (320, 512, 640)
+"""Three sizes of the longest side; with both orientations, six shapes or more."""
+BATCH_SIZES = (1, 4)
+
+
+def compare_shapes(
+    reference: Infer, exported: Infer, samples: Sequence[Sample], stride: int
+) -> list[dict[str, Any]]:
+    """Compare both networks on batches of several shapes.
+
+    Returns:
+        One record per shape and batch size: the largest difference of any logit, and the share
+        of pixels whose class agrees at the photos' own size.
+    """
+    records = []
+    loaded = [sample.load()[0] for sample in samples]
+    for size in WORKING_SIZES:
+        groups: dict[tuple[int, ...], list[tuple[NDArray[np.uint8], Geometry]]] = {}
+        for image in loaded:
+            padded, geometry = fit(image, size, shapes=())
+            groups.setdefault(padded.shape, []).append((padded, geometry))
+        group = max(groups.values(), key=len)
+        for batch_size in BATCH_SIZES:
+            members = [group[i % len(group)] for i in range(batch_size)]
+            batch = np.stack([padded for padded, _ in members])
+            ours, theirs = reference(batch), exported(batch)
+            agree = torch.cat(
+                [
+                    (upsample(a, g, stride).argmax(0) == upsample(b, g, stride).argmax(0)).flatten()
+                    for a, b, (_, g) in zip(ours, theirs, members, strict=True)
+                ]
+            )
+            records.append(
+                {
+                    "shape": list(batch.shape[1:3]),
+                    "batch": batch_size,
+                    "max_logit_difference": float((ours - theirs).abs().max()),
+                    "pixel_agreement": float(agree.double().mean()),
+                }
+            )
+    return records
+
+
+def compare_set(
+    reference: Infer, exported: Infer, samples: Sequence[Sample], working_size: int, stride: int
+) -> dict[str, Any]:
+    """Score both networks on a set; the pixels compared are those of every whole photo."""
+    matrices = ConfusionMatrix(), ConfusionMatrix()
+    agreeing = total = 0
+    for sample in tqdm(samples, unit="images", disable=None):
+        image, mask = sample.load()
+        padded, geometry = fit(image, working_size, shapes=())
+        masks = [
+            upsample(infer(padded[None])[0], geometry, stride).argmax(0).to(torch.uint8).numpy()
+            for infer in (reference, exported)
+        ]
+        for matrix, prediction in zip(matrices, masks, strict=True):
+            matrix.update(np.asarray(mask), prediction)
+        agreeing += int((masks[0] == masks[1]).sum())
+        total += masks[0].size
+    return {
+        "images": len(samples),
+        "pixel_agreement": agreeing / total,
+        "mean_iou_torch": matrices[0].mean_iou(),
+        "mean_iou_onnx": matrices[1].mean_iou(),
+    }
+
+
+def passes(shapes: Sequence[dict[str, Any]], whole: dict[str, Any]) -> bool:
+    """Whether every comparison is at or above the gate."""
+    agreement = min(whole["pixel_agreement"], *(r["pixel_agreement"] for r in shapes))
+    loss = whole["mean_iou_torch"] - whole["mean_iou_onnx"]
+    return bool(agreement >= MIN_PIXEL_AGREEMENT and loss <= MAX_MEAN_IOU_LOSS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's options."""
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--limit", type=int, help="only the first N images of the split")
+    parser.add_argument("--out", type=Path, required=True, help="report, JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compare, write the report, and return 1 below the gate."""
+    network, recipe = load_network(args.checkpoint)
+    reference = torch_infer(network, torch.device("cpu"))
+    exported, contract = onnx_infer(args.artifact / NETWORK_FILE)
+    samples = read_split(args.data, args.split)[: args.limit]
+    shapes = compare_shapes(reference, exported, samples[: max(BATCH_SIZES) * 4], contract.stride)
+    whole = compare_set(reference, exported, samples, recipe.working_size, contract.stride)
+    passed = passes(shapes, whole)
+    report = {
+        "passed": passed,
+        "min_pixel_agreement": MIN_PIXEL_AGREEMENT,
+        "max_mean_iou_loss": MAX_MEAN_IOU_LOSS,
+        "split": args.split,
+        "set": whole,
+        "shapes": shapes,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+    return 0 if passed else 1

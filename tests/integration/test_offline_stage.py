@@ -1,0 +1,317 @@
+"""The offline stage from recipe to served artefact, on a made-up data set, a few steps long."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from models.__main__ import main
+from models.checkpoint import load_checkpoint, save_checkpoint
+from models.dataset import read_split
+from models.networks import build_network
+from service.manifest import load_manifest
+from tests.clients import serving
+from tests.voc_data import make_voc
+
+NETWORK = "atrous_fcn_resnet50_16s"
+RECIPE = f"""
+network = "{NETWORK}"
+split = "train"
+held_out = 2
+iterations = 10
+batch_size = 4
+crop_size = 64
+working_size = 128
+scale_range = [0.8, 1.2]
+jitter = 0.1
+repeat_threshold = 0.1
+learning_rate = 0.01
+head_learning_rate_factor = 10.0
+momentum = 0.9
+weight_decay = 1e-4
+poly_power = 0.9
+warm_up_iterations = 2
+ema_decay = 0.5
+frozen = ["conv1", "bn1", "layer1", "layer2"]
+batch_norm = "frozen"
+precision = "fp32"
+compile = false
+workers = 0
+checkpoint_every = 2
+evaluate_every = 10
+"""
+
+
+class Offline:
+    """A folder with data, starting weights and a recipe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = make_voc(folder, images=8)
+        self.weights = folder / "weights.npz"
+        self.recipe = folder / "tiny.toml"
+        self.recipe.write_text(RECIPE, encoding="utf-8")
+        torch.manual_seed(0)
+        backbone = build_network(NETWORK).backbone
+        # Untrained residual sums grow with depth; damped, a few steps already learn colours.
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("bn3.weight"):
+                parameter.data.fill_(0.2)
+        state = {key: value.numpy() for key, value in backbone.state_dict().items()}
+        np.savez(self.weights, **state)  # type: ignore[arg-type]
+
+    def train_arguments(self, run: str) -> list[str]:
+        """The command line of a training run into folder ``run``."""
+        options = {
+            "--recipe": self.recipe,
+            "--data": self.data,
+            "--weights": self.weights,
+            "--out": self.folder / run,
+            "--device": "cpu",
+        }
+        return ["train", *(str(part) for pair in options.items() for part in pair)]
+
+    def stage(self, name: str, **options: object) -> int:
+        """Run a stage as ``python -m models`` does; returns its exit status."""
+        arguments = [[f"--{key.replace('_', '-')}", str(value)] for key, value in options.items()]
+        return main([name, *(part for pair in arguments for part in pair)])
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
+    """Trained once for the module, on one thread: the same bits on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = Offline(tmp_path_factory.mktemp("offline"))
+    assert main(made.train_arguments("run")) == 0
+    yield made
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def artefact(offline: Offline) -> Path:
+    """Exported, evaluated, verified, and given its manifest."""
+    folder = offline.folder / "artifacts" / "tiny_fcn"
+    checkpoint = offline.folder / "run" / "checkpoint.pt"
+    evaluation, parity = offline.folder / "evaluation", offline.folder / "parity.json"
+    assert offline.stage("export", checkpoint=checkpoint, artifact=folder, version="1.2.3") == 0
+    assert offline.stage("evaluate", artifact=folder, data=offline.data, out=evaluation) == 0
+    assert (
+        offline.stage(
+            "verify", checkpoint=checkpoint, artifact=folder, data=offline.data, out=parity
+        )
+        == 0
+    )
+    assert (
+        offline.stage(
+            "manifest",
+            artifact=folder,
+            checkpoint=checkpoint,
+            evaluation=evaluation / "evaluation.json",
+            parity=parity,
+            weights_licence="none: random",
+            data_licence="none: made up",
+        )
+        == 0
+    )
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    """The training losses that TensorBoard was given, in order."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+def test_training_reduces_the_loss(offline: Offline) -> None:
+    """Ten steps on coloured rectangles: well below the first step's."""
+    values = losses(offline.folder / "run")
+    assert len(values) == 10
+    assert np.mean(values[-3:]) < 0.7 * values[0]
+
+
+def test_frozen_parts_keep_their_weights_and_the_rest_learns(offline: Offline) -> None:
+    """layer2 is frozen in the recipe, layer4 is not; running statistics stay."""
+    trained = load_checkpoint(offline.folder / "run" / "checkpoint.pt")["network"]
+    with np.load(offline.weights) as start:
+        for key in ("layer2.0.conv1.weight", "layer4.2.bn3.running_mean"):
+            assert np.array_equal(trained[f"backbone.{key}"].numpy(), start[key])
+        key = "layer4.0.conv1.weight"
+        assert not np.array_equal(trained[f"backbone.{key}"].numpy(), start[key])
+
+
+def test_a_killed_run_resumes_to_the_same_weights(offline: Offline) -> None:
+    """`kill -9` after a checkpoint, then the same command: equal to the uninterrupted run."""
+    command = [sys.executable, "-m", "models", *offline.train_arguments("killed")]
+    checkpoint = offline.folder / "killed" / "checkpoint.pt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FCN_TEST_KILL": "1"}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL_AT_FIRST_CHECKPOINT, *command[3:]],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert load_checkpoint(checkpoint)["iteration"] == 2
+
+    assert main(offline.train_arguments("killed")) == 0
+    ours = load_checkpoint(checkpoint)
+    theirs = load_checkpoint(offline.folder / "run" / "checkpoint.pt")
+    assert ours["iteration"] == 10
+    for part in ("network", "ema", "model"):
+        assert ours[part].keys() == theirs[part].keys()
+        for key, value in ours[part].items():
+            torch.testing.assert_close(value, theirs[part][key], rtol=1e-5, atol=1e-6)
+
+
+KILL_AT_FIRST_CHECKPOINT = """
+import os, signal, sys
+from models import train
+from models.__main__ import main
+
+save = train.Run.save
+
+def save_and_die(run):
+    save(run)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train.Run.save = save_and_die
+main(sys.argv[1:])
+"""
+
+
+def test_another_recipe_does_not_continue_a_run(
+    offline: Offline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names what differs, and the checkpoint stays."""
+    other = offline.folder / "other.toml"
+    other.write_text(RECIPE.replace("momentum = 0.9", "momentum = 0.8"), encoding="utf-8")
+    arguments = [
+        str(other) if part == str(offline.recipe) else part
+        for part in offline.train_arguments("run")
+    ]
+    assert main(arguments) == 1
+    assert "momentum differ" in capsys.readouterr().err
+    assert load_checkpoint(offline.folder / "run" / "checkpoint.pt")["iteration"] == 10
+
+
+def test_the_graph_is_what_the_contract_promises(artefact: Path) -> None:
+    """Opset 18, BatchNorm folded, dynamic batch and size, no path of this machine."""
+    path = artefact / "network.onnx"
+    model = onnx.load(path)
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert str(Path.cwd()).encode() not in path.read_bytes()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for shape in ((1, 64, 96, 3), (3, 96, 64, 3)):
+        (logits,) = session.run(["logits"], {"image": np.zeros(shape, dtype=np.uint8)})
+        assert logits.shape == (shape[0], 21, shape[1] // 16, shape[2] // 16)
+
+
+def test_the_manifest_holds_what_was_measured(artefact: Path, offline: Offline) -> None:
+    """Accuracy, parity, recipe and licences, of this very file."""
+    manifest = load_manifest(artefact)
+    report = json.loads((offline.folder / "evaluation" / "evaluation.json").read_text())
+    assert (manifest.name, manifest.version) == ("tiny_fcn", "1.2.3")
+    assert manifest.metrics["fp32"].model_dump() == report["metrics"]
+    assert manifest.recipe["crop_size"] == 64
+    assert manifest.licences["starting_weights"] == "none: random"
+    assert manifest.parity["passed"] is True
+    shapes = {tuple(record["shape"]) for record in manifest.parity["shapes"]}  # type: ignore[union-attr,index,call-overload]
+    assert len(shapes) >= 3
+
+
+def test_evaluation_draws_its_pictures(offline: Offline, artefact: Path) -> None:
+    """A bar chart and a sheet of photo, truth and prediction that can be opened."""
+    assert artefact.is_dir()
+    for name in ("per_class_iou.png", "contact_sheet.png"):
+        with Image.open(offline.folder / "evaluation" / name) as picture:
+            assert min(picture.size) > 300
+            assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_the_service_scores_as_its_artefact_does(
+    artefact: Path, offline: Offline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`evaluate --url` on a running service gives the artefact's confusion matrix."""
+    out = offline.folder / "served"
+    with serving(artefact) as server:
+        assert offline.stage("evaluate", url=server.url, data=offline.data, out=out) == 0
+    served = json.loads((out / "evaluation.json").read_text())["metrics"]
+    manifest = load_manifest(artefact).metrics["fp32"]
+    assert served["pixel_accuracy"] == pytest.approx(manifest.pixel_accuracy, abs=1e-4)
+    assert served["miou"] == pytest.approx(manifest.miou, abs=1e-3)
+    assert "article behind this project" in capsys.readouterr().out
+
+
+def test_verify_fails_below_the_gate(offline: Offline, artefact: Path, tmp_path: Path) -> None:
+    """Another network's checkpoint beside the artefact: non-zero exit, and a report that says so."""
+    state = load_checkpoint(offline.folder / "run" / "checkpoint.pt")
+    weight = state["model"]["classifier.weight"]
+    weight.copy_(weight.roll(1, dims=0))
+    save_checkpoint(tmp_path / "other.pt", state)
+    parity = tmp_path / "parity.json"
+    status = offline.stage(
+        "verify", checkpoint=tmp_path / "other.pt", artifact=artefact, data=offline.data, out=parity
+    )
+    assert status == 1
+    assert json.loads(parity.read_text())["passed"] is False
+
+
+def test_a_manifest_needs_an_evaluation_of_the_same_file(
+    offline: Offline, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An evaluation of a former export does not vouch for this one."""
+    report = json.loads((offline.folder / "evaluation" / "evaluation.json").read_text())
+    report["sha256"] = "0" * 64
+    stale = tmp_path / "evaluation.json"
+    stale.write_text(json.dumps(report), encoding="utf-8")
+    status = offline.stage(
+        "manifest",
+        artifact=artefact,
+        checkpoint=offline.folder / "run" / "checkpoint.pt",
+        evaluation=stale,
+        parity=offline.folder / "parity.json",
+        weights_licence="x",
+        data_licence="x",
+    )
+    assert status == 1
+    assert "run evaluate again" in capsys.readouterr().err
+
+
+def test_a_new_run_needs_starting_weights(
+    offline: Offline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line, no trace."""
+    arguments = offline.train_arguments("weightless")
+    at = arguments.index("--weights")
+    assert main(arguments[:at] + arguments[at + 2 :]) == 1
+    assert capsys.readouterr().err == "train: a new run needs --weights to start from\n"
+
+
+def test_a_bad_mask_stops_training_with_its_name(
+    tmp_path: Path, offline: Offline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever thread or process reads it, the file is named on one line."""
+    data = make_voc(tmp_path, images=8)
+    mask = read_split(data, "train")[3].mask_path
+    mask.write_bytes(b"not a mask")
+    arguments = [
+        str(data) if part == str(offline.data) else part
+        for part in offline.train_arguments("bad_mask")
+    ]
+    assert main(arguments) == 1
+    assert mask.name in capsys.readouterr().err

@@ -1,0 +1,122 @@
+"""Weights and checkpoints: what fits is loaded, what does not is listed, nothing is run."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.checkpoint import (
+    CheckpointError,
+    load_backbone,
+    load_checkpoint,
+    load_network,
+    rounded_weights,
+    save_checkpoint,
+)
+
+
+def small_backbone() -> nn.Module:
+    """Two layers stand for the 318 tensors of a ResNet-50."""
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+
+def save_npz(weights: dict[str, Tensor], path: Path) -> None:
+    """Write numpy's format."""
+    np.savez(path, **{key: value.numpy() for key, value in weights.items()})
+
+
+WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
+    ".pth": torch.save,
+    ".npz": save_npz,
+    ".safetensors": save_file,
+}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_loads(tmp_path: Path, suffix: str) -> None:
+    """ImageNet's classifier is left out, missing batch counters are forgiven."""
+    source, backbone = small_backbone(), small_backbone()
+    weights = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    path = tmp_path / f"weights{suffix}"
+    WRITERS[suffix]({**weights, "fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}, path)
+    load_backbone(backbone, path)
+    for key, value in weights.items():
+        assert backbone.state_dict()[key].equal(value)
+
+
+def test_keys_that_do_not_fit_are_all_listed(tmp_path: Path) -> None:
+    """Missing, unknown and misshapen, in one message; nothing is loaded."""
+    weights = small_backbone().state_dict()
+    del weights["0.bias"]
+    weights["0.weight"] = torch.zeros(4, 3, 3, 3)
+    weights["layer9.weight"] = torch.zeros(1)
+    torch.save(weights, tmp_path / "weights.pth")
+    backbone = small_backbone()
+    before = backbone.state_dict()["1.weight"].clone()
+    with pytest.raises(CheckpointError) as caught:
+        load_backbone(backbone, tmp_path / "weights.pth")
+    message = str(caught.value)
+    assert "3 keys do not fit" in message
+    assert "missing: 0.bias" in message
+    assert "unknown: layer9.weight" in message
+    assert "shape (4, 3, 3, 3), expected (4, 3, 1, 1): 0.weight" in message
+    assert backbone.state_dict()["1.weight"].equal(before)
+
+
+class Payload:
+    """Would write a file when unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.target}",)  # type: ignore[return-value]
+
+
+def test_code_in_weights_is_not_run(tmp_path: Path) -> None:
+    """A .pth that is a hostile pickle, and an .npz of objects, are refused unread."""
+    proof = tmp_path / "proof"
+    torch.save({"conv1.weight": Payload(proof)}, tmp_path / "weights.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(proof)))
+    np.savez(tmp_path / "weights.npz", w=np.array([Payload(proof)], dtype=object))
+    for name in ("weights.pth", "plain.pth", "weights.npz"):
+        with pytest.raises(CheckpointError, match=name):
+            load_backbone(small_backbone(), tmp_path / name)
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "absent.npz", "absent.safetensors", "weights.h5"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    """Missing, or of a format that is none of the three."""
+    with pytest.raises(CheckpointError, match=name):
+        load_backbone(small_backbone(), tmp_path / name)
+
+
+def test_checkpoints_are_replaced_whole(tmp_path: Path) -> None:
+    """What is read back is what was written, and no temporary file stays."""
+    path = tmp_path / "run" / "checkpoint.pt"
+    for iteration in (1, 2):
+        save_checkpoint(path, {"iteration": iteration, "w": torch.ones(3)})
+    assert load_checkpoint(path)["iteration"] == 2
+    assert [p.name for p in path.parent.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
+    """A file of bare weights says so when a run's checkpoint is wanted."""
+    path = tmp_path / "weights.pt"
+    torch.save({"conv1.weight": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of a training run"):
+        load_network(path)
+
+
+def test_rounded_weights_change_the_kernels_alone() -> None:
+    """Four-dimensional weights become fp16; BatchNorm and biases keep fp32."""
+    dtypes = {key: value.dtype for key, value in rounded_weights(small_backbone()).items()}
+    assert dtypes["0.weight"] == torch.float16
+    assert dtypes["0.bias"] == dtypes["1.weight"] == dtypes["1.running_var"] == torch.float32

@@ -1,0 +1,154 @@
+"""VOC's layout is read as it is; what is wrong with it is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models.dataset import (
+    DatasetError,
+    ResumableBatches,
+    TrainingSet,
+    hold_out,
+    read_split,
+    repeat_factors,
+)
+from models.transforms import Augmentation
+from tests.voc_data import make_voc, write_mask
+
+
+@pytest.fixture
+def voc(tmp_path: Path) -> Path:
+    """The ``VOC2012`` folder of a made-up VOCdevkit."""
+    return make_voc(tmp_path) / "VOC2012"
+
+
+def test_a_split_is_read_in_its_order(voc: Path) -> None:
+    """Each listed name becomes a sample; VOCdevkit and VOC2012 are the same data."""
+    samples = read_split(voc, "train")
+    assert [sample.name for sample in samples] == [f"2007_{i:06}" for i in range(12)]
+    assert samples == read_split(voc.parent, "train")
+
+
+def test_labels_keep_their_ids_and_void(voc: Path) -> None:
+    """Palette indices are class ids, 255 stays 255, and SBD's masks are found."""
+    samples = read_split(voc, "train")
+    image, mask = samples[0].load()
+    assert (image.mode, image.size) == ("RGB", mask.size)
+    assert set(np.unique(np.asarray(mask))) == {0, 8, 255}
+    assert samples[2].mask_path.parent.name == "SegmentationClassAug"
+    assert set(np.unique(np.asarray(samples[2].load()[1]))) == {0, 15}
+
+
+def test_vocs_own_mask_wins_over_sbds(voc: Path) -> None:
+    """Where both exist, the finer one is used."""
+    write_mask(voc / "SegmentationClassAug/2007_000000.png", np.zeros((96, 128), np.uint8))
+    assert read_split(voc, "train")[0].mask_path.parent.name == "SegmentationClass"
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [
+        ("JPEGImages/2007_000001.jpg", "2007_000001.jpg"),
+        ("SegmentationClass/2007_000001.png", "2007_000001.png"),
+        ("ImageSets/Segmentation/train.txt", "train.txt"),
+    ],
+)
+def test_a_missing_file_is_named(voc: Path, missing: str, named: str) -> None:
+    """Reading the split stops at the first file that is not there."""
+    (voc / missing).unlink()
+    with pytest.raises(DatasetError, match=named):
+        read_split(voc, "train")
+
+
+def test_a_folder_without_voc_is_named(tmp_path: Path) -> None:
+    """A wrong --data is said at once."""
+    with pytest.raises(DatasetError, match=str(tmp_path)):
+        read_split(tmp_path, "train")
+
+
+def test_a_size_mismatch_is_named(voc: Path) -> None:
+    """A mask of another size than its photo stops the run."""
+    write_mask(voc / "SegmentationClass/2007_000000.png", np.zeros((96, 127), np.uint8))
+    with pytest.raises(DatasetError, match=r"2007_000000\.png: 127x96.* 128x96"):
+        read_split(voc, "train")[0].load()
+
+
+def test_a_label_beyond_the_classes_is_named(voc: Path) -> None:
+    """21 is no class and no void."""
+    write_mask(voc / "SegmentationClass/2007_000000.png", np.full((96, 128), 21, np.uint8))
+    with pytest.raises(DatasetError, match=r"2007_000000\.png: label 21"):
+        read_split(voc, "train")[0].load()
+
+
+def test_an_rgb_mask_is_refused(voc: Path) -> None:
+    """Colours are not class ids."""
+    Image.new("RGB", (128, 96)).save(voc / "SegmentationClass/2007_000000.png")
+    with pytest.raises(DatasetError, match="mode RGB"):
+        read_split(voc, "train")[0].load()
+
+
+@pytest.mark.parametrize(
+    "folder", ["JPEGImages/2007_000000.jpg", "SegmentationClass/2007_000000.png"]
+)
+def test_an_unreadable_file_is_named(voc: Path, folder: str) -> None:
+    """A broken image or mask is an error of the data, not a crash."""
+    (voc / folder).write_bytes(b"not an image")
+    with pytest.raises(DatasetError, match="2007_000000"):
+        read_split(voc, "train")[0].load()
+
+
+def test_held_out_images_are_vocs_own_and_stay_the_same(voc: Path) -> None:
+    """The slice has masks with void only, does not depend on order, and is not trained on."""
+    samples = read_split(voc, "train")
+    training, held_out = hold_out(samples, 3)
+    assert {s.mask_path.parent.name for s in held_out} == {"SegmentationClass"}
+    assert {s.name for s in hold_out(samples[::-1], 3)[1]} == {s.name for s in held_out}
+    assert len(training) == 9
+    assert not set(training) & set(held_out)
+
+
+def test_too_large_a_held_out_slice_is_refused(voc: Path) -> None:
+    """Four of the twelve masks are SBD's: nine cannot be held out."""
+    with pytest.raises(DatasetError, match="cannot hold out 9"):
+        hold_out(read_split(voc, "train"), 9)
+
+
+def test_rare_classes_are_repeated(voc: Path) -> None:
+    """An image has the factor of its rarest class; frequent classes stay at one."""
+    samples = read_split(voc, "train")
+    rare = [samples[0], *[s for s in samples if s.mask_path.parent.name != "SegmentationClass"]]
+    factors = repeat_factors(rare, threshold=0.8)
+    np.testing.assert_allclose(factors, [2.0, 1, 1, 1, 1])
+    assert (repeat_factors(rare, threshold=0) == 1).all()
+
+
+def test_batches_resume_where_they_stopped() -> None:
+    """Starting at iteration 7 gives what an uninterrupted run would have seen from there."""
+    factors = np.array([1.0, 2.5, 1.0, 1.3, 1.0])
+    whole = list(ResumableBatches(factors, 4, start=0, stop=20, seed=3))
+    assert list(ResumableBatches(factors, 4, start=7, stop=20, seed=3)) == whole[7:]
+    assert list(ResumableBatches(factors, 4, start=0, stop=20, seed=4)) != whole
+    assert len(whole) == 20
+
+
+def test_an_epoch_shows_every_image_and_each_crop_once() -> None:
+    """Repeats within an epoch are other crops of the same image."""
+    batches = ResumableBatches(np.array([1.0, 3.0]), 4, start=0, stop=5, seed=0)
+    keys = [key for batch in batches for key in batch]
+    assert len(set(keys)) == 20
+    assert sorted(index for _, index in keys[:4]) == [0, 1, 1, 1]
+
+
+def test_a_crop_depends_on_its_key_alone(voc: Path) -> None:
+    """The same key gives the same crop, another epoch another one."""
+    augmentation = Augmentation(64, 128, (0.5, 2.0), 0.3)
+    crops = TrainingSet(read_split(voc, "train"), augmentation, seed=1)
+    image, target = crops[0, 5]
+    again, _ = crops[0, 5]
+    other, _ = crops[1, 5]
+    assert image.shape == (3, 64, 64)
+    assert target.shape == (64, 64)
+    assert image.equal(again)
+    assert not image.equal(other)

@@ -1,0 +1,43 @@
+"""Recipes are complete and checked before a run starts."""
+
+from pathlib import Path
+
+import pytest
+
+import models
+from models.networks import NETWORKS
+from models.recipe import RecipeError, load_recipe
+
+RECIPES = sorted((Path(models.__file__).parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_committed_recipes_are_valid(path: Path) -> None:
+    """Each names a network that exists."""
+    assert load_recipe(path).network in NETWORKS
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("batch_size = 16", "batch_size = 0", "batch_size"),
+        ("batch_size = 16", "batchsize = 16", "batchsize"),
+        ("batch_size = 16", "", "batch_size"),
+        ("crop_size = 320", "crop_size = 300", "crop_size"),
+        ("batch_size = 16", "batch_size =", "not TOML"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, named: str) -> None:
+    """Out of range, misspelt, missing, or no TOML at all."""
+    text = (RECIPES[0].parent / "cpu.toml").read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "wrong.toml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(RecipeError, match=named):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    """One line with the path."""
+    with pytest.raises(RecipeError, match=r"absent\.toml"):
+        load_recipe(tmp_path / "absent.toml")

@@ -1,0 +1,102 @@
+"""Image and mask go through the same geometry; labels are never blended."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.transforms import PADDING_COLOR, Augmentation, Geometry, fit, upsample
+from service.voc import PALETTE
+
+
+def painted(height: int, width: int) -> tuple[Image.Image, Image.Image]:
+    """A photo in which every pixel has the colour of its label: 0 outside, 8 inside."""
+    labels = np.zeros((height, width), dtype=np.uint8)
+    labels[height // 4 : height // 2, width // 4 : width // 2] = 8
+    return Image.fromarray(PALETTE[labels]), Image.fromarray(labels)
+
+
+@given(seed=st.integers(0, 10_000), height=st.integers(60, 300), width=st.integers(60, 300))
+@settings(max_examples=40, deadline=None)
+def test_image_and_mask_stay_paired(seed: int, height: int, width: int) -> None:
+    """Whatever is drawn, the label's colour lies under the label, and padding is void."""
+    augmentation = Augmentation(64, 128, (0.5, 2.0), jitter=0.0)
+    image, mask = augmentation(*painted(height, width), np.random.default_rng(seed))
+    assert image.shape == (64, 64, 3)
+    assert set(np.unique(mask)) <= {0, 8, 255}
+    padding = mask == 255
+    assert (image[padding] == PADDING_COLOR).all()
+    # Both are resampled about the same centres: the blend passes its half where labels change.
+    nearer_to_cat = image[..., 0] > PALETTE[8, 0] / 2
+    assert ((mask == 8) == nearer_to_cat)[~padding].mean() > 0.9
+
+
+def test_jitter_changes_colors_and_not_labels() -> None:
+    """Photometric changes leave the mask alone."""
+    photo, mask = painted(64, 64)
+    plain = Augmentation(64, 64, (1.0, 1.0), 0.0)(photo, mask, np.random.default_rng(1))
+    vivid = Augmentation(64, 64, (1.0, 1.0), 0.5)(photo, mask, np.random.default_rng(1))
+    assert not np.array_equal(plain[0], vivid[0])
+    assert np.array_equal(plain[1], vivid[1])
+
+
+def test_flips_happen_for_both() -> None:
+    """Among ten draws both orientations occur, image and mask together."""
+    labels = np.zeros((32, 32), dtype=np.uint8)
+    labels[:, :16] = 12
+    photo, mask = Image.fromarray(PALETTE[labels]), Image.fromarray(labels)
+    augmentation = Augmentation(32, 32, (1.0, 1.0), 0.0)
+    left = set()
+    for seed in range(10):
+        pixels, target = augmentation(photo, mask, np.random.default_rng(seed))
+        assert np.array_equal(pixels, PALETTE[target])
+        left.add(int(target[0, 0]))
+    assert left == {0, 12}
+
+
+@pytest.mark.parametrize(
+    ("photo", "resized", "shape"),
+    [
+        ((375, 500), (384, 512), (384, 512)),
+        ((500, 375), (512, 384), (512, 384)),
+        ((400, 400), (512, 512), (512, 512)),
+        ((1000, 3000), (171, 512), (384, 512)),
+        ((3, 1000), (2, 512), (384, 512)),
+    ],
+)
+def test_fit_takes_the_smallest_listed_shape(
+    photo: tuple[int, int], resized: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    """Longest side to 512, padded with the mean colour at the bottom and right."""
+    image = Image.new("RGB", photo[::-1], (255, 0, 0))
+    padded, geometry = fit(image, 512, ((384, 512), (512, 384), (512, 512)))
+    assert padded.shape == (*shape, 3)
+    assert geometry == Geometry(photo, resized)
+    assert (padded[: resized[0], : resized[1]] == (255, 0, 0)).all()
+    assert (padded[resized[0] :] == PADDING_COLOR).all()
+    assert (padded[:, resized[1] :] == PADDING_COLOR).all()
+
+
+def test_fit_falls_back_to_multiples_of_32() -> None:
+    """Larger than any listed shape."""
+    padded, _ = fit(Image.new("RGB", (500, 375)), 640, ((384, 512),))
+    assert padded.shape == (480, 640, 3)
+
+
+@pytest.mark.parametrize("size", [(96, 128), (40, 300), (384, 512)])
+def test_upsample_is_interpolate_where_nothing_is_padded(size: tuple[int, int]) -> None:
+    """The same as F.interpolate(mode="bilinear", align_corners=False)."""
+    logits = torch.randn(21, 6, 8, generator=torch.Generator().manual_seed(0))
+    ours = upsample(logits, Geometry(size, (96, 128)), stride=16)
+    theirs = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_upsample_reads_the_valid_region_only() -> None:
+    """Of a half-padded input, the photo's last column comes from the middle of the logits."""
+    logits = torch.arange(8.0).expand(1, 4, 8)
+    out = upsample(logits, Geometry((64, 64), (64, 64)), stride=16)
+    assert out[0, 0, -1].item() == pytest.approx(63.5 / 16 - 0.5)
