@@ -67,8 +67,9 @@ class FoldedConv2d(nn.Module):
         scale = torch.ones(conv.out_channels)
         bias = torch.zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         if norm is not None:
-            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-            bias = norm.bias + (bias - norm.running_mean) * scale
+            statistics = norm.state_dict()
+            scale = norm.weight / torch.sqrt(statistics["running_var"] + norm.eps)
+            bias = norm.bias + (bias - statistics["running_mean"]) * scale
         self.register_buffer("weight", half)
         self.register_buffer("scale", scale.detach().view(-1, 1, 1, 1))
         self.register_buffer("bias", bias.detach())

@@ -45,6 +45,9 @@ from models.prediction import predict_photo, score, torch_infer
 from models.recipe import Recipe, load_recipe
 from models.transforms import Augmentation
 
+LOG_EVERY = 20
+"""Iterations between losses read back: each read waits for the device."""
+
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -235,7 +238,7 @@ def train(run: Run, training: list[Sample], held_out: list[Sample]) -> None:
             run.iteration += 1
 
             last = run.iteration == recipe.iterations
-            if run.iteration % 20 == 0 or last:
+            if run.iteration % LOG_EVERY == 0 or last:
                 value = loss.item()
                 if not math.isfinite(value):
                     raise FloatingPointError(f"loss is {value} at iteration {run.iteration}")

@@ -28,7 +28,7 @@ SIZES = [(300, 451), (375, 500), (500, 375), (512, 512), (1200, 700), (33, 900),
 
 def photo(height: int, width: int) -> Image.Image:
     """scikit-image's cat, stretched to a size."""
-    cat = Image.fromarray(data.chelsea())
+    cat = Image.fromarray(data.chelsea())  # type: ignore[no-untyped-call]
     return cat.resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -44,25 +44,23 @@ def test_the_network_sees_the_same_pixels(size: tuple[int, int], working_size: i
     image = photo(*size)
     ours, geometry = fit(image, working_size, SHAPES)
     theirs_geometry = plan(size, working_size)
-    theirs = preprocessing.preprocess(
-        np.asarray(image), theirs_geometry, CONTRACT.padding_color
-    )
+    theirs = preprocessing.preprocess(np.asarray(image), theirs_geometry, CONTRACT.padding_color)
     assert np.array_equal(ours, theirs)
     assert geometry == Geometry(theirs_geometry.photo, theirs_geometry.resized)
 
 
 def test_the_padding_is_the_contracts() -> None:
     """The training transform pads with what the exported contract says."""
-    assert PADDING_COLOR == CONTRACT.padding_color
+    assert CONTRACT.padding_color == PADDING_COLOR
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_become_the_same_mask(size: tuple[int, int]) -> None:
-    """torch's upsampling and the service's differ at most where two classes all but tie."""
+    """PyTorch's upsampling and the service's differ at most where two classes all but tie."""
     geometry = plan(size)
     height, width = geometry.padded
-    logits = np.random.default_rng(0).normal(size=(21, height // 16, width // 16))
-    logits = (3 * logits).astype(np.float32)
+    cells = (21, height // 16, width // 16)
+    logits = 3 * np.random.default_rng(0).standard_normal(cells, dtype=np.float32)
     full = upsample(torch.from_numpy(logits), Geometry(geometry.photo, geometry.resized), 16)
     mask = upsampling.upsample(logits, geometry).mask
     best, second = full.topk(2, dim=0).values
