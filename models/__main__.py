@@ -11,6 +11,7 @@ import sys
 from models import evaluate, export, manifest, train, verify
 from models.checkpoint import CheckpointError
 from models.dataset import DatasetError
+from models.prediction import DeviceError
 from models.recipe import RecipeError
 from service.errors import SegmentError
 
@@ -24,6 +25,7 @@ STAGES = {
 USER_ERRORS = (
     CheckpointError,
     DatasetError,
+    DeviceError,
     RecipeError,
     SegmentError,
     evaluate.EvaluationError,

@@ -19,7 +19,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -27,7 +26,15 @@ from tqdm import tqdm
 from models.checkpoint import load_network
 from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
-from models.prediction import NETWORK_FILE, Predict, onnx_infer, predict_photo, score, torch_infer
+from models.prediction import (
+    NETWORK_FILE,
+    Predict,
+    onnx_infer,
+    open_device,
+    predict_photo,
+    score,
+    torch_infer,
+)
 from service.manifest import sha256_of
 from service.voc import CLASSES, FULL_PALETTE
 
@@ -82,7 +89,7 @@ def open_predictor(args: argparse.Namespace) -> tuple[Predict, dict[str, str]]:
         return service_predict(args.url), {"url": args.url}
     if args.checkpoint:
         network, recipe = load_network(args.checkpoint)
-        device = torch.device(args.device)
+        device = open_device(args.device)
         infer = torch_infer(network.to(device), device)
         size, stride = recipe.working_size, network.stride
         path, source = args.checkpoint, "checkpoint"

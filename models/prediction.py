@@ -35,6 +35,24 @@ SHAPES = ((384, 512), (512, 384), (512, 512))
 """(height, width) of the network inputs that exported models list: VOC's two, and the square."""
 
 
+class DeviceError(Exception):
+    """The device that was asked for is not there."""
+
+
+def open_device(name: str) -> torch.device:
+    """Return the torch device called ``name``, such as ``cpu`` or ``cuda:1``.
+
+    Raises:
+        DeviceError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise DeviceError(f"device {name}: {str(exc).splitlines()[0]}") from exc
+    return device
+
+
 def predict_photo(
     image: Image.Image,
     infer: Infer,

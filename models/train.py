@@ -41,7 +41,7 @@ from models.dataset import (
 )
 from models.losses import upsampled_cross_entropy
 from models.networks import build_network
-from models.prediction import predict_photo, score, torch_infer
+from models.prediction import open_device, predict_photo, score, torch_infer
 from models.recipe import Recipe, load_recipe
 from models.transforms import Augmentation
 
@@ -285,7 +285,7 @@ def main(args: argparse.Namespace) -> int:
     """Train, or go on training, as the arguments say."""
     recipe = load_recipe(args.recipe)
     training, held_out = hold_out(read_split(args.data, recipe.split), recipe.held_out)
-    run = Run(recipe, torch.device(args.device), args.out / "checkpoint.pt", args.weights)
+    run = Run(recipe, open_device(args.device), args.out / "checkpoint.pt", args.weights)
     if run.iteration:
         tqdm.write(f"resuming {run.checkpoint} at iteration {run.iteration}")
     train(run, training, held_out)

@@ -308,6 +308,14 @@ def test_a_new_run_needs_starting_weights(
     assert capsys.readouterr().err == "train: a new run needs --weights to start from\n"
 
 
+def test_an_absent_device_is_named(offline: Offline, capsys: pytest.CaptureFixture[str]) -> None:
+    """No machine has a thousand GPUs; asked for one of them, training stops with one line."""
+    arguments = offline.train_arguments("deviceless")
+    arguments[arguments.index("--device") + 1] = "cuda:1000"
+    assert main(arguments) == 1
+    assert "train: device cuda:1000: " in capsys.readouterr().err
+
+
 def test_a_bad_mask_stops_training_with_its_name(
     tmp_path: Path, offline: Offline, capsys: pytest.CaptureFixture[str]
 ) -> None:
