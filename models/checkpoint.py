@@ -71,7 +71,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         CheckpointError: the file cannot be read, or would need unpickling to be.
     """
     if path.suffix in (".pth", ".pt"):
-        return {k: v for k, v in load_checkpoint(path).items() if isinstance(v, Tensor)}
+        state = load_checkpoint(path)
+        if "model" in state:
+            prefix = "backbone."
+            trained = state["model"].items()
+            return {k.removeprefix(prefix): v for k, v in trained if k.startswith(prefix)}
+        return {k: v for k, v in state.items() if isinstance(v, Tensor)}
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
@@ -85,6 +90,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def load_backbone(backbone: nn.Module, path: Path) -> None:
     """Load starting weights into a backbone; every key and shape must fit.
+
+    A checkpoint of an earlier run will do too: its trained backbone is taken.
 
     Raises:
         CheckpointError: lists each key that is missing, unknown or of another shape.

@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     frozen: tuple[str, ...] = ()
     """Backbone modules that keep their starting weights."""
     batch_norm: Literal["train", "frozen"]
-    """``frozen`` keeps the running statistics and trains scale and shift only."""
+    """The backbone's: ``frozen`` keeps the running statistics and trains scale and shift only."""
     precision: Literal["fp32", "bf16"]
     """The convolutions' arithmetic; weights and loss are float32 in either case."""
     compile: bool

@@ -86,7 +86,7 @@ def set_training_mode(network: nn.Module, recipe: Recipe) -> None:
     for module in frozen:
         module.requires_grad_(requires_grad=False).eval()
     if recipe.batch_norm == "frozen":
-        for module in network.modules():
+        for module in backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from models.networks.fcn_resnet50 import FcnResNet50, atrous_fcn_resnet50_16s, fcn_resnet50_32s
+from models.networks.fcn_resnet50 import (
+    FcnResNet50,
+    atrous_fcn_resnet50_16s,
+    context_fcn_resnet50_16s,
+    fcn_resnet50_32s,
+)
 
 NETWORKS: Final[dict[str, Callable[[], FcnResNet50]]] = {
     "fcn_resnet50_32s": fcn_resnet50_32s,
     "atrous_fcn_resnet50_16s": atrous_fcn_resnet50_16s,
+    "context_fcn_resnet50_16s": context_fcn_resnet50_16s,
 }
 
 

@@ -52,6 +52,16 @@ def test_every_format_loads(tmp_path: Path, suffix: str) -> None:
         assert backbone.state_dict()[key].equal(value)
 
 
+def test_a_former_runs_backbone_is_taken(tmp_path: Path) -> None:
+    """From a checkpoint, the trained backbone is a starting point too."""
+    source, backbone = small_backbone(), small_backbone()
+    trained = {f"backbone.{key}": value for key, value in source.state_dict().items()}
+    state = {"model": {**trained, "classifier.weight": torch.zeros(2, 2)}, "iteration": 9}
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    load_backbone(backbone, tmp_path / "checkpoint.pt")
+    assert backbone.state_dict()["0.weight"].equal(source.state_dict()["0.weight"])
+
+
 def test_keys_that_do_not_fit_are_all_listed(tmp_path: Path) -> None:
     """Missing, unknown and misshapen, in one message; nothing is loaded."""
     weights = small_backbone().state_dict()

@@ -10,6 +10,7 @@ from models.networks.resnet import Normalize
 COST = {
     "fcn_resnet50_32s": (23_551_061, 21.364e9),
     "atrous_fcn_resnet50_16s": (23_551_061, 32.470e9),
+    "context_fcn_resnet50_16s": (25_481_813, 34.378e9),
 }
 
 
