@@ -31,6 +31,7 @@ USER_ERRORS = (
     evaluate.EvaluationError,
     export.ExportError,
     manifest.ManifestError,
+    train.TrainingError,
     OSError,
 )
 

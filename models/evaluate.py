@@ -1,6 +1,6 @@
 r"""Score a checkpoint, an artefact or a running service at the photos' own resolution.
 
-    python -m models evaluate --artifact models/artifacts/atrous_fcn_resnet50_16s \
+    python -m models evaluate --artifact models/artifacts/context_fcn_resnet50_16s \
         --data VOCdevkit --split val --out evaluation
 
 Writes ``evaluation.json``, ``per_class_iou.png`` and ``contact_sheet.png`` (photo, truth,

@@ -1,6 +1,6 @@
 r"""Write an artefact's ``manifest.json``, last of all: sha256s, provenance and measured accuracy.
 
-python -m models manifest --artifact models/artifacts/atrous_fcn_resnet50_16s \
+python -m models manifest --artifact models/artifacts/context_fcn_resnet50_16s \
         --checkpoint runs/cpu/checkpoint.pt --evaluation evaluation/evaluation.json \
         --parity parity.json --weights-licence "..." --data-licence "..."
 """

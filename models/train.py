@@ -48,6 +48,11 @@ from models.transforms import Augmentation
 LOG_EVERY = 20
 """Iterations between losses read back: each read waits for the device."""
 
+
+class TrainingError(Exception):
+    """The run cannot go on; the message says why. The last checkpoint stays."""
+
+
 Autocast = Callable[[], AbstractContextManager[object]]
 
 
@@ -126,11 +131,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         # Buffers too: BatchNorm's statistics have to go with the weights they were taken under.
-        self.ema = AveragedModel(
-            self.network,
-            multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay),  # type: ignore[no-untyped-call]
-            use_buffers=True,
-        )
+        self.ema = AveragedModel(self.network, use_buffers=True)
         if state is not None:
             self._restore(state)
 
@@ -148,10 +149,20 @@ class Run:
             )
         self.network.load_state_dict(state["network"])
         self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.fill_(state["ema_updates"])
+        self.ema.n_averaged.fill_(state["iteration"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration = state["iteration"]
         self.history = state["history"]
+
+    def average(self) -> None:
+        """Take the network's weights into their moving average.
+
+        At iteration i the decay is at most ``(1 + i) / (10 + i)``, so that a head's random start is
+        forgotten within a short run (TensorFlow's ExponentialMovingAverage).
+        """
+        decay = min(self.recipe.ema_decay, (1 + self.iteration) / (10 + self.iteration))
+        self.ema.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self.ema.update_parameters(self.network)
 
     def save(self) -> None:
         """Write the checkpoint; ``model`` in it is what `evaluate` and `export` read."""
@@ -164,7 +175,6 @@ class Run:
                 "model": rounded_weights(self.ema.module),
                 "network": self.network.state_dict(),
                 "ema": self.ema.module.state_dict(),
-                "ema_updates": int(self.ema.n_averaged),
                 "optimizer": self.optimizer.state_dict(),
             },
         )
@@ -234,14 +244,14 @@ def train(run: Run, training: list[Sample], held_out: list[Sample]) -> None:
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
-            run.ema.update_parameters(network)
+            run.average()
             run.iteration += 1
 
             last = run.iteration == recipe.iterations
             if run.iteration % LOG_EVERY == 0 or last:
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise FloatingPointError(f"loss is {value} at iteration {run.iteration}")
+                    raise TrainingError(f"loss is {value} at iteration {run.iteration}")
                 rate = recipe.learning_rate * factor
                 writer.add_scalar("train/loss", value, run.iteration)
                 writer.add_scalar("train/learning_rate", rate, run.iteration)
