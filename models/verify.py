@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models.checkpoint import load_network
 from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
-from models.prediction import NETWORK_FILE, Infer, onnx_infer, torch_infer
+from models.prediction import NETWORK_FILE, Infer, onnx_infer, predict_photo, torch_infer
 from models.transforms import Geometry, fit, upsample
 
 MIN_PIXEL_AGREEMENT = 0.9999
@@ -76,9 +76,8 @@ def compare_set(
     agreeing = total = 0
     for sample in tqdm(samples, unit="images", disable=None):
         image, mask = sample.load()
-        padded, geometry = fit(image, working_size, shapes=())
         masks = [
-            upsample(infer(padded[None])[0], geometry, stride).argmax(0).to(torch.uint8).numpy()
+            predict_photo(image, infer, working_size=working_size, stride=stride, shapes=())
             for infer in (reference, exported)
         ]
         for matrix, prediction in zip(matrices, masks, strict=True):

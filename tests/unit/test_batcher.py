@@ -105,33 +105,25 @@ async def test_a_batch_has_one_key(device: Device) -> None:
     await batcher.close()
 
 
-async def test_a_full_batch_goes_before_an_older_small_group(device: Device) -> None:
-    """As long as the small group has not waited max_wait."""
+@pytest.mark.parametrize(
+    ("waited_s", "batches"),
+    [(0.9, [[0], [2, 3], [1]]), (1.0, [[0], [1], [2, 3]])],
+    ids=["passed-over", "waited-long-enough"],
+)
+async def test_a_small_group_is_passed_over_no_longer_than_max_wait(
+    device: Device, waited_s: float, batches: list[list[int]]
+) -> None:
+    """Until it has waited max_wait a full batch goes first; from then on it does itself."""
     clock = Clock()
     batcher = Batcher(device.run, max_batch=2, max_wait_s=1.0, clock=clock)
     tasks = await submit(batcher, 0)
     await device.started.get()
     tasks += await submit(batcher, 1, key="small")
     tasks += await submit(batcher, 2, 3, key="full")
-    clock.now_s += 0.9
+    clock.now_s += waited_s
     device.let_go()
     await asyncio.gather(*tasks)
-    assert device.batches == [[0], [2, 3], [1]]
-    await batcher.close()
-
-
-async def test_a_small_group_is_passed_over_no_longer_than_max_wait(device: Device) -> None:
-    """Then it goes before full batches."""
-    clock = Clock()
-    batcher = Batcher(device.run, max_batch=2, max_wait_s=1.0, clock=clock)
-    tasks = await submit(batcher, 0)
-    await device.started.get()
-    tasks += await submit(batcher, 1, key="small")
-    tasks += await submit(batcher, 2, 3, key="full")
-    clock.now_s += 1.0
-    device.let_go()
-    await asyncio.gather(*tasks)
-    assert device.batches == [[0], [1], [2, 3]]
+    assert device.batches == batches
     await batcher.close()
 
 
