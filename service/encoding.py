@@ -1,25 +1,39 @@
-"""Masks as what clients take: palette PNG, overlay, COCO run lengths, statistics."""
+"""Masks as what clients take: palette PNG, overlay, COCO run lengths, statistics.
+
+PNG files are written here, chunk by chunk, because what the pixels are is known: one filter for all
+rows and a deflate that suits them take a tenth of a general encoder's time. Source: PNG
+specification, third edition, https://www.w3.org/TR/png-3/.
+"""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Collection
+import struct
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import simplejpeg  # type: ignore[import-untyped]
+from isal import isal_zlib
+from zlib_ng import zlib_ng
 
 from service import voc
 
 ImageFormat = Literal["PNG", "JPEG"]
 
-# Masks are long runs that deflate well at any level; photos hardly gain from a higher one.
-MASK_COMPRESS_LEVEL: Final = 4
-PHOTO_COMPRESS_LEVEL: Final = 1
 JPEG_QUALITY: Final = 90
-STRIPE_PIXELS: Final = 1 << 20
+JPEG_SUBSAMPLING: Final = "420"
+
+STRIPE_BYTES: Final = 1 << 18
+"""Bytes worked on at once, about: what stays in a core's cache is worked on several times faster
+than a whole large photo, and takes no memory worth speaking of."""
+
+_PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_PNG_RGB: Final = 2
+_PNG_INDEXED: Final = 3
+_PNG_UNFILTERED: Final = 0
+_PNG_UP: Final = 2  # the difference from the row above
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +60,16 @@ class Runs:
 
     @classmethod
     def of(cls, mask: npt.NDArray[np.uint8]) -> Self:
-        """Find the runs of a ``(H, W) uint8`` mask in one pass over it."""
+        """Find the runs of a ``(H, W) uint8`` mask without transposing it."""
         height, width = mask.shape
-        pixels = mask.T.ravel()
-        cuts = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-        starts = np.concatenate(([0], cuts)).astype(np.int64)
-        ends = np.concatenate((cuts, [pixels.size])).astype(np.int64)
-        return cls(starts, ends, pixels[starts], (height, width))
+        # Cuts inside columns, where a pixel differs from the one above it, and between columns.
+        y, x = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), width)
+        tops = np.flatnonzero(mask[0, 1:] != mask[-1, :-1]) + 1
+        starts = np.concatenate(([0], x * height + y + 1, tops * height)).astype(np.int64)
+        starts.sort()
+        ends = np.append(starts[1:], mask.size)
+        x, y = np.divmod(starts, height)
+        return cls(starts, ends, mask[y, x], (height, width))
 
     def statistics(self) -> list[ClassStatistics]:
         """The classes present, most pixels first (the lower id first among equals)."""
@@ -121,11 +138,11 @@ def limit_classes(mask: npt.NDArray[np.uint8], class_ids: Collection[int]) -> np
 
 def encode_mask(mask: npt.NDArray[np.uint8]) -> bytes:
     """``(H, W) uint8`` class ids as VOC writes them: 8-bit indexed PNG with VOC's 256 colours."""
-    image = Image.fromarray(mask)
-    image.putpalette(voc.FULL_PALETTE.tobytes())
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=MASK_COMPRESS_LEVEL)
-    return file.getvalue()
+    # Masks are runs: looking for nothing else is both the fastest and the smallest, unfiltered.
+    deflate = zlib_ng.compressobj(level=1, strategy=zlib_ng.Z_RLE)
+    parts = [deflate.compress(rows) for rows in _filter_rows(mask, _PNG_UNFILTERED)]
+    pixels = b"".join([*parts, deflate.flush()])
+    return _png(mask.shape, _PNG_INDEXED, (b"PLTE", voc.FULL_PALETTE.tobytes()), (b"IDAT", pixels))
 
 
 def overlay(
@@ -138,24 +155,65 @@ def overlay(
     intermediate numbers never exist for a whole large photo.
     """
     weight = round(alpha * 256)
+    # By class id: the photo's weight in 256ths, and the colour's part with the rounding.
+    keep = np.full((256, 3), 256 - weight, dtype=np.uint16)
     tint = voc.FULL_PALETTE.astype(np.uint16) * np.uint16(weight) + np.uint16(128)
+    keep[0], tint[0] = 256, 0
     blended = image.copy()
     pixels, ids = blended.reshape(-1, 3), mask.reshape(-1)
-    for start in range(0, len(ids), STRIPE_PIXELS):
-        part, part_ids = pixels[start : start + STRIPE_PIXELS], ids[start : start + STRIPE_PIXELS]
-        mixed = part.astype(np.uint16)
-        mixed *= np.uint16(256 - weight)
-        mixed += tint[part_ids]
-        mixed >>= np.uint16(8)
-        np.copyto(part, mixed.astype(np.uint8), where=(part_ids != 0)[:, None])
+    step = max(1, STRIPE_BYTES // 6)
+    for start in range(0, len(ids), step):
+        part, part_ids = pixels[start : start + step], ids[start : start + step]
+        if part_ids.any():
+            mixed = part.astype(np.uint16)
+            mixed *= keep.take(part_ids, axis=0)
+            mixed += tint.take(part_ids, axis=0)
+            mixed >>= np.uint16(8)
+            part[:] = mixed
     return blended
 
 
 def encode_image(image: npt.NDArray[np.uint8], image_format: ImageFormat) -> bytes:
-    """``(H, W, 3) uint8`` RGB as a PNG or JPEG file."""
-    file = io.BytesIO()
-    if image_format == "PNG":
-        Image.fromarray(image).save(file, "PNG", compress_level=PHOTO_COMPRESS_LEVEL)
-    else:
-        Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY)
-    return file.getvalue()
+    """``(H, W, 3) uint8`` RGB, contiguous, as a PNG or JPEG file."""
+    if image_format == "JPEG":
+        jpeg: bytes = simplejpeg.encode_jpeg(
+            image, quality=JPEG_QUALITY, colorsubsampling=JPEG_SUBSAMPLING
+        )
+        return jpeg
+    height, width, _ = image.shape
+    # Photos hardly gain from a search for longer matches, and ISA-L's quick one is the fastest.
+    deflate = isal_zlib.compressobj(level=1)
+    parts = [deflate.compress(rows) for rows in _filter_rows(image.reshape(height, -1), _PNG_UP)]
+    pixels = b"".join([*parts, deflate.flush()])
+    return _png((height, width), _PNG_RGB, (b"IDAT", pixels))
+
+
+def _filter_rows(rows: npt.NDArray[np.uint8], row_filter: int) -> Iterator[npt.NDArray[np.uint8]]:
+    """Rows of ``(H, bytes) uint8`` as PNG deflates them: filtered, each after its filter's number.
+
+    Yields stripes ``(n, 1 + bytes) uint8`` of one buffer: use each before asking for the next.
+    """
+    height, row_bytes = rows.shape
+    step = max(1, STRIPE_BYTES // (1 + row_bytes))
+    buffer = np.empty((min(step, height), 1 + row_bytes), dtype=np.uint8)
+    buffer[:, 0] = row_filter
+    for top in range(0, height, step):
+        part = rows[top : top + step]
+        stripe = buffer[: len(part)]
+        stripe[:, 1:] = part
+        if row_filter == _PNG_UP:
+            # Above the first row there is nothing: it stays as it is.
+            first = 1 if top == 0 else 0
+            stripe[first:, 1:] -= rows[top + first - 1 : top + len(part) - 1]
+        yield stripe
+
+
+def _png(size: tuple[int, ...], color_type: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of 8-bit samples; ``size``: ``(height, width)``; ``chunks``: names and bodies."""
+    height, width = size
+    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
+    parts = [_PNG_SIGNATURE]
+    for name, body in ((b"IHDR", header), *chunks, (b"IEND", b"")):
+        checksum = zlib_ng.crc32(body, zlib_ng.crc32(name))
+        parts += [struct.pack(">I", len(body)), name, body, struct.pack(">I", checksum)]
+    return b"".join(parts)

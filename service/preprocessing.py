@@ -12,9 +12,20 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from cykooz_resizer import (  # type: ignore[import-untyped]
+    CropBox,
+    FilterType,
+    ImageData,
+    PixelType,
+    ResizeAlg,
+    Resizer,
+    ResizeOptions,
+)
 
 from service.contract import SHAPE_MULTIPLE, Shape
+
+Box = tuple[float, float, float, float]
+"""``(left, top, right, bottom)`` in pixels, whole or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +57,42 @@ class Geometry:
 
 
 def preprocess(
-    image: npt.NDArray[np.uint8], geometry: Geometry, padding_color: tuple[int, int, int]
+    image: npt.NDArray[np.uint8],
+    geometry: Geometry,
+    padding_color: tuple[int, int, int],
+    box: Box | None = None,
 ) -> npt.NDArray[np.uint8]:
     """Resize and pad a photo to the network's input.
 
-    ``image``: ``(H, W, 3) uint8`` RGB of size ``geometry.photo``. Returns ``(h, w, 3) uint8`` RGB
-    of size ``geometry.padded``, contiguous. Bilinear, antialiased where it shrinks (Pillow's
-    ``BILINEAR``).
+    ``image``: ``(H, W, 3) uint8`` RGB, the photo of ``geometry.photo`` or a smaller copy of it that
+    lies in ``box`` of ``image``: ``(left, top, right, bottom)`` in pixels (None: all of it).
+    Returns ``(h, w, 3) uint8`` RGB of size ``geometry.padded``, contiguous. Bilinear, antialiased
+    where it shrinks: Pillow's ``BILINEAR``, within one level of 255.
     """
     height, width = geometry.resized
-    resized = Image.fromarray(image)
-    if geometry.resized != geometry.photo:
-        resized = resized.resize((width, height), Image.Resampling.BILINEAR)
     padded = np.empty((*geometry.padded, 3), dtype=np.uint8)
-    padded[:height, :width] = np.asarray(resized)
+    padded[:height, :width] = _resize(image, geometry.resized, box)
     padded[height:] = padding_color
     padded[:height, width:] = padding_color
     return padded
+
+
+def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.NDArray[np.uint8]:
+    height, width, _ = image.shape
+    whole = (0.0, 0.0, float(width), float(height))
+    left, top, right, bottom = whole if box is None else box
+    if size == (height, width) and (left, top, right, bottom) == whole:
+        return image
+    options = ResizeOptions(
+        resize_alg=ResizeAlg.convolution(FilterType.bilinear),
+        crop_box=CropBox(left, top, right - left, bottom - top),
+        use_alpha=False,
+    )
+    source = ImageData(width, height, PixelType.U8x3, image.tobytes())
+    resized = ImageData(size[1], size[0], PixelType.U8x3)
+    # One for each call: it works without the interpreter's lock, in one thread at a time.
+    Resizer().resize(source, resized, options)
+    return np.frombuffer(resized.get_buffer(), dtype=np.uint8).reshape(*size, 3)
 
 
 def _round_up(size: int) -> int:

@@ -1,7 +1,7 @@
 """The whole data path of one request, from bytes to bytes.
 
-Decoding, preprocessing, upsampling and encoding run in a pool of threads, the network in the
-batcher's own thread; the event loop only waits.
+Decoding with preprocessing and upsampling with encoding run in a pool of threads, the network in
+the batcher's own thread; the event loop only waits.
 """
 
 from __future__ import annotations
@@ -9,18 +9,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Final, Literal, ParamSpec, TypeVar
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from service import voc
-from service.batcher import Batcher
+from service.batcher import Answer, Batcher
 from service.decoding import decode
-from service.encoding import Runs, encode_image, encode_mask, limit_classes, overlay
+from service.encoding import (
+    ImageFormat,
+    Runs,
+    encode_image,
+    encode_mask,
+    limit_classes,
+    overlay,
+)
 from service.errors import DeadlineExceeded, Overloaded
 from service.preprocessing import Geometry, preprocess
 from service.schemas import ModelName, Rle, Segmentation, SegmentedClass
@@ -32,9 +39,6 @@ MaskFormat = Literal["rle", "png", "none"]
 MediaType = Literal["image/png", "image/jpeg", "application/json"]
 InputImage = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 POOL_THREAD_NAME: Final = "images"
 
@@ -61,6 +65,11 @@ class Options:
     max_side: int | None = None
     mask: MaskFormat = "rle"
 
+    @property
+    def shows_photo(self) -> bool:
+        """Whether the answer holds the photo's own pixels, all of them."""
+        return self.view == "overlay" and self.media_type != "application/json"
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
@@ -68,6 +77,20 @@ class Result:
 
     content: bytes
     media_type: MediaType
+    timing_ms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A photo on its way: the network's input, and what must outlast the network.
+
+    ``photo``: ``(H, W, 3) uint8`` RGB, None where no answer needs it, so that a large photo does
+    not wait for the network too.
+    """
+
+    geometry: Geometry
+    image: InputImage
+    photo: npt.NDArray[np.uint8] | None
     timing_ms: dict[str, float]
 
 
@@ -117,35 +140,57 @@ class Segmenter:
             self._in_flight -= 1
 
     async def _segment(self, data: bytes, options: Options) -> Result:
+        # Two stages a task: each hop between the threads costs about a tenth of a millisecond.
+        loop = asyncio.get_running_loop()
+        prepared = await loop.run_in_executor(self._pool, self._prepare, data, options)
+        answer = await self._batcher.submit(prepared.image, key=prepared.geometry.padded)
+        return await loop.run_in_executor(self._pool, self._finish, prepared, answer, options)
+
+    def _prepare(self, data: bytes, options: Options) -> _Prepared:
+        """Decode and preprocess."""
         contract = self._model.contract
-        photo, decode_ms = await self._in_pool(decode, data, self._max_pixels)
-        height, width, _ = photo.shape
-        geometry = Geometry.plan(
-            (height, width), options.max_side or contract.working_size, contract.shapes
-        )
-        image, preprocess_ms = await self._in_pool(
-            preprocess, photo, geometry, contract.padding_color
-        )
-        answer = await self._batcher.submit(image, key=geometry.padded)
-        labels, upsample_ms = await self._in_pool(
-            upsample,
-            answer.result,
+        max_side = options.max_side or contract.working_size
+        started = time.perf_counter()
+        photo = decode(data, self._max_pixels, max_side)
+        pixels = None
+        if options.shows_photo:
+            # Twice is faster than bringing a whole large photo to the network's size, and the
+            # overlay shows what the mask says.
+            scaled = photo.pixels.shape[:2] != photo.size
+            pixels = decode(data, self._max_pixels).pixels if scaled else photo.pixels
+        decoded = time.perf_counter()
+        geometry = Geometry.plan(photo.size, max_side, contract.shapes)
+        image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
+        preprocessed = time.perf_counter()
+        return _Prepared(
             geometry,
+            image,
+            pixels,
+            {"decode": (decoded - started) * 1000, "preprocess": (preprocessed - decoded) * 1000},
+        )
+
+    def _finish(self, prepared: _Prepared, answer: Answer[Logits], options: Options) -> Result:
+        """Upsample and encode."""
+        started = time.perf_counter()
+        labels = upsample(
+            answer.result,
+            prepared.geometry,
             with_confidence=options.media_type == "application/json",
         )
+        upsampled = time.perf_counter()
         timing_ms = {
-            "decode": decode_ms,
-            "preprocess": preprocess_ms,
+            **prepared.timing_ms,
             "queue": answer.queue_s * 1000,
             "infer": answer.run_s * 1000,
-            "upsample": upsample_ms,
+            "upsample": (upsampled - started) * 1000,
         }
-        content, encode_ms = await self._in_pool(self._encode, photo, labels, options, timing_ms)
-        return Result(content, options.media_type, {**timing_ms, "encode": encode_ms})
+        content = self._encode(prepared.photo, labels, options, timing_ms)
+        timing_ms["encode"] = (time.perf_counter() - upsampled) * 1000
+        return Result(content, options.media_type, timing_ms)
 
     def _encode(
         self,
-        photo: npt.NDArray[np.uint8],
+        photo: npt.NDArray[np.uint8] | None,
         labels: Labels,
         options: Options,
         timing_ms: dict[str, float],
@@ -153,15 +198,12 @@ class Segmenter:
         mask = labels.mask
         if options.classes is not None:
             mask = limit_classes(mask, options.classes)
-        match options.media_type:
-            case "application/json":
-                return self._describe(mask, labels, options, timing_ms)
-            case "image/jpeg":
-                return encode_image(overlay(photo, mask, options.alpha), "JPEG")
-            case "image/png" if options.view == "overlay":
-                return encode_image(overlay(photo, mask, options.alpha), "PNG")
-            case _:
-                return encode_mask(mask)
+        if options.media_type == "application/json":
+            return self._describe(mask, labels, options, timing_ms)
+        if photo is None:
+            return encode_mask(mask)
+        image_format: ImageFormat = "JPEG" if options.media_type == "image/jpeg" else "PNG"
+        return encode_image(overlay(photo, mask, options.alpha), image_format)
 
     def _describe(
         self,
@@ -174,7 +216,7 @@ class Segmenter:
         height, width = mask.shape
         # Of the whole mask: limiting the classes must not turn the others into background pixels.
         runs = Runs.of(labels.mask)
-        confidence = labels.confidence if labels.confidence is not None else np.zeros(256)
+        confidence = labels.class_confidence()
         classes = [
             SegmentedClass(
                 id=found.class_id,
@@ -209,22 +251,10 @@ class Segmenter:
         exclude = None if options.mask == "rle" else {"classes": {"__all__": {"rle"}}}
         return body.model_dump_json(exclude=exclude).encode()
 
-    async def _in_pool(
-        self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs
-    ) -> tuple[R, float]:
-        """Run a stage in the pool; returns its result and its own milliseconds."""
-
-        def timed() -> tuple[R, float]:
-            started = time.perf_counter()
-            result = function(*args, **kwargs)
-            return result, (time.perf_counter() - started) * 1000
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, timed)
-
 
 def run_batch(model: Model, images: Sequence[InputImage]) -> Sequence[Logits]:
     """The batcher's work: stack ``(h, w, 3) uint8`` images of one shape, run them, unstack.
 
     Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.
     """
-    return list(model.run(np.stack(images)))
+    return list(model.run(images[0][None] if len(images) == 1 else np.stack(images)))

@@ -9,11 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import pytest
+import simplejpeg  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
-from service.decoding import MEDIA_TYPES, decode, sniff
+from service import decoding
+from service.decoding import MEDIA_TYPES, SCALING_MARGIN, Photo, sniff
 from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
 from tests.artefacts import encode
 
@@ -25,6 +27,11 @@ def save(image: Image.Image, image_format: str, **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, image_format, **options)
     return file.getvalue()
+
+
+def decode(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
+    """A photo's own pixels."""
+    return decoding.decode(data, max_pixels).pixels
 
 
 def gradient(height: int = 48, width: int = 64) -> npt.NDArray[np.uint8]:
@@ -106,6 +113,124 @@ def test_lab_tiff() -> None:
     assert len(np.unique(decoded.reshape(-1, 3), axis=0)) == 1
 
 
+def pillows(data: bytes) -> npt.NDArray[np.uint8]:
+    """What Pillow alone makes of a file, upright."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        return np.array(upright.convert("RGB"))
+
+
+def noise(height: int = 48, width: int = 64) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) uint8 that compresses badly."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"subsampling": 0},
+        {"subsampling": 1},
+        {"subsampling": 2},
+        {"progressive": True},
+        {"restart_marker_rows": 1},
+        {"quality": 100},
+        {"keep_rgb": True},
+    ],
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_of_all_kinds_are_as_pillow_decodes_them(
+    mode: str, options: dict[str, object]
+) -> None:
+    """Whichever decoder it was; both are libjpeg-turbo, whose versions differ by rounding."""
+    data = save(Image.fromarray(noise()).convert(mode), "JPEG", **options)
+    assert np.abs(decode(data, CAP).astype(int) - pillows(data)).max() <= 2
+
+
+def damaged_but_shown(data: bytes) -> bytes:
+    """A JPEG with a hole in its pixels, which Pillow lets pass and simplejpeg does not."""
+    return data[:-40] + bytes(20) + data[-20:]
+
+
+def odd_sampling(data: bytes) -> bytes:
+    """A JPEG that says its luma is sampled 3x1, for which simplejpeg has no name."""
+    frame = data.index(b"\xff\xc0")
+    return data[: frame + 11] + b"\x31" + data[frame + 12 :]
+
+
+@pytest.mark.parametrize("change", [damaged_but_shown, odd_sampling])
+def test_pillow_decodes_what_the_fast_decoder_refuses(change: Callable[[bytes], bytes]) -> None:
+    """The photo is answered all the same, whole."""
+    data = change(save(Image.fromarray(noise(16, 400)), "JPEG", subsampling=0))
+    with pytest.raises((ValueError, KeyError)):
+        _ = simplejpeg.decode_jpeg_header(data), simplejpeg.decode_jpeg(data)
+    photo = decoding.decode(data, CAP, needed_side=32)
+    assert photo.pixels.shape == (*photo.size, 3)
+    assert np.array_equal(photo.pixels, pillows(data))
+
+
+def test_two_readers_of_one_header_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If libjpeg finds another size than the one that was checked, Pillow decodes."""
+    data = encode(gradient(), "JPEG")
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda _: (9999, 9999, "", ""))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", pytest.fail)
+    assert np.array_equal(decode(data, CAP), pillows(data))
+
+
+@pytest.mark.parametrize(
+    ("size", "needed_side", "scaled"),
+    [
+        ((600, 800), 32, (75, 100)),
+        ((801, 603), 32, (101, 76)),  # rounded up
+        ((600, 800), 100, (225, 300)),
+        ((600, 800), 140, (300, 400)),
+        ((600, 800), 200, (600, 800)),  # past a half: whole
+        ((600, 800), 900, (600, 800)),
+        ((1, 4000), 64, (1, 500)),
+    ],
+)
+def test_a_far_larger_jpeg_is_scaled(
+    size: tuple[int, int], needed_side: int, scaled: tuple[int, int]
+) -> None:
+    """By eighths, never below the margin, and only where the caller says what it needs."""
+    data = encode(np.zeros((*size, 3), dtype=np.uint8), "JPEG")
+    photo = decoding.decode(data, CAP, needed_side)
+    assert photo.size == size
+    assert photo.pixels.shape == (*scaled, 3)
+    assert max(scaled) >= min(max(size), SCALING_MARGIN * needed_side)
+    whole = decoding.decode(data, CAP)
+    assert (whole.size, whole.pixels.shape, whole.box) == (size, (*size, 3), (0, 0, *size[::-1]))
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP", "BMP"])
+def test_other_formats_are_never_scaled(image_format: str) -> None:
+    """They have no cheaper decoding."""
+    image = gradient(480, 640)
+    assert decoding.decode(encode(image, image_format), CAP, 32).pixels.shape == image.shape
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_scaled_photo_is_upright_and_in_place(mode: str, orientation: int) -> None:
+    """Brought to a small size, the scaled photo is the whole one, whichever side was rounded."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    smooth = Image.fromarray(noise(5, 7)).resize((803, 605), Image.Resampling.BICUBIC)
+    data = save(smooth.convert(mode), "JPEG", quality=95, subsampling=0, exif=exif)
+    whole = decoding.decode(data, CAP)
+    scaled = decoding.decode(data, CAP, 64)
+    assert np.array_equal(whole.pixels, pillows(data))
+    assert scaled.size == whole.size == whole.pixels.shape[:2]
+    assert max(scaled.pixels.shape) == 201  # a quarter of 803, rounded up
+
+    def small(photo: Photo) -> npt.NDArray[np.int64]:
+        image = Image.fromarray(photo.pixels)
+        shrunk = image.resize((64, 64), Image.Resampling.BILINEAR, photo.box)
+        return np.asarray(shrunk).astype(np.int64)
+
+    assert np.abs(small(whole) - small(scaled)).max() <= 3
+
+
 def wide_gamut_profile() -> bytes:
     """Profile of sRGB with red and green swapped: as wrong as can be, and easy to foretell."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
@@ -128,6 +253,23 @@ def test_the_icc_profile_is_applied(with_alpha: bool) -> None:
         image.putalpha(255)
     decoded = decode(save(image, "PNG", icc_profile=wide_gamut_profile()), CAP)
     assert np.abs(decoded.astype(int) - (0, 255, 0)).max() <= 3
+
+
+@pytest.mark.parametrize("needed_side", [None, 8])
+def test_the_icc_profile_of_a_jpeg_is_applied(needed_side: int | None) -> None:
+    """Scaled or not."""
+    red = Image.new("RGB", (320, 240), "red")
+    data = save(red, "JPEG", quality=95, icc_profile=wide_gamut_profile())
+    photo = decoding.decode(data, CAP, needed_side)
+    assert photo.pixels.shape == ((240, 320, 3) if needed_side is None else (30, 40, 3))
+    assert np.abs(photo.pixels.astype(int) - (0, 255, 0)).max() <= 3
+
+
+def test_an_srgb_profile_changes_nothing() -> None:
+    """Nearly all photos that have a profile have this one."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain, tagged = (encode(gradient(), "JPEG", icc_profile=icc) for icc in (None, profile))
+    assert np.array_equal(decode(tagged, CAP), decode(plain, CAP))
 
 
 @pytest.mark.parametrize(
@@ -239,11 +381,11 @@ def test_the_first_frame_of_an_animation(image_format: str) -> None:
 @pytest.mark.parametrize("image_format", list(MEDIA_TYPES))
 @pytest.mark.parametrize("part", [0.3, 0.9])
 def test_truncated_is_undecodable(image_format: str, part: float) -> None:
-    """Half a photo is not answered as if it were one."""
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    data = encode(noise, image_format)
-    with pytest.raises(UndecodableImage, match="broken, truncated"):
-        decode(data[: int(len(data) * part)], CAP)
+    """Half a photo is not answered as if it were one, nor is it if it would be scaled."""
+    data = encode(noise(64, 64), image_format)
+    for needed_side in (None, 8):
+        with pytest.raises(UndecodableImage, match="broken, truncated"):
+            decoding.decode(data[: int(len(data) * part)], CAP, needed_side)
 
 
 def test_the_pixel_cap_is_checked_before_pixels_are_read() -> None:
@@ -326,6 +468,6 @@ def test_flipped_bytes_never_raise_anything_else(
     for place, value in flips:
         data[place % len(data)] = value
     with contextlib.suppress(ImageError):
-        decoded = decode(bytes(data), CAP)
-        assert decoded.ndim == 3
-        assert decoded.shape[2] == 3
+        photo = decoding.decode(bytes(data), CAP, needed_side=2)
+        assert photo.pixels.ndim == 3
+        assert photo.pixels.shape[2] == 3

@@ -1,14 +1,17 @@
 """Palette PNG, overlay, run lengths and statistics."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from service import voc
@@ -38,6 +41,57 @@ def test_mask_png_is_vocs_format() -> None:
         assert image.mode == "P"
         assert np.array_equal(np.asarray(image), mask)
         assert image.getpalette() == voc.FULL_PALETTE.ravel().tolist()
+
+
+ANY_MASK = arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)))
+
+
+def read_png(data: bytes) -> npt.NDArray[np.uint8]:
+    """A PNG's samples by Pillow, after its checksums."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.verify()
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image)
+
+
+@pytest.mark.parametrize("stripe_bytes", [1, 100, 1 << 18])
+@settings(
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(mask=ANY_MASK)
+def test_mask_png_comes_back_exactly(
+    monkeypatch: pytest.MonkeyPatch, stripe_bytes: int, mask: npt.NDArray[np.uint8]
+) -> None:
+    """Any ids, any size from one pixel on, in one stripe or many."""
+    monkeypatch.setattr("service.encoding.STRIPE_BYTES", stripe_bytes)
+    assert np.array_equal(read_png(encode_mask(mask)), mask)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (300, 1000)])
+def test_mask_png_of_long_runs(shape: tuple[int, int]) -> None:
+    """Runs past deflate's longest match, over stripes and rows, and of ids past VOC's."""
+    mask = np.full(shape, 255, dtype=np.uint8)
+    mask[shape[0] // 2 :, shape[1] // 3 :] = 7
+    assert np.array_equal(read_png(encode_mask(mask)), mask)
+
+
+def test_mask_png_has_the_chunks_of_the_specification() -> None:
+    """IHDR, the palette before the pixels, IEND; no filter but None."""
+    data = encode_mask(np.zeros((3, 2), dtype=np.uint8))
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    place, chunks = 8, {}
+    while place < len(data):
+        (length,) = struct.unpack(">I", data[place : place + 4])
+        name, body = data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
+        (checksum,) = struct.unpack(">I", data[place + 8 + length : place + 12 + length])
+        assert checksum == zlib.crc32(name + body)
+        chunks[name] = body
+        place += 12 + length
+    assert list(chunks) == [b"IHDR", b"PLTE", b"IDAT", b"IEND"]
+    assert struct.unpack(">IIBBBBB", chunks[b"IHDR"]) == (2, 3, 8, 3, 0, 0, 0)
+    assert zlib.decompress(chunks[b"IDAT"]) == bytes(3 * (1 + 2))
 
 
 def test_mask_of_background_alone_is_8_bit_too() -> None:
@@ -72,7 +126,7 @@ def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     image = rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)
     mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
     whole = overlay(image, mask, 0.3)
-    monkeypatch.setattr("service.encoding.STRIPE_PIXELS", 10)
+    monkeypatch.setattr("service.encoding.STRIPE_BYTES", 60)
     assert np.array_equal(overlay(image, mask, 0.3), whole)
     exact = np.where((mask == 0)[..., None], image, image * 0.7 + voc.PALETTE[mask] * 0.3)
     assert np.abs(whole - exact).max() <= 1.5
@@ -86,6 +140,29 @@ def test_encode_image(image_format: str) -> None:
     with Image.open(io.BytesIO(data)) as decoded:
         assert decoded.format == image_format
         assert np.abs(np.asarray(decoded).astype(int) - image).max() <= 2
+
+
+@pytest.mark.parametrize("stripe_bytes", [1, 200, 1 << 18])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 50), (50, 1), (33, 47), (200, 700)])
+def test_image_png_comes_back_exactly(
+    shape: tuple[int, int], stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PNG loses nothing, wherever stripes begin."""
+    monkeypatch.setattr("service.encoding.STRIPE_BYTES", stripe_bytes)
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    assert np.array_equal(read_png(encode_image(image, "PNG")), image)
+
+
+def test_jpeg_overlays_are_as_pillow_writes_them() -> None:
+    """Quality 90 and 4:2:0."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    theirs = io.BytesIO()
+    Image.fromarray(image).save(theirs, "JPEG", quality=90)
+    with Image.open(io.BytesIO(encode_image(image, "JPEG"))) as ours, Image.open(theirs) as pillows:
+        assert isinstance(ours, JpegImageFile)
+        assert isinstance(pillows, JpegImageFile)
+        assert ours.quantization == pillows.quantization
+        assert get_sampling(ours) == get_sampling(pillows) == 2
 
 
 @settings(deadline=None)

@@ -1,12 +1,16 @@
 """The data path of one request, without HTTP."""
 
 import asyncio
+import io
 import threading
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from service import segmenter as module
+from service import voc
 from service.app import open_service
 from service.batcher import THREAD_NAME
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded
@@ -18,6 +22,7 @@ from tests.fakes import FakeSession
 pytestmark = pytest.mark.anyio
 
 PHOTO = encode(two_class_photo())
+JPEG_OVERLAY = Options(view="overlay", media_type="image/jpeg")
 STAGES = ["decode", "preprocess", "queue", "infer", "upsample", "encode"]
 
 
@@ -49,7 +54,7 @@ async def test_stages_run_off_the_event_loop(
         spy(name)
     monkeypatch.setattr("service.app.run_batch", module.run_batch)
     async with open_service(make_settings(), session) as service:
-        for options in (Options(), Options(view="overlay"), Options(media_type="image/jpeg")):
+        for options in (Options(), Options(view="overlay"), JPEG_OVERLAY):
             result = await service.segmenter.segment(PHOTO, options)
             assert list(result.timing_ms) == STAGES
     assert threads.pop("run_batch").startswith(THREAD_NAME)
@@ -96,3 +101,31 @@ async def test_a_failing_device_is_told_apart(
         assert caught.value.__cause__ is session.error
         session.error = None
         assert (await service.segmenter.segment(PHOTO, Options())).media_type == "image/png"
+
+
+async def test_a_large_photo_is_answered_at_its_own_size(
+    make_settings: Callable[..., Settings],
+) -> None:
+    """A JPEG that is scaled while decoding has the whole photo's mask, and its pixels are shown."""
+    large = two_class_photo().repeat(12, axis=0).repeat(12, axis=1)
+    jpeg, png = encode(large, "JPEG", quality=95), encode(large)
+    async with open_service(make_settings()) as service:
+        answers = [
+            np.asarray(Image.open(io.BytesIO(content)))
+            for content in [
+                (await service.segmenter.segment(data, options)).content
+                for data, options in (
+                    (jpeg, Options()),
+                    (png, Options()),
+                    (jpeg, Options(view="overlay", alpha=1.0)),
+                    (jpeg, Options(view="overlay", alpha=0.0)),
+                )
+            ]
+        ]
+    scaled, whole, colors, photo = answers
+    assert scaled.shape == whole.shape == large.shape[:2]
+    assert (scaled == whole).mean() > 0.995
+    inside = scaled != 0
+    assert np.array_equal(colors[inside], voc.FULL_PALETTE[scaled[inside]])
+    with Image.open(io.BytesIO(jpeg)) as image:
+        assert np.abs(photo.astype(int) - np.asarray(image)).max() <= 2
