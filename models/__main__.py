@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from models import evaluate, export, manifest, train, verify
+from models import evaluate, export, manifest, quantize, train, verify
 from models.checkpoint import CheckpointError
 from models.dataset import DatasetError
+from models.int8_graph import QuantizationError
 from models.prediction import DeviceError
 from models.recipe import RecipeError
 from service.errors import SegmentError
@@ -18,6 +19,7 @@ from service.errors import SegmentError
 STAGES = {
     "train": train,
     "export": export,
+    "quantize": quantize,
     "evaluate": evaluate,
     "verify": verify,
     "manifest": manifest,
@@ -26,6 +28,7 @@ USER_ERRORS = (
     CheckpointError,
     DatasetError,
     DeviceError,
+    QuantizationError,
     RecipeError,
     SegmentError,
     evaluate.EvaluationError,

@@ -27,7 +27,9 @@ from models.checkpoint import load_network
 from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
 from models.prediction import (
+    INT8_FILE,
     NETWORK_FILE,
+    SHAPES,
     Predict,
     onnx_infer,
     open_device,
@@ -91,14 +93,15 @@ def open_predictor(args: argparse.Namespace) -> tuple[Predict, dict[str, str]]:
         network, recipe = load_network(args.checkpoint)
         device = open_device(args.device)
         infer = torch_infer(network.to(device), device)
-        size, stride = recipe.working_size, network.stride
+        size, stride, shapes = recipe.working_size, network.stride, SHAPES
         path, source = args.checkpoint, "checkpoint"
     else:
-        path, source = args.artifact / NETWORK_FILE, "artifact"
+        path = args.artifact / (INT8_FILE if args.int8 else NETWORK_FILE)
+        source = "artifact"
         infer, contract = onnx_infer(path)
-        size, stride = contract.working_size, contract.stride
+        size, stride, shapes = contract.working_size, contract.stride, contract.shapes
     return (
-        lambda image: predict_photo(image, infer, working_size=size, stride=stride),
+        lambda image: predict_photo(image, infer, working_size=size, stride=stride, shapes=shapes),
         {"source": source, "sha256": sha256_of(path)},
     )
 
@@ -184,6 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder")
     parser.add_argument("--device", default="cpu", help="for --checkpoint")
+    parser.add_argument("--int8", action="store_true", help="for --artifact: network.int8.onnx")
 
 
 def main(args: argparse.Namespace) -> int:

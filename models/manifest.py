@@ -1,8 +1,9 @@
 r"""Write an artefact's ``manifest.json``, last of all: sha256s, provenance and measured accuracy.
 
 python -m models manifest --artifact models/artifacts/context_fcn_resnet50_16s \
-        --checkpoint runs/cpu/checkpoint.pt --evaluation evaluation/evaluation.json \
-        --parity parity.json --weights-licence "..." --data-licence "..."
+        --checkpoint runs/cpu/checkpoint.pt --parity parity.json \
+        --evaluation fp32/evaluation.json int8/evaluation.json \
+        --weights-licence "..." --data-licence "..."
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from models.checkpoint import load_network
-from models.prediction import NETWORK_FILE, onnx_infer
+from models.prediction import INT8_FILE, NETWORK_FILE, onnx_infer
+from service.contract import Precision
 from service.manifest import Accuracy, FileEntry, Manifest
 
 
@@ -26,30 +29,43 @@ def make_manifest(
     artifact: Path,
     *,
     recipe: dict[str, Any],
-    evaluation: dict[str, Any],
+    evaluations: Sequence[dict[str, Any]],
     parity: dict[str, Any],
     licences: dict[str, str],
 ) -> Manifest:
-    """Return the manifest of an artefact folder.
+    """Return the manifest of an artefact folder and all its networks.
 
     Raises:
-        ManifestError: parity failed, or the evaluation is of another file than the artefact's.
-        ContractError: the network carries no contract.
+        ManifestError: parity failed, or a network lacks an evaluation of its very file.
+        ContractError: a network carries no contract.
     """
-    path = artifact / NETWORK_FILE
-    _, contract = onnx_infer(path)
-    entry = FileEntry.of(path, contract.precision)
     if not parity["passed"]:
         raise ManifestError("the parity report says that verification failed")
-    if evaluation["sha256"] != entry.sha256:
-        raise ManifestError(f"the evaluation is of another file than {path}: run evaluate again")
+    by_sha256 = {evaluation["sha256"]: evaluation for evaluation in evaluations}
+    files: dict[str, FileEntry] = {}
+    metrics: dict[Precision, Accuracy] = {}
+    for path in (artifact / NETWORK_FILE, artifact / INT8_FILE):
+        if not path.exists() and path.name != NETWORK_FILE:
+            continue
+        _, contract = onnx_infer(path)
+        entry = FileEntry.of(path, contract.precision)
+        if entry.sha256 not in by_sha256:
+            raise ManifestError(f"no evaluation is of the file {path}: run evaluate again")
+        if contract.precision not in parity["set"]["pixel_agreement"]:
+            raise ManifestError(f"the parity report knows no {path.name}: run verify again")
+        files[path.name] = entry
+        metrics[contract.precision] = Accuracy.model_validate(by_sha256[entry.sha256]["metrics"])
+    sets = {(evaluation["split"], evaluation["images"]) for evaluation in evaluations}
+    if len(sets) != 1:
+        raise ManifestError("the evaluations are of different sets of images")
+    split, images = sets.pop()
     return Manifest(
         name=contract.name,
         version=contract.version,
-        files={NETWORK_FILE: entry},
+        files=files,
         recipe=recipe,
-        data={key: evaluation[key] for key in ("split", "images")},
-        metrics={contract.precision: Accuracy.model_validate(evaluation["metrics"])},
+        data={"split": split, "images": images},
+        metrics=metrics,
         parity=parity,
         licences=licences,
         created=datetime.datetime.now(datetime.UTC).date(),
@@ -60,7 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's options."""
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True, help="evaluate's JSON")
+    parser.add_argument(
+        "--evaluation", type=Path, nargs="+", required=True, help="evaluate's JSON, of each network"
+    )
     parser.add_argument("--parity", type=Path, required=True, help="verify's JSON")
     parser.add_argument("--weights-licence", required=True, help="of the starting weights")
     parser.add_argument("--data-licence", required=True, help="of the training images and masks")
@@ -72,7 +90,7 @@ def main(args: argparse.Namespace) -> int:
     manifest = make_manifest(
         args.artifact,
         recipe=recipe.model_dump(mode="json"),
-        evaluation=json.loads(args.evaluation.read_text(encoding="utf-8")),
+        evaluations=[json.loads(path.read_text(encoding="utf-8")) for path in args.evaluation],
         parity=json.loads(args.parity.read_text(encoding="utf-8")),
         licences={
             "code": "Apache-2.0",

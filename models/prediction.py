@@ -31,8 +31,16 @@ Predict = Callable[[Image.Image], NDArray[np.uint8]]
 NETWORK_FILE = "network.onnx"
 """The network within an artefact folder."""
 
-SHAPES = ((384, 512), (512, 384), (512, 512))
-"""(height, width) of the network inputs that exported models list: VOC's two, and the square."""
+INT8_FILE = "network.int8.onnx"
+"""The same network for CPUs; its weights are in `NETWORK_FILE`."""
+
+SHAPES: tuple[tuple[int, int], ...] = (
+    *((288, 512), (512, 288)),  # 16:9, video
+    *((352, 512), (512, 352)),  # 3:2
+    *((384, 512), (512, 384)),  # 4:3
+    (512, 512),
+)
+"""(height, width) of the network inputs that exported models list: cameras' aspect ratios."""
 
 
 class DeviceError(Exception):

@@ -1,4 +1,4 @@
-r"""Compare a checkpoint in PyTorch with its exported network in ONNX Runtime; fail below the gate.
+r"""Compare a checkpoint in PyTorch with its networks in ONNX Runtime; fail below the gates.
 
 python -m models verify --checkpoint runs/cpu/checkpoint.pt --data VOCdevkit \
         --artifact models/artifacts/context_fcn_resnet50_16s --out parity.json
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from models.checkpoint import load_network
 from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
-from models.prediction import NETWORK_FILE, Infer, onnx_infer, predict_photo, torch_infer
+from models.prediction import INT8_FILE, NETWORK_FILE, Infer, onnx_infer, predict_photo, torch_infer
 from models.transforms import Geometry, fit, upsample
 
-MIN_PIXEL_AGREEMENT = 0.9999
-MAX_MEAN_IOU_LOSS = 0.0005
+MIN_PIXEL_AGREEMENT = {"fp32": 0.9999, "int8": 0.98}
+MAX_MEAN_IOU_LOSS = {"fp32": 0.0005, "int8": 0.005}
 WORKING_SIZES = (320, 512, 640)
 """Three sizes of the longest side; with both orientations, six shapes or more."""
 BATCH_SIZES = (1, 4)
@@ -69,34 +69,50 @@ def compare_shapes(
 
 
 def compare_set(
-    reference: Infer, exported: Infer, samples: Sequence[Sample], working_size: int, stride: int
+    reference: Infer,
+    exported: Mapping[str, Infer],
+    samples: Sequence[Sample],
+    working_size: int,
+    stride: int,
 ) -> dict[str, Any]:
-    """Score both networks on a set; the pixels compared are those of every whole photo."""
-    matrices = ConfusionMatrix(), ConfusionMatrix()
-    agreeing = total = 0
+    """Score every network on a set; the pixels compared are those of every whole photo.
+
+    Returns:
+        The mean IoU of ``torch`` and, by precision, that of each exported network and the share
+        of pixels on which it agrees with ``torch``.
+    """
+    infers = {"torch": reference, **exported}
+    matrices = {name: ConfusionMatrix() for name in infers}
+    agreeing = dict.fromkeys(exported, 0)
+    total = 0
     for sample in tqdm(samples, unit="images", disable=None):
         image, mask = sample.load()
-        masks = [
-            predict_photo(image, infer, working_size=working_size, stride=stride, shapes=())
-            for infer in (reference, exported)
-        ]
-        for matrix, prediction in zip(matrices, masks, strict=True):
-            matrix.update(np.asarray(mask), prediction)
-        agreeing += int((masks[0] == masks[1]).sum())
-        total += masks[0].size
+        masks = {
+            name: predict_photo(image, infer, working_size=working_size, stride=stride, shapes=())
+            for name, infer in infers.items()
+        }
+        for name, prediction in masks.items():
+            matrices[name].update(np.asarray(mask), prediction)
+        for name in exported:
+            agreeing[name] += int((masks[name] == masks["torch"]).sum())
+        total += masks["torch"].size
     return {
         "images": len(samples),
-        "pixel_agreement": agreeing / total,
-        "mean_iou_torch": matrices[0].mean_iou(),
-        "mean_iou_onnx": matrices[1].mean_iou(),
+        "mean_iou": {name: matrix.mean_iou() for name, matrix in matrices.items()},
+        "pixel_agreement": {name: count / total for name, count in agreeing.items()},
     }
 
 
 def passes(shapes: Sequence[dict[str, Any]], whole: dict[str, Any]) -> bool:
-    """Whether every comparison is at or above the gate."""
-    agreement = min(whole["pixel_agreement"], *(r["pixel_agreement"] for r in shapes))
-    loss = whole["mean_iou_torch"] - whole["mean_iou_onnx"]
-    return bool(agreement >= MIN_PIXEL_AGREEMENT and loss <= MAX_MEAN_IOU_LOSS)
+    """Whether every comparison is at or above its precision's gates."""
+    agreement = dict(whole["pixel_agreement"])
+    agreement["fp32"] = min(agreement["fp32"], *(r["pixel_agreement"] for r in shapes))
+    mean_iou = whole["mean_iou"]
+    return all(
+        agreement[precision] >= MIN_PIXEL_AGREEMENT[precision]
+        and mean_iou["torch"] - mean_iou[precision] <= MAX_MEAN_IOU_LOSS[precision]
+        for precision in agreement
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,9 +130,12 @@ def main(args: argparse.Namespace) -> int:
     network, recipe = load_network(args.checkpoint)
     reference = torch_infer(network, torch.device("cpu"))
     exported, contract = onnx_infer(args.artifact / NETWORK_FILE)
+    networks = {"fp32": exported}
+    if (args.artifact / INT8_FILE).exists():
+        networks["int8"], _ = onnx_infer(args.artifact / INT8_FILE)
     samples = read_split(args.data, args.split)[: args.limit]
     shapes = compare_shapes(reference, exported, samples[: max(BATCH_SIZES) * 4], contract.stride)
-    whole = compare_set(reference, exported, samples, recipe.working_size, contract.stride)
+    whole = compare_set(reference, networks, samples, recipe.working_size, contract.stride)
     passed = passes(shapes, whole)
     report = {
         "passed": passed,

@@ -65,7 +65,12 @@ async def open_service(
     Raises `ArtefactError` or `DeviceUnavailable`, with one line that says what differs.
     """
     model = await asyncio.to_thread(
-        load_model, settings.model, settings.device, settings.threads, session
+        load_model,
+        settings.model,
+        settings.device,
+        settings.threads,
+        session,
+        settings.precision,
     )
     await asyncio.to_thread(model.warm_up)
     _log.info(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +18,14 @@ from service.errors import ArtefactError, ContractError, DeviceUnavailable
 from service.manifest import Manifest, load_manifest, verify_files
 
 Device = Literal["auto", "cpu", "cuda"]
+PrecisionChoice = Literal["auto", "fp32", "fp16", "int8"]
 
 CPU_PROVIDER: Final = "CPUExecutionProvider"
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 
-# Which of an artefact's files each device prefers.
-_PREFERENCE: Final[dict[str, tuple[Precision, ...]]] = {
-    CPU_PROVIDER: ("fp32", "int8", "fp16"),
-    CUDA_PROVIDER: ("fp32", "fp16", "int8"),
-}
+# x86 flags of Linux for multiply-and-add of 8-bit integers. Without them int8 kernels add up in
+# 16 bits, which is no faster and can saturate.
+_INT8_FLAGS: Final = {"avx512_vnni", "avx_vnni"}
 
 
 class ModelMetadata(Protocol):
@@ -102,18 +102,22 @@ def load_model(
     device: Device = "auto",
     threads: int | None = None,
     session: InferenceSession | None = None,
+    precision: PrecisionChoice = "auto",
 ) -> Model:
     """Load an artefact folder: sha256 first, then the graph, then the contract against both.
 
-    ``threads`` are the CPU threads of one run (None: the cores this process may use). A given
-    ``session`` takes the place of ONNX Runtime's; everything else is checked all the same.
+    ``threads`` are the CPU threads of one run (None: the cores this process may use);
+    ``precision`` says which of the artefact's networks runs (auto: what the device is fastest
+    with). A given ``session`` takes the place of ONNX Runtime's; everything else is checked all
+    the same.
 
     Raises `ArtefactError` or `DeviceUnavailable`, with one line that says what differs.
     """
     manifest = load_manifest(folder)
     provider = _choose_provider(device)
-    file_name = manifest.pick_file(_PREFERENCE[provider])
-    verify_files(folder, manifest, [file_name])
+    file_name = manifest.pick_file(_preference(provider, precision))
+    # All of them: an int8 network reads its weights out of the fp32 file.
+    verify_files(folder, manifest)
     if session is None:
         session = _open(folder / file_name, provider, threads or available_cores())
         # ONNX Runtime falls back to the CPU silently; only the session knows what it runs on.
@@ -133,12 +137,37 @@ def load_model(
     return Model(session, contract, manifest, file_name, provider)
 
 
-def available_cores() -> int:
-    """CPU cores that this process may run on, which is not all cores in a container."""
+def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """CPU cores that this process may use, which is not all cores in a container.
+
+    The least of its affinity and, rounded up, its CPU quota: more threads than that would be
+    throttled in the middle of a run. Source of ``cpu_max``: Linux, ``cgroup-v2.rst``.
+    """
     try:
-        return len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0))
     except AttributeError:  # only Linux has it
-        return os.cpu_count() or 1
+        cores = os.cpu_count() or 1
+    try:
+        quota, period = cpu_max.read_text(encoding="ascii").split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such control group, or "max": no quota
+        return cores
+
+
+def _preference(provider: str, precision: PrecisionChoice) -> tuple[Precision, ...]:
+    if precision != "auto":
+        return (precision,)
+    if provider == CPU_PROVIDER and _int8_is_fast():
+        return ("int8", "fp32", "fp16")
+    return ("fp32", "fp16", "int8")
+
+
+def _int8_is_fast() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:  # only Linux has it; elsewhere int8 has not been measured
+        return False
+    return not _INT8_FLAGS.isdisjoint(flags)
 
 
 def _choose_provider(device: Device) -> str:

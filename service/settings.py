@@ -31,6 +31,9 @@ class Settings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the network runs; cuda stops the start if it is not there"
     )
+    precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
+        "auto", description="which of the artefact's networks runs; auto: the device's fastest"
+    )
     threads: int | None = Field(
         None, ge=1, le=256, description="CPU threads of one inference (default: all usable cores)"
     )

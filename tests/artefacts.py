@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from service import voc
-from service.contract import ModelContract
-from service.manifest import FileEntry, Manifest
+from service.contract import ModelContract, Precision
+from service.manifest import FileEntry, Manifest, load_manifest
 
 STRIDE = 16
 SHAPES = ((64, 96), (96, 64), (96, 96))
@@ -92,6 +92,15 @@ def build_artefact(
         created=date(2026, 1, 1),
     ).write(folder)
     return folder
+
+
+def add_precision(folder: Path, precision: Precision) -> None:
+    """Put the same network into an artefact again, as one of another precision."""
+    path = folder / f"network.{precision}.onnx"
+    onnx.save(build_network(make_contract(precision=precision).to_metadata()), path)
+    manifest = load_manifest(folder)
+    files = {**manifest.files, path.name: FileEntry.of(path, precision)}
+    manifest.model_copy(update={"files": files}).write(folder)
 
 
 def paint(ids: npt.NDArray[np.uint8], cell: int = STRIDE) -> npt.NDArray[np.uint8]:

@@ -1,5 +1,6 @@
 """Loading an artefact: every disagreement stops it, in one line."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 from service import session
 from service.errors import ArtefactError, ContractError, DeviceUnavailable, IntegrityError
 from service.manifest import FileEntry, load_manifest
-from service.session import available_cores, load_model
-from tests.artefacts import STRIDE, build_artefact, make_contract, two_class_photo
+from service.session import PrecisionChoice, available_cores, load_model
+from tests.artefacts import STRIDE, add_precision, build_artefact, make_contract, two_class_photo
 from tests.fakes import FakeSession
 
 
@@ -98,6 +99,53 @@ def test_a_silent_fallback_from_cuda_is_noticed(
     assert load_model(tiny_artefact, "auto").provider == "CPUExecutionProvider"
 
 
-def test_available_cores_are_at_least_one() -> None:
-    """Whatever the platform says."""
-    assert available_cores() >= 1
+@pytest.mark.parametrize(
+    ("cpu_max", "cores"),
+    [("max 100000", 8), ("150000 100000", 2), ("10000 100000", 1), ("1600000 100000", 8)],
+)
+def test_available_cores_respect_a_containers_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_max: str, cores: int
+) -> None:
+    """`docker run --cpus` sets a quota, not an affinity."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    (tmp_path / "cpu.max").write_text(cpu_max + "\n")
+    assert available_cores(tmp_path / "cpu.max") == cores
+    assert available_cores(tmp_path / "absent") == 8
+
+
+@pytest.mark.parametrize(
+    ("fast", "precision", "picked"),
+    [
+        (True, "auto", "network.int8.onnx"),
+        (False, "auto", "network.onnx"),
+        (True, "fp32", "network.onnx"),
+        (False, "int8", "network.int8.onnx"),
+    ],
+)
+def test_int8_runs_where_it_is_fast_or_asked_for(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fast: bool,
+    precision: PrecisionChoice,
+    picked: str,
+) -> None:
+    """An artefact with both networks, on CPUs with and without 8-bit dot products."""
+    monkeypatch.setattr(session, "_int8_is_fast", lambda: fast)
+    folder = build_artefact(tmp_path)
+    add_precision(folder, "int8")
+    assert load_model(folder, "cpu", threads=1, precision=precision).file_name == picked
+
+
+def test_the_other_networks_file_is_checked_too(tmp_path: Path) -> None:
+    """An int8 network reads its weights out of the fp32 file."""
+    folder = build_artefact(tmp_path)
+    add_precision(folder, "int8")
+    (folder / "network.onnx").unlink()
+    with pytest.raises(IntegrityError, match=r"network\.onnx: No such file"):
+        load_model(folder, precision="int8")
+
+
+def test_a_precision_that_the_artefact_lacks_is_named(tiny_artefact: Path) -> None:
+    """Never another one silently."""
+    with pytest.raises(ContractError, match="no network of precision int8, only fp32"):
+        load_model(tiny_artefact, precision="int8")

@@ -1,0 +1,491 @@
+"""An exported float network as an int8 graph, written for ONNX Runtime's CPU kernels.
+
+ONNX Runtime's own quantiser keeps every convolution a convolution. This one knows its kernels:
+
+- NHWC all the way, so that no tensor is ever transposed;
+- normalisation is folded into the first convolution, which reads the image's own bytes, four
+  pixels at a time, because three channels are too few for the fast kernels;
+- a convolution with a long sum is one matrix product (``QGemm``), whose kernels use AMX where
+  there is AMX; a 3x3 kernel gathers its nine neighbours into one row first.
+
+The graph holds no weights. They are the float file's own, read out of it as ONNX external data and
+rounded to int8 while ONNX Runtime loads the graph: one set of weights, two precisions.
+
+Arithmetic: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference" (2018). Operators: ONNX, and ``docs/ContribOperators.md`` in
+ONNX Runtime's repository for those of its domain ``com.microsoft``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnx
+from numpy.typing import DTypeLike, NDArray
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from service.contract import INPUT_NAME, OUTPUT_NAME
+
+CONTRIB = "com.microsoft"
+OPSETS = (helper.make_opsetid("", 18), helper.make_opsetid(CONTRIB, 1))
+
+GEMM_MIN_CHANNELS = {1: 512, 3: 256}
+"""From how many input channels on a 1x1 or 3x3 kernel runs faster as a matrix product."""
+
+OUTSIDE = 1 << 28
+"""Row number of a neighbour outside the photo, before it is clipped to the row of zeros."""
+
+PIXELS = 4
+"""Pixels that the first convolution reads as one cell of 12 channels."""
+
+Range = tuple[float, float]
+
+
+class QuantizationError(Exception):
+    """The network holds something that is not quantised here; the message names it."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A uint8 tensor ``name`` of shape ``[N, h/stride, w/stride, channels]``.
+
+    It means ``scale * (value - zero_point)``. A stride of 0 is one cell for the whole photo.
+    """
+
+    name: str
+    channels: int
+    stride: int
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of_range(cls, name: str, channels: int, stride: int, limits: Range) -> Self:
+        """With the finest scale that holds the least and greatest value and an exact zero."""
+        low, high = min(limits[0], 0.0), max(limits[1], 0.0)
+        scale = (high - low) / 255 or 1.0
+        return cls(name, channels, stride, scale, round(-low / scale))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One convolution: ``weights (O, I, k, k)`` times ``scale (O,)``, plus ``bias (O,)``."""
+
+    name: str
+    weights: TensorProto
+    scale: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    kernel: int
+    stride: int
+    dilation: int
+
+    @property
+    def padding(self) -> int:
+        """Pixels of zeros on every side."""
+        return self.dilation * (self.kernel // 2)
+
+
+class GraphWriter:
+    """Writes the int8 graph of ``source``, the float network in the file ``weights``.
+
+    ``ranges`` maps the float graph's tensors to the least and greatest value seen in them. The
+    int8 file must lie beside ``weights``.
+    """
+
+    def __init__(self, source: onnx.GraphProto, weights: Path, ranges: Mapping[str, Range]) -> None:
+        self._source = source
+        self._weights = weights.name
+        self._bytes = weights.read_bytes()
+        self._ranges = ranges
+        self._constants = {tensor.name: tensor for tensor in source.initializer}
+        self._makers = {name: node for node in source.node for name in node.output}
+        self._tensors: dict[str, Quantized] = {}
+        self._nodes: list[NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._seen: dict[tuple[object, ...], str] = {}
+
+    def write(self) -> onnx.GraphProto:
+        """Return the graph, its input and output those of the float graph.
+
+        Raises:
+            QuantizationError: the network holds something that is not known here.
+        """
+        makers = {
+            "Conv": self._conv,
+            "MaxPool": self._max_pool,
+            "Add": self._add,
+            "Concat": self._concat,
+            "ReduceMean": self._mean,
+        }
+        for node in self._source.node:
+            if node.op_type in makers:
+                makers[node.op_type](node)
+            # These belong to a convolution: normalisation and weights before it, ReLU after it.
+            elif node.op_type not in {"Relu", "Transpose", "Cast", "Sub", "Div", "Mul"}:
+                raise QuantizationError(f"{node.output[0]}: cannot quantise {node.op_type}")
+        return helper.make_graph(
+            self._nodes,
+            "int8",
+            list(self._source.input),
+            list(self._source.output),
+            list(self._initializers.values()),
+        )
+
+    # ---- the float graph's operators -------------------------------------------------------------
+
+    def _conv(self, node: NodeProto) -> None:
+        conv = self._read_convolution(node)
+        channels = len(conv.bias)
+        if conv.name == OUTPUT_NAME:
+            self._logits(conv, self._tensors[node.input[0]])
+        elif node.input[0] not in self._tensors:
+            self._first_conv(conv, node)
+        else:
+            x = self._tensors[node.input[0]]
+            y = self._output(conv.name, channels, x.stride * conv.stride)
+            # A strided 1x1 kernel would have to gather its rows for too little work.
+            gather_pays = conv.kernel > 1 or conv.stride == 1
+            if x.stride and gather_pays and x.channels >= GEMM_MIN_CHANNELS[conv.kernel]:
+                self._gemm(conv, x, y)
+            else:
+                self._plain_conv(conv, x, y)
+
+    def _plain_conv(self, conv: Convolution, x: Quantized, y: Quantized) -> None:
+        weights, scales = self._int8_weights(conv, as_matrix=False)
+        self._emit(
+            "QLinearConv",
+            [
+                *self._operand(x),
+                *self._weight_operand(weights, scales),
+                *self._meaning(y),
+                self._int32_bias(conv.bias, x.scale * scales),
+            ],
+            y.name,
+            domain=CONTRIB,
+            channels_last=1,
+            kernel_shape=[conv.kernel] * 2,
+            pads=[conv.padding] * 4,
+            strides=[conv.stride] * 2,
+            dilations=[conv.dilation] * 2,
+        )
+
+    def _gemm(self, conv: Convolution, x: Quantized, y: Quantized) -> None:
+        """A convolution as ``rows (N*h*w, k*k*I) @ weights (k*k*I, O)``."""
+        weights, scales = self._int8_weights(conv, as_matrix=True)
+        rows = self._rows(x.name, x.channels)
+        if conv.kernel > 1:
+            zeros = self._constant(np.full((1, x.channels), x.zero_point), np.uint8)
+            padded = self._once("Concat", [rows, zeros], axis=0)
+            neighbours = self._neighbours(conv, x.stride)
+            rows = self._emit("Gather", [padded, neighbours], axis=0)
+            rows = self._rows(rows, conv.kernel**2 * x.channels)
+        product = self._emit(
+            "QGemm",
+            [
+                rows,
+                *self._meaning(x),
+                *self._weight_operand(weights, scales),
+                self._int32_bias(conv.bias, x.scale * scales),
+                *self._meaning(y),
+            ],
+            domain=CONTRIB,
+        )
+        self._emit("Reshape", [product, self._grid(y.stride)], y.name)
+
+    def _first_conv(self, conv: Convolution, node: NodeProto) -> None:
+        """The 7x7 convolution of stride 2 on the image's own bytes, normalisation folded in.
+
+        Four pixels are one cell of 12 channels, so ``(w/4)`` cells make ``(w/4)`` cells of two
+        output pixels each: seven rows of three cells cover both. Reshaping costs nothing in NHWC.
+        """
+        if (conv.kernel, conv.stride, conv.dilation) != (7, 2, 1):
+            raise QuantizationError(f"{conv.name}: the first convolution is not 7x7 of stride 2")
+        mean, std = self._normalization(node)
+        values = _array(conv.weights) * conv.scale[:, None, None, None] / std[:, None, None]
+        outputs = len(conv.bias)
+        cells = np.zeros((2, outputs, PIXELS, 3, 7, 3))  # (of two, O, of four, RGB, rows, cells)
+        for pixel in range(2):
+            for column in range(7):
+                offset = 2 * pixel + column - 3  # from the first pixel of the middle cell
+                cell, within = divmod(offset + PIXELS, PIXELS)
+                cells[pixel, :, within, :, :, cell] = values[:, :, :, column]
+        kernel = cells.reshape(2 * outputs, PIXELS * 3, 7, 3)
+        scales = _scale_of(kernel)
+        weights = np.rint(kernel / scales[:, None, None, None])
+        # Padding is the zero point for all three colours: near their means, where it should be
+        # each one's own.
+        zero_point = round(float(mean.mean()))
+        bias = conv.bias + (values.sum(axis=(2, 3)) * (zero_point - mean)).sum(axis=1)
+        y = self._output(conv.name, outputs, 2)
+        x = Quantized(INPUT_NAME, 3, 1, 1.0, zero_point)
+        by_four = self._constant([0, 0, -1, PIXELS * 3], np.int64)
+        pairs = self._emit(
+            "QLinearConv",
+            [
+                self._emit("Reshape", [INPUT_NAME, by_four]),
+                *self._meaning(x),
+                *self._weight_operand(self._constant(weights, np.int8), scales),
+                *self._meaning(y),
+                self._int32_bias(np.tile(bias, 2), scales),
+            ],
+            domain=CONTRIB,
+            channels_last=1,
+            kernel_shape=[7, 3],
+            pads=[3, 1, 3, 1],
+            strides=[2, 1],
+        )
+        self._emit("Reshape", [pairs, self._constant([0, 0, -1, outputs], np.int64)], y.name)
+
+    def _logits(self, conv: Convolution, x: Quantized) -> None:
+        """The classifier, a 1x1 convolution, with its sums left exact: float32 logits, NCHW."""
+        weights, scales = self._int8_weights(conv, as_matrix=True)
+        sums = self._emit(
+            "MatMulInteger",
+            [x.name, weights, self._meaning(x)[1], self._weight_operand(weights, scales)[2]],
+        )
+        real = self._emit("Cast", [sums], to=TensorProto.FLOAT)
+        scaled = self._emit("Mul", [real, self._constant(x.scale * scales, np.float32)])
+        logits = self._emit("Add", [scaled, self._constant(conv.bias, np.float32)])
+        self._emit("Transpose", [logits], OUTPUT_NAME, perm=[0, 3, 1, 2])
+
+    def _max_pool(self, node: NodeProto) -> None:
+        x = self._tensors[node.input[0]]
+        attributes = _attributes(node)
+        step = attributes["strides"][0]
+        # The greatest of uint8 values is the greatest of what they mean.
+        y = Quantized(node.output[0], x.channels, x.stride * step, x.scale, x.zero_point)
+        self._tensors[node.output[0]] = y
+        keep = {key: attributes[key] for key in ("kernel_shape", "pads", "strides")}
+        self._emit("NhwcMaxPool", [x.name], y.name, domain=CONTRIB, **keep)
+
+    def _add(self, node: NodeProto) -> None:
+        a, b = (self._tensors[name] for name in node.input)
+        y = self._output(node.output[0], a.channels, max(a.stride, b.stride))
+        self._emit(
+            "QLinearAdd",
+            [*self._operand(a), *self._operand(b), *self._meaning(y)],
+            y.name,
+            domain=CONTRIB,
+        )
+
+    def _concat(self, node: NodeProto) -> None:
+        parts = [self._tensors[name] for name in node.input]
+        y = self._output(node.output[0], sum(part.channels for part in parts), parts[0].stride)
+        operands = [name for part in parts for name in self._operand(part)]
+        self._emit("QLinearConcat", [*self._meaning(y), *operands], y.name, domain=CONTRIB, axis=3)
+
+    def _mean(self, node: NodeProto) -> None:
+        x = self._tensors[node.input[0]]
+        y = self._output(node.output[0], x.channels, 0)
+        self._emit(
+            "QLinearGlobalAveragePool",
+            [*self._operand(x), *self._meaning(y)],
+            y.name,
+            domain=CONTRIB,
+            channels_last=1,
+        )
+
+    # ---- reading the float graph -----------------------------------------------------------------
+
+    def _read_convolution(self, node: NodeProto) -> Convolution:
+        """Read what `models.export` wrote: weights alone, or fp16 weights times a scale."""
+        attributes = _attributes(node)
+        if node.input[1] in self._constants:
+            # The exporter folds the smallest ones itself.
+            weights = self._constants[node.input[1]]
+            scale = np.ones(weights.dims[0])
+        else:
+            cast, factor = self._makers[node.input[1]].input
+            weights = self._constants[self._makers[cast].input[0]]
+            scale = _array(self._constants[factor]).ravel()
+        # The exporter drops a bias of zeros.
+        bias = np.zeros(len(scale))
+        if len(node.input) == 3:
+            bias = _array(self._constants[node.input[2]])
+        conv = Convolution(
+            node.output[0],
+            weights,
+            scale,
+            bias,
+            *(attributes[key][0] for key in ("kernel_shape", "strides", "dilations")),
+        )
+        if attributes["group"] != 1 or attributes["pads"] != [conv.padding] * 4:
+            raise QuantizationError(f"{conv.name}: only dense convolutions of the same size")
+        return conv
+
+    def _normalization(self, node: NodeProto) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Mean and standard deviation, ``(3,)`` in [0, 255], of the first convolution's input."""
+        divide = self._makers[node.input[0]]
+        subtract = self._makers[divide.input[0]]
+        if (divide.op_type, subtract.op_type) != ("Div", "Sub"):
+            raise QuantizationError(f"{node.output[0]}: its input is not the normalised image")
+        constants = (self._constants[subtract.input[1]], self._constants[divide.input[1]])
+        mean, std = (_array(constant).ravel() for constant in constants)
+        return mean, std
+
+    def _output(self, name: str, channels: int, stride: int) -> Quantized:
+        """Name an operator's output, together with the ReLU that alone reads it."""
+        readers = [node for node in self._source.node if name in node.input]
+        if [node.op_type for node in readers] == ["Relu"]:
+            # A range from 0 on makes saturation the ReLU.
+            name = readers[0].output[0]
+        y = Quantized.of_range(name, channels, stride, self._ranges[name])
+        self._tensors[name] = y
+        return y
+
+    # ---- writing ---------------------------------------------------------------------------------
+
+    def _emit(self, op: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:  # noqa: ANN401
+        output = name or f"{op}_{len(self._nodes)}"
+        node = helper.make_node(op, list(inputs), [output], name=output, **attributes)
+        self._nodes.append(node)
+        return output
+
+    def _once(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:  # noqa: ANN401
+        """`_emit`, unless the same node is there already."""
+        key = (op, *inputs, repr(attributes))
+        if key not in self._seen:
+            self._seen[key] = self._emit(op, inputs, **attributes)
+        return self._seen[key]
+
+    def _constant(self, value: object, dtype: DTypeLike) -> str:
+        array = np.asarray(value, dtype=dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._seen:
+            self._seen[key] = f"constant_{len(self._initializers)}"
+            tensor = numpy_helper.from_array(array, self._seen[key])
+            self._initializers[tensor.name] = tensor
+        return self._seen[key]
+
+    def _meaning(self, tensor: Quantized) -> list[str]:
+        return [
+            self._constant(tensor.scale, np.float32),
+            self._constant(tensor.zero_point, np.uint8),
+        ]
+
+    def _operand(self, tensor: Quantized) -> list[str]:
+        return [tensor.name, *self._meaning(tensor)]
+
+    def _weight_operand(self, weights: str, scales: NDArray[np.float64]) -> list[str]:
+        zeros = self._constant(np.zeros(len(scales)), np.int8)
+        return [weights, self._constant(scales, np.float32), zeros]
+
+    def _int32_bias(self, bias: NDArray[np.float64], scales: NDArray[np.float64]) -> str:
+        limit = 2**31 - 1
+        return self._constant(np.rint(bias / scales).clip(-limit, limit), np.int32)
+
+    def _int8_weights(
+        self, conv: Convolution, *, as_matrix: bool
+    ) -> tuple[str, NDArray[np.float64]]:
+        """Weights as ``(O, I, k, k)`` or ``(k*k*I, O)`` int8, and their scales ``(O,)``.
+
+        The fp16 weights are rounded on their own grid; the BatchNorm's factor only enters the
+        scale, and its sign the rounding, because a scale is positive.
+        """
+        steps = _scale_of(_array(conv.weights))
+        steps = np.where(conv.scale < 0, -steps, steps)
+        values = self._emit("Cast", [self._external(conv.weights)], to=TensorProto.FLOAT)
+        if as_matrix:
+            shape = [-1, conv.weights.dims[0]]
+            turned = self._emit("Transpose", [values], perm=[2, 3, 1, 0])
+            values = self._emit("Reshape", [turned, self._constant(shape, np.int64)])
+        zeros = self._constant(np.zeros(len(steps)), np.int8)
+        weights = self._emit(
+            "QuantizeLinear",
+            [values, self._constant(steps, np.float32), zeros],
+            axis=1 if as_matrix else 0,
+        )
+        return weights, steps * conv.scale
+
+    def _external(self, tensor: TensorProto) -> str:
+        """The float file's tensor, by reference. Source: ONNX, ``docs/ExternalData.md``."""
+        offset = self._bytes.find(tensor.raw_data)
+        if not tensor.raw_data or offset < 0:
+            raise QuantizationError(f"{tensor.name}: not stored as raw data in {self._weights}")
+        external = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        external.data_location = TensorProto.EXTERNAL
+        entries = {"location": self._weights, "offset": offset, "length": len(tensor.raw_data)}
+        for key, value in entries.items():
+            external.external_data.add(key=key, value=str(value))
+        self._initializers[tensor.name] = external
+        return tensor.name
+
+    # ---- shapes, computed in the graph because photos have many ----------------------------------
+
+    def _rows(self, name: str, channels: int) -> str:
+        return self._once("Reshape", [name, self._constant([-1, channels], np.int64)])
+
+    def _sizes(self, stride: int) -> str:
+        """``[N, h/stride, w/stride]``, int64."""
+        sizes = self._once("Shape", [INPUT_NAME], start=0, end=3)
+        return self._once("Div", [sizes, self._constant([1, stride, stride], np.int64)])
+
+    def _grid(self, stride: int) -> str:
+        rest = self._constant([-1], np.int64)
+        return self._once("Concat", [self._sizes(stride), rest], axis=0)
+
+    def _neighbours(self, conv: Convolution, stride: int) -> str:
+        """Row numbers ``(N*h*w*k*k,)`` of what a kernel reads, in the order of its weights.
+
+        ``stride`` is the input's. Neighbours outside the photo have the number ``N*h*w``, the row
+        of zeros after the last.
+        """
+        photos, height, width = (self._size(stride, axis) for axis in range(3))
+        cells = self._once("Mul", [height, width])
+        offsets = np.arange(-conv.padding, conv.padding + 1, conv.dilation)
+        down = self._along(conv, stride, 1, offsets.reshape(1, 1, 1, -1, 1), width)
+        right = self._along(conv, stride, 2, offsets.reshape(1, 1, 1, 1, -1), None)
+        photo = self._once("Mul", [self._numbers(photos, 0), cells])
+        rows = self._once("Add", [self._once("Add", [photo, down]), right])
+        clipped = self._once("Min", [rows, self._once("Mul", [photos, cells])])
+        return self._once("Reshape", [clipped, self._constant([-1], np.int64)])
+
+    def _along(
+        self,
+        conv: Convolution,
+        stride: int,
+        axis: int,
+        offsets: NDArray[np.int64],
+        step: str | None,
+    ) -> str:
+        """Positions along one axis times ``step``; `OUTSIDE` where there is no such cell."""
+        places = self._numbers(self._size(stride * conv.stride, axis), axis)
+        if conv.stride > 1:
+            places = self._once("Mul", [places, self._constant(conv.stride, np.int32)])
+        places = self._once("Add", [places, self._constant(offsets, np.int32)])
+        low = self._once("Less", [places, self._constant(0, np.int32)])
+        high = self._once("GreaterOrEqual", [places, self._size(stride, axis)])
+        outside = self._once("Or", [low, high])
+        if step is not None:
+            places = self._once("Mul", [places, step])
+        return self._once("Where", [outside, self._constant(OUTSIDE, np.int32), places])
+
+    def _numbers(self, count: str, axis: int) -> str:
+        """``0 .. count - 1`` along ``axis`` of five."""
+        zero, one = self._constant(0, np.int32), self._constant(1, np.int32)
+        shape = [-1 if index == axis else 1 for index in range(5)]
+        numbers = self._once("Range", [zero, count, one])
+        return self._once("Reshape", [numbers, self._constant(shape, np.int64)])
+
+    def _size(self, stride: int, axis: int) -> str:
+        """One of `_sizes`, a scalar int32."""
+        sizes = self._once("Cast", [self._sizes(stride)], to=TensorProto.INT32)
+        return self._once("Gather", [sizes, self._constant(axis, np.int64)], axis=0)
+
+
+def _attributes(node: NodeProto) -> dict[str, Any]:
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _array(tensor: TensorProto) -> NDArray[np.float64]:
+    return numpy_helper.to_array(tensor).astype(np.float64)
+
+
+def _scale_of(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The finest int8 scale of each output channel, symmetric around 0: ``(O,)``."""
+    greatest = np.abs(weights).max(axis=(1, 2, 3))
+    scale: NDArray[np.float64] = np.where(greatest > 0, greatest / 127, 1.0)
+    return scale
