@@ -1,9 +1,10 @@
 # FCN Segment: `make help` lists what there is. Nothing to prepare: on a machine with Python 3.11 or
 # newer and pip, each command sets up what it needs, once.
 #
-# Two environments, because serving must not need torch:
-#   .venv-serve  requirements-cpu.txt   what `make serve` runs
-#   .venv        requirements-dev.txt   that, training, tests and checks
+# Three environments, because serving must not need torch, nor tests the benchmarks' peers:
+#   .venv-serve  requirements-cpu.txt    what `make serve` runs
+#   .venv        requirements-dev.txt    that, training, tests and checks
+#   .venv-bench  requirements-bench.txt  the benchmarks' peers; ours is measured in .venv-serve
 # They are made anew when their lock file changes, when this folder was moved, or when their
 # interpreter went away. A set-up that was interrupted starts again.
 
@@ -18,7 +19,7 @@ DOCKER ?= docker
 PYTHON ?= $(shell for python in python3.11 python3 python3.13 python3.12; do \
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	&& { command -v "$$python"; break; }; done)
-# Further arguments for pytest: make test ARGS="-k decoding -x"
+# Further arguments: make test ARGS="-k decoding -x", make bench ARGS="--data VOCdevkit"
 ARGS ?=
 
 # ---- environments --------------------------------------------------------------------------------
@@ -63,13 +64,22 @@ endef
 	$(call install,.venv)
 	@touch $@
 
+.venv-bench/locked: requirements-bench.txt $(call if-moved,.venv-bench)
+	$(torch-is-there)
+	$(call create,.venv-bench,requirements-bench.txt)
+	@touch $@
+
+.venv-bench/ready: .venv-bench/locked pyproject.toml
+	$(call install,.venv-bench)
+	@touch $@
+
 # On Linux the public index's torch is the CUDA build: several GB that no test needs, and pip would
 # only notice after the download. So look first whether pip finds the CPU build that is locked.
 define torch-is-there
 	@if [ "$$(uname -s)" = Linux ]; then \
 		"$(PYTHON)" -c 'import platform, sys; sys.exit( \
 			(*sys.version_info[:2], platform.machine()) != (3, 11, "x86_64"))' \
-		|| { echo "requirements-dev.txt knows torch's CPU build for Python 3.11 on x86-64; this is" \
+		|| { echo "the lock files know torch's CPU build for Python 3.11 on x86-64; this is" \
 			"$$("$(PYTHON)" --version) on $$(uname -m): see README, Development" >&2; exit 1; }; \
 		versions=$$("$(PYTHON)" -m pip index versions torch 2>/dev/null || true); \
 		[[ "$$versions" == *"$(TORCH)+cpu"* ]] \
@@ -83,11 +93,11 @@ FORCE:
 
 # ---- commands ------------------------------------------------------------------------------------
 
-.PHONY: help serve test check format lock docker clean
+.PHONY: help serve test check format bench bench-quick lock docker clean
 
 help: ## this list
 	@echo "make COMMAND, where COMMAND is one of:"
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 12
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 16
 
 serve: .venv-serve/ready ## the service on the CPU with the default model, on PORT (8000)
 	@exec .venv-serve/bin/fcn-segment serve --port "$(PORT)"
@@ -105,11 +115,17 @@ format: .venv/ready ## format the code and fix what ruff can fix
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+bench: .venv-bench/ready .venv-serve/ready ## ours against its peers, half an hour on a quiet machine; ARGS as above
+	@.venv-bench/bin/python -m tests.benchmarks $(ARGS)
+
+bench-quick: .venv-bench/ready .venv-serve/ready ## ours alone, under three minutes
+	@.venv-bench/bin/python -m tests.benchmarks --quick $(ARGS)
+
 docker: ## the CPU image, fcn-segment:cpu
 	$(DOCKER) build --target cpu --tag fcn-segment:cpu .
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-serve .venv-lock build dist *.egg-info .coverage htmlcov \
+	rm -rf .venv .venv-serve .venv-bench .venv-lock build dist *.egg-info .coverage htmlcov \
 		.hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find service models tests docker -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -123,30 +139,41 @@ TORCH := 2.13.0
 # the public wheels are CPU builds, and their hashes come from the index's metadata.
 TORCH_CPU_SHA256 := 6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b
 
-compile = .venv-lock/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+compile = .venv-lock/bin/uv pip compile pyproject.toml --quiet --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --no-header --group build $(ARGS)
 
 made := by 'make lock' from pyproject.toml; do not edit.
 
-# A line keeps its version unless ARGS says --upgrade or --upgrade-package NAME. Before the dev lock
-# is resolved, torch is taken out of the old one: uv would copy the hash of the CPU wheel from there.
+# A line keeps its version unless ARGS says --upgrade or --upgrade-package NAME.
 lock: .venv-lock/uv-$(UV) ## resolve requirements-*.txt anew; ARGS go to uv
-	$(compile) --extra cpu --output-file requirements-cpu.txt
+	$(compile) --universal --extra cpu --output-file requirements-cpu.txt
 	@sed -i "1i # Serving on a CPU. Made $(made)" requirements-cpu.txt
-	$(compile) --extra gpu --constraint requirements-cpu.txt --output-file requirements-gpu.txt
+	$(compile) --universal --extra gpu --constraint requirements-cpu.txt --output-file requirements-gpu.txt
 	@sed -i "1i # Serving on an NVIDIA GPU. Made $(made)" requirements-gpu.txt
-	@touch requirements-dev.txt
-	@awk '/^[^ #]/ { torch = /^torch==/ } !torch' requirements-dev.txt > .venv-lock/old.txt
-	@cp .venv-lock/old.txt requirements-dev.txt
-	$(compile) --extra cpu --extra train --group dev --constraint requirements-cpu.txt \
-		--output-file requirements-dev.txt
-	@{ printf '%s\n' "# Serving on a CPU, training, tests and checks. Made $(made)" \
+	$(call lock-with-torch,requirements-dev.txt,dev,Serving on a CPU$(comma) training$(comma) tests and checks,\
+		--universal --constraint requirements-cpu.txt)
+	@sed -nE '/^opentelemetry/!s/^([^ #].*) \\$$/\1/p' requirements-cpu.txt > .venv-lock/shared.txt
+	$(call lock-with-torch,requirements-bench.txt,bench,Benchmarks: the peers and the harness,\
+		--python-platform x86_64-manylinux_2_28 --constraint .venv-lock/shared.txt)
+
+comma := ,
+# $(1): lock file, $(2): dependency group, $(3): its first line, $(4): platforms and constraints. The
+# peers agree on no versions for all platforms, nor on the opentelemetry that ours would take.
+# Before the file is resolved, torch is taken out of the old one: uv would copy the hash of the CPU
+# wheel from there.
+define lock-with-torch
+	@touch $(1)
+	@awk '/^[^ #]/ { torch = /^torch==/ } !torch' $(1) > .venv-lock/old.txt
+	@cp .venv-lock/old.txt $(1)
+	$(compile) $(4) --extra cpu --extra train --group $(2) --output-file $(1)
+	@{ printf '%s\n' "# $(3). Made $(made)" \
 		"# On Linux, PyTorch's own CPU wheel and no other: the reason is in the Makefile." \
 		"torch==$(TORCH) ; sys_platform == 'linux' \\" \
 		"    --hash=sha256:$(TORCH_CPU_SHA256)"; \
-		sed "s/^torch==$(TORCH) /&; sys_platform != 'linux' /" requirements-dev.txt; \
+		sed "s/^torch==$(TORCH) /&; sys_platform != 'linux' /" $(1); \
 	} > .venv-lock/new.txt
-	@cp .venv-lock/new.txt requirements-dev.txt
+	@cp .venv-lock/new.txt $(1)
+endef
 
 .venv-lock/uv-$(UV):
 	@rm -rf .venv-lock

@@ -80,7 +80,8 @@ async def open_service(
         provider=model.provider,
     )
     batcher = Batcher[InputImage, Logits](
-        partial(run_batch, model),
+        partial(run_batch, model, model.session),
+        shares=[partial(run_batch, model, share) for share in model.shares],
         max_batch=settings.max_batch,
         max_wait_s=settings.max_wait_ms / 1000,
         max_queue=settings.queue_size,

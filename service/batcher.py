@@ -1,4 +1,4 @@
-"""Dynamic batching over asyncio: many waiting callers, one device, one thread that feeds it.
+"""Dynamic batching over asyncio: many waiting callers, one device.
 
 An item that comes while the device is idle runs at once. While the device is busy, items gather
 in groups of one key (a shape), and when it falls idle the next batch is
@@ -8,7 +8,10 @@ in groups of one key (a shape), and when it falls idle the next batch is
 3. else of the group whose first item came first.
 
 So nothing ever waits beside an idle device, and ``max_wait_s`` bounds how long a small group is
-passed over in favour of full batches. Knows neither HTTP nor ONNX Runtime.
+passed over in favour of full batches.
+
+A device can be split: a batch that is alone gets all of it, which answers soonest, and while more
+wait each gets a share, which answers most. Knows neither HTTP nor ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from service.errors import DeadlineExceeded, Draining, InferenceFailed, Overload
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
+
+Run = Callable[[list[ItemT]], Sequence[ResultT]]
+"""What runs a batch."""
 
 THREAD_NAME: Final = "device"
 
@@ -47,18 +53,19 @@ class _Entry(Generic[ItemT, ResultT]):
 
 
 class Batcher(Generic[ItemT, ResultT]):
-    """Groups items into batches and runs them one batch at a time.
+    """Groups items into batches, and runs one on the whole device or one on each share of it.
 
     ``run`` takes the items of one batch, all of one key, and returns as many results in their
-    order; it is called in ``executor`` (by default a thread of its own, named ``device``).
-    ``max_queue`` bounds the items that wait; ``clock`` gives seconds and never goes back.
-    Belongs to the event loop it is first used in.
+    order; so does each of ``shares`` with its part of the device. They are called in ``executor``
+    (by default threads of its own, named ``device``). ``max_queue`` bounds the items that wait;
+    ``clock`` gives seconds and never goes back. Belongs to the event loop it is first used in.
     """
 
     def __init__(
         self,
-        run: Callable[[list[ItemT]], Sequence[ResultT]],
+        run: Run[ItemT, ResultT],
         *,
+        shares: Sequence[Run[ItemT, ResultT]] = (),
         max_batch: int = 1,
         max_wait_s: float = 0.0,
         max_queue: int = 64,
@@ -66,14 +73,18 @@ class Batcher(Generic[ItemT, ResultT]):
         executor: Executor | None = None,
     ) -> None:
         self._run = run
+        self._shares = shares
         self._max_batch = max_batch
         self._max_wait_s = max_wait_s
         self._max_queue = max_queue
         self._clock = clock
-        self._executor = executor or ThreadPoolExecutor(1, thread_name_prefix=THREAD_NAME)
+        self._executor = executor or ThreadPoolExecutor(
+            max(1, len(shares)), thread_name_prefix=THREAD_NAME
+        )
         # Each group in order of arrival; none is ever empty.
         self._groups: dict[Hashable, deque[_Entry[ItemT, ResultT]]] = {}
-        self._feeder: asyncio.Task[None] | None = None
+        self._running: dict[asyncio.Task[None], Run[ItemT, ResultT]] = {}
+        self._dispatching = False
         self._closing = False
         self._last_run_s = 0.0
 
@@ -103,9 +114,10 @@ class Batcher(Generic[ItemT, ResultT]):
         future: asyncio.Future[Answer[ResultT]] = asyncio.get_running_loop().create_future()
         entry = _Entry(item, future, self._clock(), deadline_s)
         self._groups.setdefault(key, deque()).append(entry)
-        if self._feeder is None:
-            # Lives while there is something to run; the reference keeps it from being collected.
-            self._feeder = asyncio.create_task(self._feed(), name="batcher")
+        if not self._dispatching:
+            # One turn of the loop later, so that callers that arrived together run together.
+            self._dispatching = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
         try:
             return await future
         except asyncio.CancelledError:
@@ -115,18 +127,36 @@ class Batcher(Generic[ItemT, ResultT]):
     async def close(self) -> None:
         """Refuse new items, answer all that were taken, then end the device's thread."""
         self._closing = True
-        if self._feeder is not None:
-            await self._feeder
+        if self._dispatching:
+            self._dispatch()
+        while self._running:
+            await asyncio.wait(self._running)
+            # A turn for what follows a batch, which may be the next.
+            await asyncio.sleep(0)
         self._executor.shutdown(wait=True)
 
-    async def _feed(self) -> None:
-        try:
-            # One turn of the loop first, so that callers that arrived together run together.
-            await asyncio.sleep(0)
-            while batch := self._next_batch():
-                await self._run_batch(batch)
-        finally:
-            self._feeder = None
+    def _dispatch(self) -> None:
+        """Start batches while there are any and some of the device is free."""
+        self._dispatching = False
+        while (run := self._free()) and (batch := self._next_batch()):
+            # The reference keeps the task from being collected.
+            task = asyncio.create_task(self._run_batch(run, batch), name="batch")
+            self._running[task] = run
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._dispatch()
+
+    def _free(self) -> Run[ItemT, ResultT] | None:
+        """What the next batch may run on: all of the device, a share of it, or nothing."""
+        busy = self._running.values()
+        if not busy:
+            batches = sum(-(-len(group) // self._max_batch) for group in self._groups.values())
+            return self._shares[0] if self._shares and batches > 1 else self._run
+        if self._run in busy:
+            return None
+        return next((share for share in self._shares if share not in busy), None)
 
     def _next_batch(self) -> list[_Entry[ItemT, ResultT]]:
         """The live items to run next; empty once nothing is left."""
@@ -157,12 +187,14 @@ class Batcher(Generic[ItemT, ResultT]):
         full = (key for key in by_arrival if len(self._groups[key]) >= self._max_batch)
         return next(full, oldest)
 
-    async def _run_batch(self, batch: list[_Entry[ItemT, ResultT]]) -> None:
+    async def _run_batch(
+        self, run: Run[ItemT, ResultT], batch: list[_Entry[ItemT, ResultT]]
+    ) -> None:
         started = self._clock()
         items = [entry.item for entry in batch]
         loop = asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(self._executor, self._run, items)
+            results = await loop.run_in_executor(self._executor, run, items)
             if len(results) != len(items):
                 raise RuntimeError(f"{len(items)} items gave {len(results)} results")
         # Whatever the device raises, every caller of this batch must hear of it.
@@ -174,10 +206,10 @@ class Batcher(Generic[ItemT, ResultT]):
                     entry.future.set_exception(failure)
             return
         finally:
-            self._last_run_s = self._clock() - started
+            run_s = self._last_run_s = self._clock() - started
         for entry, result in zip(batch, results, strict=True):
             if not entry.future.done():
-                answer = Answer(result, started - entry.arrived_s, self._last_run_s)
+                answer = Answer(result, started - entry.arrived_s, run_s)
                 entry.future.set_result(answer)
 
     def _forget(self, entry: _Entry[ItemT, ResultT], key: Hashable) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import signal
 import socket
 import sys
@@ -12,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import structlog
 import uvicorn
+import uvloop
 
 from service import __version__, logs
 from service.app import create_app, with_state
@@ -23,6 +25,12 @@ from service.errors import SegmentError, SettingsError
 from service.predict import predict
 from service.routes.state import LifespanState
 from service.settings import Settings, env_name, load_settings
+
+# mallopt's parameters, from glibc's malloc.h, and what they are set to.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_KEPT_BUFFER_BYTES: Final = 4 * 2**20
+_KEPT_BYTES: Final = 64 * 2**20
 
 _log: Any = structlog.get_logger("service.cli")
 
@@ -87,10 +95,27 @@ def _given(parsed: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
 
 def _serve(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
+    _keep_freed_memory()
     # First of all: loading a model only to find the port taken wastes everybody's time.
-    with _bind(settings.host, settings.port) as listener:
-        asyncio.run(_serve_on(listener, settings))
+    with (
+        _bind(settings.host, settings.port) as listener,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_serve_on(listener, settings))
     return 0
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the buffers of one photo for the next; elsewhere this does nothing.
+
+    Left alone it gives each buffer of half a megabyte back to the kernel, and taking it again
+    page by page is half the time of resizing a 500x375 photo. Larger ones are still given back.
+    Source: glibc, ``mallopt(3)``.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BUFFER_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _bind(host: str, port: int) -> socket.socket:

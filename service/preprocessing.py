@@ -18,8 +18,8 @@ from cykooz_resizer import (  # type: ignore[import-untyped]
     ImageData,
     PixelType,
     ResizeAlg,
-    Resizer,
     ResizeOptions,
+    Resizer,
 )
 
 from service.contract import SHAPE_MULTIPLE, Shape

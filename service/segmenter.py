@@ -31,7 +31,7 @@ from service.encoding import (
 from service.errors import DeadlineExceeded, Overloaded
 from service.preprocessing import Geometry, preprocess
 from service.schemas import ModelName, Rle, Segmentation, SegmentedClass
-from service.session import Model
+from service.session import InferenceSession, Model
 from service.upsampling import Labels, upsample
 
 View = Literal["mask", "overlay"]
@@ -252,9 +252,12 @@ class Segmenter:
         return body.model_dump_json(exclude=exclude).encode()
 
 
-def run_batch(model: Model, images: Sequence[InputImage]) -> Sequence[Logits]:
+def run_batch(
+    model: Model, session: InferenceSession, images: Sequence[InputImage]
+) -> Sequence[Logits]:
     """The batcher's work: stack ``(h, w, 3) uint8`` images of one shape, run them, unstack.
 
     Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.
     """
-    return list(model.run(images[0][None] if len(images) == 1 else np.stack(images)))
+    batch = images[0][None] if len(images) == 1 else np.stack(images)
+    return list(model.run(batch, session))

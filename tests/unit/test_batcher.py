@@ -251,3 +251,78 @@ async def test_the_answer_says_how_long_it_waited(device: Device) -> None:
     assert (answer.result, answer.queue_s, answer.run_s) == (2, 2, 3)
     assert batcher.retry_after_s() == 3
     await batcher.close()
+
+
+class Split:
+    """A device whose two shares can be held still one by one."""
+
+    def __init__(self) -> None:
+        self.whole, self.left, self.right = Device(), Device(), Device()
+
+    def let_go(self) -> None:
+        """Let everything through."""
+        for device in (self.whole, self.left, self.right):
+            device.let_go()
+
+
+@pytest.fixture
+async def split() -> AsyncIterator[Split]:
+    """A split device, let go of at the end."""
+    split = Split()
+    yield split
+    split.let_go()
+
+
+async def test_a_batch_that_is_alone_gets_the_whole_device(split: Split) -> None:
+    """One after the other, as answers soonest."""
+    batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run])
+    split.let_go()
+    for item in (1, 2):
+        (task,) = await submit(batcher, item)
+        assert await task == 2 * item
+    assert split.whole.batches == [[1], [2]]
+    assert split.left.batches == split.right.batches == []
+    await batcher.close()
+
+
+async def test_batches_that_wait_together_share_the_device(split: Split) -> None:
+    """What came during a run of the whole goes on both shares at once, in order of arrival."""
+    batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run])
+    tasks = await submit(batcher, 0)
+    await split.whole.started.get()
+    tasks += await submit(batcher, 1, 2, 3)
+    split.whole.let_go(1)
+    assert await split.left.started.get() == [1]
+    assert await split.right.started.get() == [2]
+    split.right.let_go(1)
+    assert await split.right.started.get() == [3]
+    split.let_go()
+    assert await asyncio.gather(*tasks) == [0, 2, 4, 6]
+    await batcher.close()
+
+
+async def test_a_free_share_does_not_wait_for_the_other(split: Split) -> None:
+    """An item that comes while one share works runs on the other at once."""
+    batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run])
+    tasks = await submit(batcher, 1, 2)
+    assert await split.left.started.get() == [1]
+    assert await split.right.started.get() == [2]
+    split.right.let_go(1)
+    assert await tasks[1] == 4
+    tasks += await submit(batcher, 3)
+    assert await split.right.started.get() == [3]
+    assert split.whole.batches == []
+    split.let_go()
+    assert await asyncio.gather(*tasks) == [2, 4, 6]
+    await batcher.close()
+
+
+async def test_a_failure_on_one_share_leaves_the_other_alone(split: Split) -> None:
+    """Each batch has its own outcome."""
+    batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run])
+    failing, working = await submit(batcher, -1, 2)
+    split.let_go()
+    with pytest.raises(InferenceFailed):
+        await failing
+    assert await working == 4
+    await batcher.close()

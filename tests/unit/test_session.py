@@ -149,3 +149,17 @@ def test_a_precision_that_the_artefact_lacks_is_named(tiny_artefact: Path) -> No
     """Never another one silently."""
     with pytest.raises(ContractError, match="no network of precision int8, only fp32"):
         load_model(tiny_artefact, precision="int8")
+
+
+@pytest.mark.parametrize(("threads", "sessions"), [(1, 1), (2, 2), (3, 2), (8, 3)])
+def test_half_the_threads_each_for_two_runs_at_once(
+    tiny_artefact: Path, threads: int, sessions: int
+) -> None:
+    """None with a single thread; halves of one thread are one session, which has no threads."""
+    model = load_model(tiny_artefact, "cpu", threads=threads)
+    assert len({id(one) for one in (model.session, *model.shares)}) == sessions
+    assert len(model.shares) == (2 if threads > 1 else 0)
+    model.warm_up()
+    photo = two_class_photo()[None]
+    for share in model.shares:
+        np.testing.assert_array_equal(model.run(photo, share), model.run(photo))

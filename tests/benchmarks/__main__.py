@@ -1,0 +1,89 @@
+"""``python -m tests.benchmarks``: measure, check that the masks agree, write the results.
+
+Exit status: 0, or 1 if a side's masks differ from ours or a server failed. Missed targets are shown
+as such and change nothing: no test depends on time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from service.settings import DEFAULT_MODEL
+from tests.benchmarks import components, lifecycle, photos, report, serving
+from tests.benchmarks.servers import ROOT
+from tests.benchmarks.serving import Bench
+
+Stage = Callable[[Bench], None]
+
+PARTS: Final[dict[str, tuple[Stage, ...]]] = {
+    "serving": (
+        partial(serving.latency, precision="fp32"),
+        partial(serving.latency, precision="auto"),
+        serving.fp32,
+        serving.best_precision,
+    ),
+    "pipe": (serving.pipe,),
+    "components": (components.measure,),
+    "lifecycle": (lifecycle.starts, lifecycle.memory),
+}
+
+
+def main() -> int:
+    """Run the parts asked for."""
+    parser = _parser()
+    given = parser.parse_args()
+    if unknown := set(given.only) - set(PARTS):
+        parser.error(f"--only: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    out: Path = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    met = report.environment()
+    sent = photos.serving_photos(out / "photos", given.data, 8 if given.quick else 16)
+    rounds = given.rounds or (1 if given.quick else 3)
+    bench = Bench(out, given.artifact, sent, rounds=rounds, quick=given.quick)
+    failures = []
+    for name in ("sweep",) if given.sweep else given.only:
+        for stage in (serving.sweep,) if given.sweep else PARTS[name]:
+            try:
+                stage(bench)
+            # One server that does not start must not take the other parts' figures with it.
+            except (RuntimeError, OSError) as exc:
+                failures.append(f"{name}: {exc}")
+                print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
+    met["seconds"] = round(time.monotonic() - started)
+    met["photos"] = "VOC val" if given.data else "scikit-image"
+    table = report.write(bench, met)
+    print(f"\n{table.read_text(encoding='utf-8')}\n{met['seconds']} s; written to {out}")
+    return 1 if failures or serving.disagreements(bench.masks) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tests.benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="ours alone, under three minutes")
+    parser.add_argument("--sweep", action="store_true", help="try the peers' settings instead")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        default=list(PARTS),
+        metavar="PARTS",
+        help=f"comma-separated, of {', '.join(PARTS)}",
+    )
+    parser.add_argument("--rounds", type=int, help="turns of each side (default 3; quick 1)")
+    parser.add_argument(
+        "--data", type=Path, metavar="VOCdevkit", help="photos of its val list are sent"
+    )
+    parser.add_argument(
+        "--artifact", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="what ours serves"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", metavar="DIR")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+"""The load generator: a process of its own, raw sockets over asyncio, keep-alive connections.
+
+Reads a `Load` as JSON from stdin and writes a `Measurement` as JSON to stdout. Closed loop: each
+connection sends its next photo as soon as it has its answer; that gives the capacity. Open loop:
+photos arrive at a Poisson process's times whatever the server does, and latency counts from the
+scheduled arrival, so that no waiting is hidden ("coordinated omission").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Final
+
+from tests.benchmarks import usage
+
+HOST: Final = "127.0.0.1"
+_BOUNDARY: Final = "benchmark-of-fcn-segment"
+_ANSWER_TIMEOUT_S: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What to send: the photos in turn, as the multipart ``field`` of a POST to ``paths`` in turn.
+
+    Closed loop over ``connections``, or, with ``rate_per_s``, an open loop over as many as are
+    needed up to ``connections``. ``warm_up_s`` seconds go unmeasured; then ``seconds`` are, or
+    ``requests`` if those are over sooner. ``pid`` is the server's, whose process tree is sampled.
+    """
+
+    port: int
+    paths: tuple[str, ...]
+    field: str
+    photos: tuple[str, ...]
+    connections: int
+    seconds: float
+    pid: int
+    warm_up_s: float = 1.0
+    requests: int = 100_000
+    rate_per_s: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One measured window. ``latencies_ms`` has one entry for each good answer.
+
+    ``throughput`` is good answers per second; ``cpu_ms`` the server tree's CPU time per answer;
+    ``client_cpu`` the load generator's own share of one core.
+    """
+
+    throughput: float
+    answers: int
+    failures: int
+    latencies_ms: list[float]
+    cpu_ms: float
+    client_cpu: float
+    rss_mib: float
+
+    def summary(self) -> dict[str, float]:
+        """The window without its single latencies, for the results file."""
+        figures = {name: value for name, value in asdict(self).items() if name != "latencies_ms"}
+        return {**figures, **latency_summary(self.latencies_ms)}
+
+
+def latency_summary(latencies_ms: Sequence[float]) -> dict[str, float]:
+    """Median, 95th and 99th percentile and mean; nothing of an empty sequence."""
+    if not latencies_ms:
+        return {}
+    ordered = sorted(latencies_ms)
+    return {
+        "p50_ms": statistics.median(ordered),
+        "p95_ms": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        "p99_ms": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        "mean_ms": statistics.fmean(ordered),
+    }
+
+
+def measure(load: Load) -> Measurement:
+    """Run a `Load` in a process of its own."""
+    window_s = load.warm_up_s + load.seconds
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.load"],
+        input=json.dumps(asdict(load)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=window_s + 2 * _ANSWER_TIMEOUT_S,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the load generator failed:\n{done.stderr}")
+    return Measurement(**json.loads(done.stdout))
+
+
+def multipart(field: str, photo: bytes) -> tuple[str, bytes]:
+    """Content type and body of a form with one JPEG file."""
+    head = (
+        f"--{_BOUNDARY}\r\n"
+        f'Content-Disposition: form-data; name="{field}"; filename="photo.jpg"\r\n'
+        "Content-Type: image/jpeg\r\n\r\n"
+    )
+    body = head.encode() + photo + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    return f"multipart/form-data; boundary={_BOUNDARY}", body
+
+
+class Connection:
+    """One keep-alive HTTP/1.1 connection."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def exchange(self, request: bytes) -> tuple[int, bytes]:
+        """Send a request; returns status and body. Raises `OSError` or `EOFError`."""
+        if self._reader is None or self._writer is None:
+            self._reader, self._writer = await asyncio.open_connection(
+                HOST, self._port, limit=2**26
+            )
+        self._writer.write(request)
+        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
+        length = _header(head, "content-length")
+        if length is not None:
+            body = await self._reader.readexactly(int(length))
+        elif _header(head, "transfer-encoding") == "chunked":
+            body = await self._chunks(self._reader)
+        else:
+            raise EOFError("an answer without length")
+        if _header(head, "connection") == "close":
+            self.close()
+        return int(head.split(" ", 2)[1]), body
+
+    async def _chunks(self, reader: asyncio.StreamReader) -> bytes:
+        body = b""
+        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
+            body += (await reader.readexactly(size + 2))[:-2]
+        await reader.readuntil(b"\r\n")
+        return body
+
+    def close(self) -> None:
+        """Hang up; the next exchange connects anew."""
+        if self._writer is not None:
+            self._writer.close()
+        self._reader = self._writer = None
+
+
+def request_bytes(port: int, path: str, content_type: str = "", body: bytes = b"") -> bytes:
+    """A whole request: a POST of the body, or without one a GET."""
+    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\n"
+    if body:
+        head += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+    return head.encode() + b"\r\n" + body
+
+
+def _header(head: str, name: str) -> str | None:
+    for line in head.split("\r\n")[1:]:
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return None
+
+
+def arrivals(rate_per_s: float, seconds: float, seed: int) -> Iterable[float]:
+    """A Poisson process's arrival times in seconds from its start."""
+    rng = random.Random(seed)  # noqa: S311 - the same arrivals for every side, not a secret
+    at_s = rng.expovariate(rate_per_s)
+    while at_s < seconds:
+        yield at_s
+        at_s += rng.expovariate(rate_per_s)
+
+
+class _Run:
+    """One measured window of a `Load`."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        forms = (multipart(load.field, Path(photo).read_bytes()) for photo in load.photos)
+        self._forms = list(forms)
+        self._numbers = count()
+        # (scheduled or sent, answered, good), on the clock of time.perf_counter
+        self._answers: list[tuple[float, float, bool]] = []
+        self._left = load.requests
+
+    async def closed(self) -> Measurement:
+        """Load is on before the window and until its end: neither edge is quieter than the rest."""
+        load = self._load
+        start = time.perf_counter() + load.warm_up_s
+        end = start + load.seconds
+        connections = [Connection(load.port) for _ in range(load.connections)]
+        # One by one: of connections that come at once, one worker process would take all.
+        gap_s = min(0.05, load.warm_up_s / 2 / load.connections)
+        sending = asyncio.gather(
+            *(
+                self._one_after_another(one, end, number * gap_s)
+                for number, one in enumerate(connections)
+            )
+        )
+        await asyncio.sleep(load.warm_up_s)
+        before, cpu_s = usage.sample(load.pid), time.process_time()
+        start = time.perf_counter()
+        await asyncio.wait([sending], timeout=end - start)
+        after, cpu_s = usage.sample(load.pid), time.process_time() - cpu_s
+        end = time.perf_counter()
+        await sending
+        return self._measurement(before, after, cpu_s, start, end)
+
+    async def _one_after_another(
+        self, connection: Connection, until: float, delay_s: float = 0.0
+    ) -> None:
+        await asyncio.sleep(delay_s)
+        while time.perf_counter() < until and self._left > 0:
+            self._left -= 1
+            await self._send(connection, time.perf_counter())
+
+    async def open(self) -> Measurement:
+        """Every photo that arrives within the window counts, however late its answer comes."""
+        load = self._load
+        assert load.rate_per_s is not None
+        await self._one_after_another(Connection(load.port), time.perf_counter() + load.warm_up_s)
+        self._answers.clear()
+        free: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
+        for _ in range(load.connections):
+            free.put_nowait(Connection(load.port))
+        before, cpu_s = usage.sample(load.pid), time.process_time()
+        start = time.perf_counter()
+
+        async def arrive(scheduled: float) -> None:
+            connection = await free.get()
+            await self._send(connection, scheduled)
+            free.put_nowait(connection)
+
+        async with asyncio.TaskGroup() as group:
+            for at_s in arrivals(load.rate_per_s, load.seconds, load.seed):
+                await asyncio.sleep(max(0.0, start + at_s - time.perf_counter()))
+                group.create_task(arrive(start + at_s))
+        after, cpu_s = usage.sample(load.pid), time.process_time() - cpu_s
+        return self._measurement(before, after, cpu_s, start, time.perf_counter())
+
+    async def _send(self, connection: Connection, since: float) -> None:
+        number = next(self._numbers)
+        path = self._load.paths[number % len(self._load.paths)]
+        form = self._forms[number % len(self._forms)]
+        request = request_bytes(self._load.port, path, *form)
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                status, _ = await connection.exchange(request)
+        except (OSError, EOFError, TimeoutError):
+            status = 0
+            connection.close()
+            await asyncio.sleep(0.05)
+        self._answers.append((since, time.perf_counter(), status == 200))
+
+    def _measurement(
+        self, before: usage.Usage, after: usage.Usage, cpu_s: float, start: float, end: float
+    ) -> Measurement:
+        inside = [one for one in self._answers if start <= one[1] <= end]
+        latencies_ms = [(at - since) * 1000 for since, at, good in inside if good]
+        elapsed = end - start
+        return Measurement(
+            throughput=len(latencies_ms) / elapsed,
+            answers=len(latencies_ms),
+            failures=len(inside) - len(latencies_ms),
+            latencies_ms=latencies_ms,
+            cpu_ms=1000 * (after.cpu_s - before.cpu_s) / max(1, len(latencies_ms)),
+            client_cpu=cpu_s / elapsed,
+            rss_mib=after.rss_mib,
+        )
+
+
+def main() -> None:
+    """Run the `Load` on stdin."""
+    given = json.load(sys.stdin)
+    load = Load(**{**given, "photos": tuple(given["photos"]), "paths": tuple(given["paths"])})
+    run = _Run(load)
+    measured = asyncio.run(run.closed() if load.rate_per_s is None else run.open())
+    json.dump(asdict(measured), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""What every peer does with a photo: Pillow, ONNX Runtime or PyTorch, `F.interpolate`, Pillow.
+
+Written as a competent user of these libraries would. Two choices favour the peers: they pad to the
+model's listed shapes instead of one square that would always batch, which costs a third more
+pixels; photos of different shapes that meet in one batch run one shape after the other. And where
+masks are compared they resize as the service does, which is faster than Pillow and rounds a sixth
+of the values to the level beside Pillow's: the network answers to that with up to 1 % of a mask.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import groupby
+from typing import Final, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort  # type: ignore[import-untyped]
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from service import voc
+from service.preprocessing import Geometry, preprocess
+
+Engine = Literal["onnx", "context-bf16", "torchvision-fp32", "null-logits", "null-mask"]
+"""A network: an ONNX file; our own architecture in torch's bf16 autocast; torchvision's
+fcn_resnet50 layout in torch; or one that costs nothing and hands over logits or the whole mask."""
+
+SHAPES: Final = (
+    *(shape for side in (288, 352, 384) for shape in ((side, 512), (512, side))),
+    (512, 512),
+)
+"""The listed shapes of the default artefact, as its contract has them."""
+
+WORKING_SIZE: Final = 512
+PADDING_COLOR: Final = (124, 116, 104)
+
+_VARIABLE: Final = "BENCHMARK_PEER"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a peer runs: its network and the settings of its framework.
+
+    ``model`` is an ONNX file, or for the null engines a ``.npz`` with ``logits`` and ``mask`` of
+    the one photo that is sent. ``threads`` are one worker's; ``batch`` 1 means no batching.
+    """
+
+    engine: Engine
+    model: str
+    workers: int
+    threads: int
+    batch: int
+    wait_ms: float = 5.0
+
+    def to_environment(self) -> dict[str, str]:
+        """For the peer's process."""
+        return {_VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """In the peer's process."""
+        return cls(**json.loads(os.environ[_VARIABLE]))
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A photo as the network takes it: ``(h, w, 3) uint8``, its own and its resized size."""
+
+    pixels: npt.NDArray[np.uint8]
+    photo: tuple[int, int]
+    resized: tuple[int, int]
+
+
+Network = Callable[[npt.NDArray[np.uint8]], torch.Tensor]
+"""``(N, h, w, 3) uint8`` RGB to ``(N, 21, h/stride, w/stride)`` logits."""
+
+
+class Pipeline:
+    """The steps between a request's bytes and its answer's."""
+
+    def __init__(self, options: Options) -> None:
+        torch.set_num_threads(options.threads)
+        self._mask: npt.NDArray[np.uint8] | None = None
+        if options.engine == "null-mask":
+            self._mask = np.load(options.model)["mask"]
+        else:
+            self._network = _open(options)
+
+    def predict(self, batch: Sequence[Prepared]) -> list[npt.NDArray[np.uint8]]:
+        """Masks of the photos' own sizes, in the photos' order."""
+        if self._mask is not None:
+            return [self._mask] * len(batch)
+        order = sorted(range(len(batch)), key=lambda index: batch[index].pixels.shape)
+        masks: dict[int, npt.NDArray[np.uint8]] = {}
+        for _, group in groupby(order, key=lambda index: batch[index].pixels.shape):
+            members = list(group)
+            logits = self._network(np.stack([batch[index].pixels for index in members]))
+            for index, one in zip(members, logits, strict=True):
+                masks[index] = upsample(one, batch[index])
+        return [masks[index] for index in range(len(batch))]
+
+    def __call__(self, data: bytes) -> bytes:
+        """One photo, all steps."""
+        (mask,) = self.predict([decode(data)])
+        return to_png(mask)
+
+
+def to_png(mask: npt.NDArray[np.uint8]) -> bytes:
+    """A palette PNG with Pillow's defaults."""
+    image = Image.fromarray(mask)
+    image.putpalette(voc.FULL_PALETTE.tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def decode(data: bytes) -> Prepared:
+    """JPEG bytes to the padded input."""
+    return prepare(Image.open(io.BytesIO(data)))
+
+
+def prepare(image: Image.Image) -> Prepared:
+    """Bring the longest side to 512 and pad to a listed shape."""
+    image = image.convert("RGB")
+    scale = WORKING_SIZE / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    shape = next(one for one in SHAPES if height <= one[0] and width <= one[1])
+    pixels = np.full((*shape, 3), PADDING_COLOR, dtype=np.uint8)
+    if _resizes_by_pillow():
+        resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    else:
+        geometry = Geometry((image.height, image.width), (height, width), (height, width))
+        resized = preprocess(np.asarray(image), geometry, PADDING_COLOR)
+    pixels[:height, :width] = resized
+    return Prepared(pixels, (image.height, image.width), (height, width))
+
+
+@cache
+def _resizes_by_pillow() -> bool:
+    """Without a network the pixels do not matter, and a user would take Pillow."""
+    if _VARIABLE not in os.environ:
+        return False
+    return Options.from_environment().engine in {"null-logits", "null-mask"}
+
+
+def upsample(logits: torch.Tensor, prepared: Prepared) -> npt.NDArray[np.uint8]:
+    """``(21, h, w)`` logits of the padded input to the photo's class ids.
+
+    One interpolation straight to the photo: its scale is that of the resized photo, so that the
+    padding falls off at the edges. In channels_last, which takes a fifth of the time of the plain
+    call, most of it in the argmax.
+    """
+    (height, width), (resized_height, resized_width) = prepared.photo, prepared.resized
+    stride = prepared.pixels.shape[0] / logits.shape[1]
+    # A hair more, so that rounding never takes away the last row.
+    scale = (
+        height * stride / resized_height * (1 + 1e-9),
+        width * stride / resized_width * (1 + 1e-9),
+    )
+    rows = min(logits.shape[1], int(resized_height / stride) + 2)
+    columns = min(logits.shape[2], int(resized_width / stride) + 2)
+    large = F.interpolate(
+        logits[None, :, :rows, :columns].float().contiguous(memory_format=torch.channels_last),
+        scale_factor=scale,
+        mode="bilinear",
+        align_corners=False,
+        recompute_scale_factor=False,
+    )
+    mask: npt.NDArray[np.uint8] = large[0, :, :height, :width].argmax(dim=0).to(torch.uint8).numpy()
+    return mask
+
+
+def _open(options: Options) -> Network:
+    match options.engine:
+        case "onnx":
+            settings = ort.SessionOptions()
+            settings.intra_op_num_threads = options.threads
+            session = ort.InferenceSession(options.model, settings)
+            return lambda batch: torch.from_numpy(session.run(["logits"], {"image": batch})[0])
+        case "null-logits":
+            logits = torch.from_numpy(np.load(options.model)["logits"])
+            return lambda batch: logits.expand(len(batch), -1, -1, -1)
+        case engine:
+            from tests.benchmarks.peers import networks
+
+            return networks.build(engine)

@@ -1,0 +1,83 @@
+"""Ours with a network that costs nothing: ``fcn-segment serve`` around stored logits.
+
+    python -m tests.benchmarks.pipe_service DATA.npz serve --port 8000 ...
+
+Everything else is the real service: its settings, its app, its uvicorn.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from service import cli
+from service.app import create_app
+from service.contract import ModelContract, TensorInfo
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """ONNX Runtime's ``NodeArg``; `tests.fakes` needs more than the serving environment has."""
+
+    name: str
+    type: str
+    shape: Sequence[int | str | None]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """ONNX Runtime's ``ModelMetadata``."""
+
+    custom_metadata_map: Mapping[str, str]
+
+
+class StoredLogits:
+    """ONNX Runtime's session, but it only looks its answer up.
+
+    ``data``: a ``.npz`` with the ``logits`` ``(1, 21, h, w) float32`` of one padded shape, and the
+    network's own metadata as ``contract``; other shapes get zeros.
+    """
+
+    def __init__(self, data: Path) -> None:
+        with np.load(data) as stored:
+            self._logits = stored["logits"]
+            self._metadata = ModelContract.model_validate_json(str(stored["contract"]))
+
+    def get_inputs(self) -> Sequence[TensorInfo]:
+        """As the contract wants them."""
+        return [Tensor("image", "tensor(uint8)", ["N", "h", "w", 3])]
+
+    def get_outputs(self) -> Sequence[TensorInfo]:
+        """As the contract wants them."""
+        return [Tensor("logits", "tensor(float)", ["N", 21, "lh", "lw"])]
+
+    def get_modelmeta(self) -> Metadata:
+        """The contract."""
+        return Metadata(self._metadata.to_metadata())
+
+    def get_providers(self) -> Sequence[str]:
+        """The CPU."""
+        return ["CPUExecutionProvider"]
+
+    def run(
+        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
+    ) -> Sequence[Any]:
+        """The stored logits, once for each photo of the batch."""
+        batch, height, width, _ = input_feed["image"].shape
+        stride = self._metadata.stride
+        shape = (21, height // stride, width // stride)
+        if self._logits.shape[1:] != shape:
+            return [np.zeros((batch, *shape), dtype=np.float32)]
+        return [np.broadcast_to(self._logits, (batch, *shape))]
+
+
+if __name__ == "__main__":
+    session = StoredLogits(Path(sys.argv[1]))
+    cli.create_app = partial(create_app, session=session)  # type: ignore[attr-defined]
+    sys.exit(cli.main(sys.argv[2:]))

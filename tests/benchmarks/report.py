@@ -1,0 +1,535 @@
+"""What a run found: gates, a Markdown table of ratios with their spread, JSON, plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+
+mpl.use("Agg")  # before pyplot
+
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tests.benchmarks import sides
+from tests.benchmarks.components import CASES
+from tests.benchmarks.servers import ROOT
+from tests.benchmarks.serving import (
+    AGREEMENT,
+    CONNECTIONS,
+    SATURATION,
+    Bench,
+    best_peers,
+    capacity,
+    disagreements,
+)
+from tests.benchmarks.sides import BEST, OURS, TORCH_PEER
+
+PACKAGES: Final = (
+    *("onnxruntime", "torch", "litserve", "bentoml", "ray", "fastapi", "uvicorn"),
+    *("numpy", "pillow"),
+)
+
+_COLORS: Final = {
+    OURS: "#c2185b",
+    "FastAPI + ORT": "#1f77b4",
+    "LitServe": "#6a51a3",
+    "BentoML": "#e08214",
+    "Ray Serve": "#1b9e77",
+    TORCH_PEER: "#7f7f7f",
+    "ORT": "#1f77b4",
+    "torch": "#e08214",
+    "Pillow": "#1b9e77",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One target: the figures that speak to it (one for each round), and its bound.
+
+    ``at_least`` and ``at_most``: the bound that the median has to keep.
+    """
+
+    name: str
+    figures: tuple[float, ...]
+    unit: str = "x"
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def median(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.figures)
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the median keeps the bound; None where there is none."""
+        if self.at_least is not None:
+            return self.median >= self.at_least
+        if self.at_most is not None:
+            return self.median <= self.at_most
+        return None
+
+    @property
+    def target(self) -> str:
+        """The bound in words."""
+        if self.at_least is not None:
+            return f">= {self.at_least:g} {self.unit}"
+        return "" if self.at_most is None else f"<= {self.at_most:g} {self.unit}"
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    git = ("git", "-C", str(ROOT))
+    commit, changed = (
+        subprocess.run((*git, *what), capture_output=True, text=True, check=False).stdout.strip()
+        for what in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+    )
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit + ("+changes" if changed else ""),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory_gib, 1),
+        "load_at_start": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "peer_settings": {name: asdict(setting) for name, setting in BEST.items()},
+    }
+
+
+def gates(bench: Bench) -> list[Gate]:
+    """Every target that this run has figures for."""
+    found = []
+    for precision, network in (("fp32", "fp32"), ("auto", "default")):
+        found += [
+            Gate(
+                f"500x375 JPEG to mask over the bare session, {network} network",
+                tuple(_by_round(bench, "p50_ms", "500x375", "bare session", precision, divide)),
+                at_most=1.10,
+            ),
+            Gate(
+                f"12-megapixel photo beyond the network, {network} network",
+                tuple(_by_round(bench, "p50_ms", "4000x3000", "bare session", precision, subtract)),
+                unit="ms",
+                at_most=150,
+            ),
+        ]
+    peers = best_peers(bench)
+    if peers:
+        fastest = peers[0]
+        found += [
+            Gate(
+                f"throughput, same fp32 network, over the best peer ({fastest})",
+                _serving_ratios(bench, "fp32", "fp32", fastest),
+                at_least=1.15,
+            ),
+            Gate(
+                f"throughput, fp32, over {TORCH_PEER} (torchvision's fcn_resnet50)",
+                _serving_ratios(bench, "fp32", "fp32", TORCH_PEER),
+            ),
+        ]
+        own = [
+            *(("fp32", name) for name in peers),
+            *(("best", name) for name in _measured(bench, "best") if "bf16" in name),
+        ]
+        with_ours = [("best", name) for name in _measured(bench, "best") if "int8" in name]
+        for what, candidates, bound in (
+            ("the best that peers have", own, 2.0),
+            ("the best peer with our int8 file", [*own, *with_ours], None),
+        ):
+            precision, name = max(candidates, key=lambda one: capacity(bench, *one))
+            found.append(
+                Gate(
+                    f"throughput, each side's best precision, over {what} ({name}, {precision})"
+                    if precision == "fp32"
+                    else f"throughput, each side's best precision, over {what} ({name})",
+                    _serving_ratios(bench, "best", precision, name),
+                    at_least=bound,
+                )
+            )
+        found.append(
+            Gate(
+                f"throughput, our best precision, over {TORCH_PEER}",
+                _serving_ratios(bench, "best", "fp32", TORCH_PEER),
+                at_least=5.0,
+            )
+        )
+    for network, what, bound in (
+        ("mask", "peers given the finished mask", 1.5),
+        ("logits", "everybody upsampling", 1.5),
+    ):
+        present = {
+            name: statistics.median(figures)
+            for name in sides.BATCHING_PEERS
+            if (figures := _pipe(bench, network, name))
+        }
+        if present:
+            name = max(present, key=lambda one: present[one])
+            pairs = zip(_pipe(bench, "logits", OURS), _pipe(bench, network, name), strict=False)
+            found.append(
+                Gate(
+                    f"pipe without the network, over the best peer ({name}), {what}",
+                    tuple(divide(ours, theirs) for ours, theirs in pairs),
+                    at_least=bound,
+                )
+            )
+    found.append(
+        Gate("start until ready", tuple(_figures(bench, "start_s", part="start")), "s", at_most=5)
+    )
+    rss = {row["requests"]: row["rss_mib"] for row in bench.rows if row["part"] == "memory"}
+    if 2000 in rss:
+        grown = rss[2000] / rss[200]
+        found.append(
+            Gate("memory after 2,000 mixed requests over that after 200", (grown,), at_most=1.05)
+        )
+    return [gate for gate in found if gate.figures]
+
+
+def divide(ours: float, theirs: float) -> float:
+    """The ratio of two figures; infinite over a side that answered nothing."""
+    return ours / theirs if theirs else math.inf
+
+
+def subtract(ours: float, theirs: float) -> float:
+    """Their difference."""
+    return ours - theirs
+
+
+def write(bench: Bench, met: dict[str, Any]) -> Path:
+    """Write ``results.json``, ``results.md`` and plots into ``bench.out``; returns the table."""
+    found = gates(bench)
+    results = {
+        "environment": met,
+        "gates": [
+            {**asdict(gate), "median": gate.median, "kept": gate.kept, "target": gate.target}
+            for gate in found
+        ],
+        "masks": bench.masks,
+        "rows": bench.rows,
+    }
+    text = json.dumps(results, indent=1, default=str)
+    (bench.out / "results.json").write_text(text + "\n", encoding="utf-8")
+    table = bench.out / "results.md"
+    table.write_text(markdown(bench, found, met), encoding="utf-8")
+    for part, plot in (
+        ("serving", plot_serving),
+        ("pipe", plot_pipe),
+        ("component", plot_components),
+    ):
+        if any(row["part"] == part for row in bench.rows):
+            plot(bench, bench.out / f"{part}.png")
+    return table
+
+
+def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
+    """The whole report."""
+    versions = ", ".join(f"{name} {number}" for name, number in met["versions"].items())
+    parts = [
+        "# Benchmarks",
+        f"{met['date'][:10]}, {met['cores']} cores of {met['cpu']}, {met['memory_gib']} GiB, "
+        f"commit {met['commit'][:12]}{'+changes' if met['commit'].endswith('changes') else ''}, "
+        f"Python {met['python']}, {versions}. Ratios are medians over alternated rounds "
+        "(least..greatest).",
+        "## Targets",
+        _table(
+            ("", "median", "spread", "target", ""),
+            (
+                (
+                    gate.name,
+                    f"{_short(gate.median)} {gate.unit}",
+                    f"{_short(min(gate.figures))}..{_short(max(gate.figures))}",
+                    gate.target,
+                    {True: "kept", False: "**MISSED**", None: ""}[gate.kept],
+                )
+                for gate in found
+            ),
+        ),
+        *_serving_tables(bench),
+        *_pipe_table(bench),
+        *_component_table(bench),
+        *_memory_table(bench),
+    ]
+    wrong = disagreements(bench.masks)
+    if bench.masks:
+        lines = [(name, f"{equal:.5f}") for name, equal in bench.masks.items()]
+        parts += [
+            "## Same masks",
+            f"Share of equal pixels, the photo with the fewest; at least {AGREEMENT} for the same "
+            "network in fp32." + (f" **DISAGREE: {', '.join(wrong)}**" if wrong else ""),
+            _table(("", "equal to ours"), lines),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _serving_tables(bench: Bench) -> list[str]:
+    parts = []
+    for precision, title in (("fp32", "the same fp32 network"), ("best", "each side's best")):
+        names = _measured(bench, precision)
+        if not names:
+            continue
+        lines = []
+        for name in names:
+            where = {"part": "serving", "precision": precision, "side": name}
+            alone = bench.median("p50_ms", **where, load="closed", connections=1)
+            busy = {**where, "load": "closed", "connections": SATURATION}
+            pairs = _serving_ratios(bench, precision, precision, name)
+            lines.append(
+                (
+                    name,
+                    _spread(_figures(bench, "throughput", **busy)),
+                    "" if name == OURS else _spread(pairs),
+                    f"{alone:.0f}",
+                    f"{bench.median('p50_ms', **busy):.0f}",
+                    _number(bench.median("p50_ms", **where, load="open"), 0),
+                    _number(bench.median("p95_ms", **where, load="open"), 0),
+                    f"{bench.median('cpu_ms', **busy):.0f}",
+                    f"{bench.median('rss_mib', **busy):.0f}",
+                )
+            )
+        parts += [
+            f"## Serving, {title}",
+            "JPEG of 500x375 in, PNG mask out, over HTTP on loopback. Saturation: "
+            f"{SATURATION} connections in a closed loop. Open loop: the same Poisson arrivals for "
+            "all, at three quarters of the best peer's capacity; time from the arrival.",
+            _table(
+                (
+                    *("", "photos/s", "ours is faster by", "p50 alone, ms", "p50 saturated, ms"),
+                    *("p50 open, ms", "p95 open, ms", "CPU ms/photo", "RSS, MiB"),
+                ),
+                lines,
+            ),
+        ]
+    return parts
+
+
+def _pipe_table(bench: Bench) -> list[str]:
+    lines = []
+    for network in ("logits", "mask"):
+        for name in (OURS, *sides.BATCHING_PEERS):
+            figures = _pipe(bench, network, name)
+            if figures:
+                where = {"part": "pipe", "network": network, "side": name}
+                both = zip(_pipe(bench, "logits", OURS), figures, strict=False)
+                ratios = [divide(one, other) for one, other in both]
+                lines.append(
+                    (
+                        name,
+                        "stored logits" if network == "logits" else "the finished mask",
+                        _spread(figures),
+                        "" if name == OURS else _spread(ratios),
+                        f"{bench.median('cpu_ms', **where):.2f}",
+                        f"{bench.median('p50_ms', **where):.1f}",
+                        f"{100 * bench.median('client_cpu', **where):.0f} %",
+                    )
+                )
+    if not lines:
+        return []
+    header = ("", "network gives", "requests/s", "ours is faster by", "CPU ms/request", "p50, ms")
+    return [
+        "## The pipe without the network",
+        f"{SATURATION} connections, one JPEG of 500x375. The load generator shares the cores.",
+        _table((*header, "load generator, of a core"), lines),
+    ]
+
+
+def _component_table(bench: Bench) -> list[str]:
+    lines = []
+    for case, names in CASES.items():
+        ours_ms = _figures(bench, "ms", part="component", case=case, side=OURS)
+        for name in names if ours_ms else ():
+            where = {"part": "component", "case": case, "side": name}
+            figures = _figures(bench, "ms", **where)
+            pairs = [theirs / ours for ours, theirs in zip(ours_ms, figures, strict=True)]
+            lines.append(
+                (
+                    case,
+                    name,
+                    _spread(figures),
+                    "" if name == OURS else _spread(pairs),
+                    _short(bench.median("cpu_ms", **where)),
+                    _number(bench.median("peak_mib", **where), 1),
+                    _number(bench.median("bytes", **where), 0),
+                )
+            )
+    if not lines:
+        return []
+    header = ("", "", "ms", "ours is faster by", "CPU ms", "peak memory, MiB", "bytes")
+    return ["## Stages by size", _table(header, lines)]
+
+
+def _memory_table(bench: Bench) -> list[str]:
+    rows = [row for row in bench.rows if row["part"] == "memory"]
+    lines = [
+        (str(row["requests"]), f"{row['rss_mib']:.0f}", str(row.get("failures", "")))
+        for row in rows
+    ]
+    if not lines:
+        return []
+    return ["## Memory under mixed sizes", _table(("requests", "RSS, MiB", "failures"), lines)]
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _spread(figures: Sequence[float]) -> str:
+    if not figures:
+        return ""
+    middle = statistics.median(figures)
+    return f"{_short(middle)} ({_short(min(figures))}..{_short(max(figures))})"
+
+
+def _short(figure: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def _number(figure: float, digits: int) -> str:
+    return "" if math.isnan(figure) else f"{figure:.{digits}f}"
+
+
+def _figures(bench: Bench, figure: str, **wanted: object) -> list[float]:
+    """One figure of every round, in the order of the rounds."""
+    return [
+        row[figure]
+        for row in bench.rows
+        if figure in row and all(row.get(key) == value for key, value in wanted.items())
+    ]
+
+
+def _measured(bench: Bench, precision: str) -> list[str]:
+    rows = (row for row in bench.rows if row["part"] == "serving")
+    return list(dict.fromkeys(row["side"] for row in rows if row["precision"] == precision))
+
+
+def _by_round(
+    bench: Bench,
+    figure: str,
+    side: str,
+    other: str,
+    precision: str,
+    combine: Callable[[float, float], float],
+) -> list[float]:
+    first, second = (
+        _figures(bench, figure, part="latency", precision=precision, side=name)
+        for name in (side, other)
+    )
+    return [combine(one, two) for one, two in zip(first, second, strict=True)]
+
+
+def _serving_ratios(bench: Bench, ours: str, theirs: str, name: str) -> tuple[float, ...]:
+    """Our throughput at saturation over a peer's, by rounds."""
+    where = {"part": "serving", "load": "closed", "connections": SATURATION}
+    first = _figures(bench, "throughput", **where, precision=ours, side=OURS)
+    second = _figures(bench, "throughput", **where, precision=theirs, side=name)
+    return tuple(divide(one, two) for one, two in zip(first, second, strict=False))
+
+
+def _pipe(bench: Bench, network: str, name: str) -> list[float]:
+    return _figures(bench, "throughput", part="pipe", network=network, side=name)
+
+
+def plot_serving(bench: Bench, path: Path) -> None:
+    """Throughput and latency against the number of connections, everybody with one network."""
+    panels = (
+        ("throughput", "photos per second", "Throughput"),
+        ("p50_ms", "ms", "Latency, median"),
+        ("p95_ms", "ms", "Latency, 95th percentile"),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    for axis, (key, label, title) in zip(axes, panels, strict=True):
+        for name in _measured(bench, "fp32"):
+            where = {"part": "serving", "precision": "fp32", "side": name, "load": "closed"}
+            rows = [row for row in bench.rows if where.items() <= row.items() and key in row]
+            at = sorted({row["connections"] for row in rows})
+            ours = name == OURS
+            axis.plot(
+                at,
+                [bench.median(key, **where, connections=one) for one in at],
+                color=_COLORS[name],
+                label=name,
+                marker="o",
+                linewidth=3 if ours else 1.6,
+                zorder=3 if ours else 2,
+            )
+        axis.set(xscale="log", xlabel="connections", ylabel=label, title=title)
+        axis.set_xticks(CONNECTIONS, [str(one) for one in CONNECTIONS])
+        axis.minorticks_off()
+        if key == "throughput":
+            axis.set_ylim(bottom=0)
+        else:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    figure.suptitle("500x375 JPEG in, PNG mask out, closed loop")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    _save(figure, axes, path)
+
+
+def plot_pipe(bench: Bench, path: Path) -> None:
+    """Requests per second without the network."""
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    position, ticks = 0.0, []
+    for network, what in (("", OURS), ("mask", "given the mask"), ("logits", "upsampling")):
+        for name in sides.BATCHING_PEERS if network else (OURS,):
+            figures = _pipe(bench, network or "logits", name)
+            if figures:
+                middle = statistics.median(figures)
+                error = [[middle - min(figures)], [max(figures) - middle]]
+                axis.barh(position, middle, xerr=error, color=_COLORS[name], capsize=3)
+                ticks.append((position, f"{name}, {what}" if network else OURS))
+                position += 1.0
+        position += 0.5
+    axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axis.invert_yaxis()
+    axis.set(xlabel="requests per second", title=f"The pipe alone, {SATURATION} connections")
+    _save(figure, [axis], path)
+
+
+def plot_components(bench: Bench, path: Path) -> None:
+    """Time of each stage by size, on a logarithmic axis."""
+    figure, axis = plt.subplots(figsize=(10, 8.5), layout="constrained")
+    position, ticks, shown = 0.0, [], set()
+    for case, names in CASES.items():
+        ticks.append((position + (len(names) - 1) / 2, case))
+        for name in names:
+            width = bench.median("ms", part="component", case=case, side=name)
+            label = None if name in shown else name
+            shown.add(name)
+            axis.barh(position, width, height=0.85, color=_COLORS[name], label=label)
+            axis.text(width * 1.06, position, _short(width), va="center", fontsize=7)
+            position += 1.0
+        position += 0.8
+    axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axis.invert_yaxis()
+    axis.margins(x=0.1, y=0.01)
+    axis.set(xscale="log", xlabel="milliseconds", title="Stages by size")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.legend(frameon=False)
+    _save(figure, [axis], path)
+
+
+def _save(figure: Figure, axes: Iterable[Axes], path: Path) -> None:
+    for axis in axes:
+        axis.grid(visible=True, alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
