@@ -12,17 +12,14 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-from cykooz_resizer import (  # type: ignore[import-untyped]
-    CropBox,
-    FilterType,
-    ImageData,
-    PixelType,
-    ResizeAlg,
-    ResizeOptions,
-    Resizer,
-)
+from PIL import Image
 
 from service.contract import SHAPE_MULTIPLE, Shape
+
+try:
+    import cykooz_resizer  # type: ignore[import-untyped]
+except ImportError:  # no wheel for this platform
+    cykooz_resizer = None
 
 Box = tuple[float, float, float, float]
 """``(left, top, right, bottom)`` in pixels, whole or not."""
@@ -83,15 +80,21 @@ def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.N
     left, top, right, bottom = whole if box is None else box
     if size == (height, width) and (left, top, right, bottom) == whole:
         return image
-    options = ResizeOptions(
-        resize_alg=ResizeAlg.convolution(FilterType.bilinear),
-        crop_box=CropBox(left, top, right - left, bottom - top),
+    if cykooz_resizer is None:
+        picture = Image.fromarray(image).resize(
+            (size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom)
+        )
+        return np.asarray(picture)
+    rgb = cykooz_resizer.PixelType.U8x3
+    source = cykooz_resizer.ImageData(width, height, rgb, image.tobytes())
+    resized = cykooz_resizer.ImageData(size[1], size[0], rgb)
+    options = cykooz_resizer.ResizeOptions(
+        resize_alg=cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear),
+        crop_box=cykooz_resizer.CropBox(left, top, right - left, bottom - top),
         use_alpha=False,
     )
-    source = ImageData(width, height, PixelType.U8x3, image.tobytes())
-    resized = ImageData(size[1], size[0], PixelType.U8x3)
     # One for each call: it works without the interpreter's lock, in one thread at a time.
-    Resizer().resize(source, resized, options)
+    cykooz_resizer.Resizer().resize(source, resized, options)
     return np.frombuffer(resized.get_buffer(), dtype=np.uint8).reshape(*size, 3)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from service.settings import DEFAULT_MODEL
-from tests.benchmarks import components, lifecycle, photos, report, serving
+from tests.benchmarks import components, lifecycle, network, photos, report, serving
 from tests.benchmarks.servers import ROOT
 from tests.benchmarks.serving import Bench
 
@@ -30,6 +30,7 @@ PARTS: Final[dict[str, tuple[Stage, ...]]] = {
     ),
     "pipe": (serving.pipe,),
     "components": (components.measure,),
+    "network": (network.measure,),
     "lifecycle": (lifecycle.starts, lifecycle.memory),
 }
 

@@ -263,6 +263,7 @@ def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
         *_serving_tables(bench),
         *_pipe_table(bench),
         *_component_table(bench),
+        *_network_table(bench),
         *_memory_table(bench),
     ]
     wrong = disagreements(bench.masks)
@@ -371,6 +372,19 @@ def _component_table(bench: Bench) -> list[str]:
         return []
     header = ("", "", "ms", "ours is faster by", "CPU ms", "peak memory, MiB", "bytes")
     return ["## Stages by size", _table(header, lines)]
+
+
+def _network_table(bench: Bench) -> list[str]:
+    rows = [row for row in bench.rows if row["part"] == "network"]
+    lines = []
+    for precision, how in dict.fromkeys((row["precision"], row["side"]) for row in rows):
+        of = {"part": "network", "precision": precision}
+        figures = _figures(bench, "ms", **of, side=how)
+        alone = _figures(bench, "ms", **of, side="alone")
+        ratios = list(map(divide, alone, figures))
+        lines.append((precision, how, _spread(figures), _spread(ratios)))
+    header = ("", "photos", "ms a photo", "faster than alone by")
+    return ["## The network by itself", _table(header, lines)] if lines else []
 
 
 def _memory_table(bench: Bench) -> list[str]:

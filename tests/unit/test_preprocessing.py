@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from service import preprocessing
 from service.preprocessing import Geometry, preprocess
 
 SHAPES = ((384, 512), (512, 384), (512, 512))
@@ -72,6 +73,19 @@ def test_only_the_box_is_seen() -> None:
     seen = preprocess(image, geometry, (0, 0, 0), box)
     assert levels_apart(seen[:48], np.asarray(expected)) <= 1
     assert levels_apart(seen, preprocess(image, geometry, (0, 0, 0))) > 10
+
+
+def test_pillow_resizes_where_the_faster_resizer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its very pixels, boxes included; the fast resizer has no wheel for Linux on ARM."""
+    image = np.random.default_rng(0).integers(0, 256, (46, 61, 3), dtype=np.uint8)
+    geometry = Geometry((361, 481), (48, 64), (64, 64))
+    box = (0.0, 0.875, 60.125, 46.0)
+    fast = preprocess(image, geometry, (0, 0, 0), box)
+    monkeypatch.setattr(preprocessing, "cykooz_resizer", None)
+    plain = preprocess(image, geometry, (0, 0, 0), box)
+    expected = Image.fromarray(image).resize((64, 48), Image.Resampling.BILINEAR, box)
+    assert np.array_equal(plain[:48], np.asarray(expected))
+    assert levels_apart(plain, fast) <= 1
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(1, 90))
