@@ -18,16 +18,17 @@ ONNX Runtime's repository for those of its domain ``com.microsoft``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import onnx
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from models.graph_builder import GraphBuilder
 from service.contract import INPUT_NAME, OUTPUT_NAME
 
 CONTRIB = "com.microsoft"
@@ -35,9 +36,6 @@ OPSETS = (helper.make_opsetid("", 18), helper.make_opsetid(CONTRIB, 1))
 
 GEMM_MIN_CHANNELS = {1: 512, 3: 256}
 """From how many input channels on a 1x1 or 3x3 kernel runs faster as a matrix product."""
-
-OUTSIDE = 1 << 28
-"""Row number of a neighbour outside the photo, before it is clipped to the row of zeros."""
 
 PIXELS = 4
 """Pixels that the first convolution reads as one cell of 12 channels."""
@@ -103,9 +101,7 @@ class GraphWriter:
         self._constants = {tensor.name: tensor for tensor in source.initializer}
         self._makers = {name: node for node in source.node for name in node.output}
         self._tensors: dict[str, Quantized] = {}
-        self._nodes: list[NodeProto] = []
-        self._initializers: dict[str, TensorProto] = {}
-        self._seen: dict[tuple[object, ...], str] = {}
+        self._graph = GraphBuilder()
 
     def write(self) -> onnx.GraphProto:
         """Return the graph, its input and output those of the float graph.
@@ -127,11 +123,11 @@ class GraphWriter:
             elif node.op_type not in {"Relu", "Transpose", "Cast", "Sub", "Div", "Mul"}:
                 raise QuantizationError(f"{node.output[0]}: cannot quantise {node.op_type}")
         return helper.make_graph(
-            self._nodes,
+            self._graph.nodes,
             "int8",
             list(self._source.input),
             list(self._source.output),
-            list(self._initializers.values()),
+            list(self._graph.initializers.values()),
         )
 
     # ---- the float graph's operators -------------------------------------------------------------
@@ -155,7 +151,7 @@ class GraphWriter:
 
     def _plain_conv(self, conv: Convolution, x: Quantized, y: Quantized) -> None:
         weights, scales = self._int8_weights(conv, as_matrix=False)
-        self._emit(
+        self._graph.emit(
             "QLinearConv",
             [
                 *self._operand(x),
@@ -175,14 +171,15 @@ class GraphWriter:
     def _gemm(self, conv: Convolution, x: Quantized, y: Quantized) -> None:
         """A convolution as ``rows (N*h*w, k*k*I) @ weights (k*k*I, O)``."""
         weights, scales = self._int8_weights(conv, as_matrix=True)
-        rows = self._rows(x.name, x.channels)
+        rows = self._graph.rows(x.name, x.channels)
         if conv.kernel > 1:
-            zeros = self._constant(np.full((1, x.channels), x.zero_point), np.uint8)
-            padded = self._once("Concat", [rows, zeros], axis=0)
-            neighbours = self._neighbours(conv, x.stride)
-            rows = self._emit("Gather", [padded, neighbours], axis=0)
-            rows = self._rows(rows, conv.kernel**2 * x.channels)
-        product = self._emit(
+            zeros = self._graph.constant(np.full((1, x.channels), x.zero_point), np.uint8)
+            padded = self._graph.once("Concat", [rows, zeros], axis=0)
+            offsets = np.arange(-conv.padding, conv.padding + 1, conv.dilation)
+            neighbours = self._graph.neighbours(offsets, conv.stride, x.stride)
+            rows = self._graph.emit("Gather", [padded, neighbours], axis=0)
+            rows = self._graph.rows(rows, conv.kernel**2 * x.channels)
+        product = self._graph.emit(
             "QGemm",
             [
                 rows,
@@ -193,7 +190,7 @@ class GraphWriter:
             ],
             domain=CONTRIB,
         )
-        self._emit("Reshape", [product, self._grid(y.stride)], y.name)
+        self._graph.emit("Reshape", [product, self._graph.grid(y.stride)], y.name)
 
     def _first_conv(self, conv: Convolution, node: NodeProto) -> None:
         """The 7x7 convolution of stride 2 on the image's own bytes, normalisation folded in.
@@ -221,13 +218,13 @@ class GraphWriter:
         bias = conv.bias + (values.sum(axis=(2, 3)) * (zero_point - mean)).sum(axis=1)
         y = self._output(conv.name, outputs, 2)
         x = Quantized(INPUT_NAME, 3, 1, 1.0, zero_point)
-        by_four = self._constant([0, 0, -1, PIXELS * 3], np.int64)
-        pairs = self._emit(
+        by_four = self._graph.constant([0, 0, -1, PIXELS * 3], np.int64)
+        pairs = self._graph.emit(
             "QLinearConv",
             [
-                self._emit("Reshape", [INPUT_NAME, by_four]),
+                self._graph.emit("Reshape", [INPUT_NAME, by_four]),
                 *self._meaning(x),
-                *self._weight_operand(self._constant(weights, np.int8), scales),
+                *self._weight_operand(self._graph.constant(weights, np.int8), scales),
                 *self._meaning(y),
                 self._int32_bias(np.tile(bias, 2), scales),
             ],
@@ -237,19 +234,21 @@ class GraphWriter:
             pads=[3, 1, 3, 1],
             strides=[2, 1],
         )
-        self._emit("Reshape", [pairs, self._constant([0, 0, -1, outputs], np.int64)], y.name)
+        self._graph.emit(
+            "Reshape", [pairs, self._graph.constant([0, 0, -1, outputs], np.int64)], y.name
+        )
 
     def _logits(self, conv: Convolution, x: Quantized) -> None:
         """The classifier, a 1x1 convolution, with its sums left exact: float32 logits, NCHW."""
         weights, scales = self._int8_weights(conv, as_matrix=True)
-        sums = self._emit(
+        sums = self._graph.emit(
             "MatMulInteger",
             [x.name, weights, self._meaning(x)[1], self._weight_operand(weights, scales)[2]],
         )
-        real = self._emit("Cast", [sums], to=TensorProto.FLOAT)
-        scaled = self._emit("Mul", [real, self._constant(x.scale * scales, np.float32)])
-        logits = self._emit("Add", [scaled, self._constant(conv.bias, np.float32)])
-        self._emit("Transpose", [logits], OUTPUT_NAME, perm=[0, 3, 1, 2])
+        real = self._graph.emit("Cast", [sums], to=TensorProto.FLOAT)
+        scaled = self._graph.emit("Mul", [real, self._graph.constant(x.scale * scales, np.float32)])
+        logits = self._graph.emit("Add", [scaled, self._graph.constant(conv.bias, np.float32)])
+        self._graph.emit("Transpose", [logits], OUTPUT_NAME, perm=[0, 3, 1, 2])
 
     def _max_pool(self, node: NodeProto) -> None:
         x = self._tensors[node.input[0]]
@@ -259,12 +258,12 @@ class GraphWriter:
         y = Quantized(node.output[0], x.channels, x.stride * step, x.scale, x.zero_point)
         self._tensors[node.output[0]] = y
         keep = {key: attributes[key] for key in ("kernel_shape", "pads", "strides")}
-        self._emit("NhwcMaxPool", [x.name], y.name, domain=CONTRIB, **keep)
+        self._graph.emit("NhwcMaxPool", [x.name], y.name, domain=CONTRIB, **keep)
 
     def _add(self, node: NodeProto) -> None:
         a, b = (self._tensors[name] for name in node.input)
         y = self._output(node.output[0], a.channels, max(a.stride, b.stride))
-        self._emit(
+        self._graph.emit(
             "QLinearAdd",
             [*self._operand(a), *self._operand(b), *self._meaning(y)],
             y.name,
@@ -275,12 +274,14 @@ class GraphWriter:
         parts = [self._tensors[name] for name in node.input]
         y = self._output(node.output[0], sum(part.channels for part in parts), parts[0].stride)
         operands = [name for part in parts for name in self._operand(part)]
-        self._emit("QLinearConcat", [*self._meaning(y), *operands], y.name, domain=CONTRIB, axis=3)
+        self._graph.emit(
+            "QLinearConcat", [*self._meaning(y), *operands], y.name, domain=CONTRIB, axis=3
+        )
 
     def _mean(self, node: NodeProto) -> None:
         x = self._tensors[node.input[0]]
         y = self._output(node.output[0], x.channels, 0)
-        self._emit(
+        self._graph.emit(
             "QLinearGlobalAveragePool",
             [*self._operand(x), *self._meaning(y)],
             y.name,
@@ -336,46 +337,24 @@ class GraphWriter:
         self._tensors[name] = y
         return y
 
-    # ---- writing ---------------------------------------------------------------------------------
-
-    def _emit(self, op: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:  # noqa: ANN401
-        output = name or f"{op}_{len(self._nodes)}"
-        node = helper.make_node(op, list(inputs), [output], name=output, **attributes)
-        self._nodes.append(node)
-        return output
-
-    def _once(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:  # noqa: ANN401
-        """`_emit`, unless the same node is there already."""
-        key = (op, *inputs, repr(attributes))
-        if key not in self._seen:
-            self._seen[key] = self._emit(op, inputs, **attributes)
-        return self._seen[key]
-
-    def _constant(self, value: object, dtype: DTypeLike) -> str:
-        array = np.asarray(value, dtype=dtype)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._seen:
-            self._seen[key] = f"constant_{len(self._initializers)}"
-            tensor = numpy_helper.from_array(array, self._seen[key])
-            self._initializers[tensor.name] = tensor
-        return self._seen[key]
+    # ---- quantised operands ----------------------------------------------------------------------
 
     def _meaning(self, tensor: Quantized) -> list[str]:
         return [
-            self._constant(tensor.scale, np.float32),
-            self._constant(tensor.zero_point, np.uint8),
+            self._graph.constant(tensor.scale, np.float32),
+            self._graph.constant(tensor.zero_point, np.uint8),
         ]
 
     def _operand(self, tensor: Quantized) -> list[str]:
         return [tensor.name, *self._meaning(tensor)]
 
     def _weight_operand(self, weights: str, scales: NDArray[np.float64]) -> list[str]:
-        zeros = self._constant(np.zeros(len(scales)), np.int8)
-        return [weights, self._constant(scales, np.float32), zeros]
+        zeros = self._graph.constant(np.zeros(len(scales)), np.int8)
+        return [weights, self._graph.constant(scales, np.float32), zeros]
 
     def _int32_bias(self, bias: NDArray[np.float64], scales: NDArray[np.float64]) -> str:
         limit = 2**31 - 1
-        return self._constant(np.rint(bias / scales).clip(-limit, limit), np.int32)
+        return self._graph.constant(np.rint(bias / scales).clip(-limit, limit), np.int32)
 
     def _int8_weights(
         self, conv: Convolution, *, as_matrix: bool
@@ -387,15 +366,15 @@ class GraphWriter:
         """
         steps = _scale_of(_array(conv.weights))
         steps = np.where(conv.scale < 0, -steps, steps)
-        values = self._emit("Cast", [self._external(conv.weights)], to=TensorProto.FLOAT)
+        values = self._graph.emit("Cast", [self._external(conv.weights)], to=TensorProto.FLOAT)
         if as_matrix:
             shape = [-1, conv.weights.dims[0]]
-            turned = self._emit("Transpose", [values], perm=[2, 3, 1, 0])
-            values = self._emit("Reshape", [turned, self._constant(shape, np.int64)])
-        zeros = self._constant(np.zeros(len(steps)), np.int8)
-        weights = self._emit(
+            turned = self._graph.emit("Transpose", [values], perm=[2, 3, 1, 0])
+            values = self._graph.emit("Reshape", [turned, self._graph.constant(shape, np.int64)])
+        zeros = self._graph.constant(np.zeros(len(steps)), np.int8)
+        weights = self._graph.emit(
             "QuantizeLinear",
-            [values, self._constant(steps, np.float32), zeros],
+            [values, self._graph.constant(steps, np.float32), zeros],
             axis=1 if as_matrix else 0,
         )
         return weights, steps * conv.scale
@@ -410,70 +389,8 @@ class GraphWriter:
         entries = {"location": self._weights, "offset": offset, "length": len(tensor.raw_data)}
         for key, value in entries.items():
             external.external_data.add(key=key, value=str(value))
-        self._initializers[tensor.name] = external
+        self._graph.initializers[tensor.name] = external
         return tensor.name
-
-    # ---- shapes, computed in the graph because photos have many ----------------------------------
-
-    def _rows(self, name: str, channels: int) -> str:
-        return self._once("Reshape", [name, self._constant([-1, channels], np.int64)])
-
-    def _sizes(self, stride: int) -> str:
-        """``[N, h/stride, w/stride]``, int64."""
-        sizes = self._once("Shape", [INPUT_NAME], start=0, end=3)
-        return self._once("Div", [sizes, self._constant([1, stride, stride], np.int64)])
-
-    def _grid(self, stride: int) -> str:
-        rest = self._constant([-1], np.int64)
-        return self._once("Concat", [self._sizes(stride), rest], axis=0)
-
-    def _neighbours(self, conv: Convolution, stride: int) -> str:
-        """Row numbers ``(N*h*w*k*k,)`` of what a kernel reads, in the order of its weights.
-
-        ``stride`` is the input's. Neighbours outside the photo have the number ``N*h*w``, the row
-        of zeros after the last.
-        """
-        photos, height, width = (self._size(stride, axis) for axis in range(3))
-        cells = self._once("Mul", [height, width])
-        offsets = np.arange(-conv.padding, conv.padding + 1, conv.dilation)
-        down = self._along(conv, stride, 1, offsets.reshape(1, 1, 1, -1, 1), width)
-        right = self._along(conv, stride, 2, offsets.reshape(1, 1, 1, 1, -1), None)
-        photo = self._once("Mul", [self._numbers(photos, 0), cells])
-        rows = self._once("Add", [self._once("Add", [photo, down]), right])
-        clipped = self._once("Min", [rows, self._once("Mul", [photos, cells])])
-        return self._once("Reshape", [clipped, self._constant([-1], np.int64)])
-
-    def _along(
-        self,
-        conv: Convolution,
-        stride: int,
-        axis: int,
-        offsets: NDArray[np.int64],
-        step: str | None,
-    ) -> str:
-        """Positions along one axis times ``step``; `OUTSIDE` where there is no such cell."""
-        places = self._numbers(self._size(stride * conv.stride, axis), axis)
-        if conv.stride > 1:
-            places = self._once("Mul", [places, self._constant(conv.stride, np.int32)])
-        places = self._once("Add", [places, self._constant(offsets, np.int32)])
-        low = self._once("Less", [places, self._constant(0, np.int32)])
-        high = self._once("GreaterOrEqual", [places, self._size(stride, axis)])
-        outside = self._once("Or", [low, high])
-        if step is not None:
-            places = self._once("Mul", [places, step])
-        return self._once("Where", [outside, self._constant(OUTSIDE, np.int32), places])
-
-    def _numbers(self, count: str, axis: int) -> str:
-        """``0 .. count - 1`` along ``axis`` of five."""
-        zero, one = self._constant(0, np.int32), self._constant(1, np.int32)
-        shape = [-1 if index == axis else 1 for index in range(5)]
-        numbers = self._once("Range", [zero, count, one])
-        return self._once("Reshape", [numbers, self._constant(shape, np.int64)])
-
-    def _size(self, stride: int, axis: int) -> str:
-        """One of `_sizes`, a scalar int32."""
-        sizes = self._once("Cast", [self._sizes(stride)], to=TensorProto.INT32)
-        return self._once("Gather", [sizes, self._constant(axis, np.int64)], axis=0)
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:

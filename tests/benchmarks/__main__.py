@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from service.settings import DEFAULT_MODEL
-from tests.benchmarks import components, lifecycle, network, photos, report, serving
+from tests.benchmarks import components, lifecycle, network, photos, plots, report, serving
 from tests.benchmarks.servers import ROOT
 from tests.benchmarks.serving import Bench
 
@@ -60,6 +60,7 @@ def main() -> int:
     met["seconds"] = round(time.monotonic() - started)
     met["photos"] = "VOC val" if given.data else "scikit-image"
     table = report.write(bench, met)
+    plots.draw(bench)
     print(f"\n{table.read_text(encoding='utf-8')}\n{met['seconds']} s; written to {out}")
     return 1 if failures or serving.disagreements(bench.masks) else 0
 

@@ -1,4 +1,4 @@
-"""What a run found: gates, a Markdown table of ratios with their spread, JSON, plots."""
+"""What a run found: gates, a Markdown table of ratios with their spread, JSON."""
 
 from __future__ import annotations
 
@@ -15,20 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-import matplotlib as mpl
-
-mpl.use("Agg")  # before pyplot
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
 from tests.benchmarks import sides
 from tests.benchmarks.components import CASES
 from tests.benchmarks.servers import ROOT
 from tests.benchmarks.serving import (
     AGREEMENT,
-    CONNECTIONS,
     SATURATION,
     Bench,
     best_peers,
@@ -41,18 +32,6 @@ PACKAGES: Final = (
     *("onnxruntime", "torch", "litserve", "bentoml", "ray", "fastapi", "uvicorn"),
     *("numpy", "pillow"),
 )
-
-_COLORS: Final = {
-    OURS: "#c2185b",
-    "FastAPI + ORT": "#1f77b4",
-    "LitServe": "#6a51a3",
-    "BentoML": "#e08214",
-    "Ray Serve": "#1b9e77",
-    TORCH_PEER: "#7f7f7f",
-    "ORT": "#1f77b4",
-    "torch": "#e08214",
-    "Pillow": "#1b9e77",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +125,9 @@ def gates(bench: Bench) -> list[Gate]:
         ]
         own = [
             *(("fp32", name) for name in peers),
-            *(("best", name) for name in _measured(bench, "best") if "bf16" in name),
+            *(("best", name) for name in measured(bench, "best") if "bf16" in name),
         ]
-        with_ours = [("best", name) for name in _measured(bench, "best") if "int8" in name]
+        with_ours = [("best", name) for name in measured(bench, "best") if "int8" in name]
         for what, candidates, bound in (
             ("the best that peers have", own, 2.0),
             ("the best peer with our int8 file", [*own, *with_ours], None),
@@ -177,11 +156,15 @@ def gates(bench: Bench) -> list[Gate]:
         present = {
             name: statistics.median(figures)
             for name in sides.BATCHING_PEERS
-            if (figures := _pipe(bench, network, name))
+            if (figures := pipe_figures(bench, network, name))
         }
         if present:
             name = max(present, key=lambda one: present[one])
-            pairs = zip(_pipe(bench, "logits", OURS), _pipe(bench, network, name), strict=False)
+            pairs = zip(
+                pipe_figures(bench, "logits", OURS),
+                pipe_figures(bench, network, name),
+                strict=False,
+            )
             found.append(
                 Gate(
                     f"pipe without the network, over the best peer ({name}), {what}",
@@ -190,7 +173,7 @@ def gates(bench: Bench) -> list[Gate]:
                 )
             )
     found.append(
-        Gate("start until ready", tuple(_figures(bench, "start_s", part="start")), "s", at_most=5)
+        Gate("start until ready", tuple(figures_of(bench, "start_s", part="start")), "s", at_most=5)
     )
     rss = {row["requests"]: row["rss_mib"] for row in bench.rows if row["part"] == "memory"}
     if 2000 in rss:
@@ -212,7 +195,7 @@ def subtract(ours: float, theirs: float) -> float:
 
 
 def write(bench: Bench, met: dict[str, Any]) -> Path:
-    """Write ``results.json``, ``results.md`` and plots into ``bench.out``; returns the table."""
+    """Write ``results.json`` and ``results.md`` into ``bench.out``; returns the table."""
     found = gates(bench)
     results = {
         "environment": met,
@@ -227,13 +210,6 @@ def write(bench: Bench, met: dict[str, Any]) -> Path:
     (bench.out / "results.json").write_text(text + "\n", encoding="utf-8")
     table = bench.out / "results.md"
     table.write_text(markdown(bench, found, met), encoding="utf-8")
-    for part, plot in (
-        ("serving", plot_serving),
-        ("pipe", plot_pipe),
-        ("component", plot_components),
-    ):
-        if any(row["part"] == part for row in bench.rows):
-            plot(bench, bench.out / f"{part}.png")
     return table
 
 
@@ -252,8 +228,8 @@ def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
             (
                 (
                     gate.name,
-                    f"{_short(gate.median)} {gate.unit}",
-                    f"{_short(min(gate.figures))}..{_short(max(gate.figures))}",
+                    f"{short(gate.median)} {gate.unit}",
+                    f"{short(min(gate.figures))}..{short(max(gate.figures))}",
                     gate.target,
                     {True: "kept", False: "**MISSED**", None: ""}[gate.kept],
                 )
@@ -281,7 +257,7 @@ def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
 def _serving_tables(bench: Bench) -> list[str]:
     parts = []
     for precision, title in (("fp32", "the same fp32 network"), ("best", "each side's best")):
-        names = _measured(bench, precision)
+        names = measured(bench, precision)
         if not names:
             continue
         lines = []
@@ -293,7 +269,7 @@ def _serving_tables(bench: Bench) -> list[str]:
             lines.append(
                 (
                     name,
-                    _spread(_figures(bench, "throughput", **busy)),
+                    _spread(figures_of(bench, "throughput", **busy)),
                     "" if name == OURS else _spread(pairs),
                     f"{alone:.0f}",
                     f"{bench.median('p50_ms', **busy):.0f}",
@@ -323,10 +299,10 @@ def _pipe_table(bench: Bench) -> list[str]:
     lines = []
     for network in ("logits", "mask"):
         for name in (OURS, *sides.BATCHING_PEERS):
-            figures = _pipe(bench, network, name)
+            figures = pipe_figures(bench, network, name)
             if figures:
                 where = {"part": "pipe", "network": network, "side": name}
-                both = zip(_pipe(bench, "logits", OURS), figures, strict=False)
+                both = zip(pipe_figures(bench, "logits", OURS), figures, strict=False)
                 ratios = [divide(one, other) for one, other in both]
                 lines.append(
                     (
@@ -352,10 +328,10 @@ def _pipe_table(bench: Bench) -> list[str]:
 def _component_table(bench: Bench) -> list[str]:
     lines = []
     for case, names in CASES.items():
-        ours_ms = _figures(bench, "ms", part="component", case=case, side=OURS)
+        ours_ms = figures_of(bench, "ms", part="component", case=case, side=OURS)
         for name in names if ours_ms else ():
             where = {"part": "component", "case": case, "side": name}
-            figures = _figures(bench, "ms", **where)
+            figures = figures_of(bench, "ms", **where)
             pairs = [theirs / ours for ours, theirs in zip(ours_ms, figures, strict=True)]
             lines.append(
                 (
@@ -363,7 +339,7 @@ def _component_table(bench: Bench) -> list[str]:
                     name,
                     _spread(figures),
                     "" if name == OURS else _spread(pairs),
-                    _short(bench.median("cpu_ms", **where)),
+                    short(bench.median("cpu_ms", **where)),
                     _number(bench.median("peak_mib", **where), 1),
                     _number(bench.median("bytes", **where), 0),
                 )
@@ -379,8 +355,8 @@ def _network_table(bench: Bench) -> list[str]:
     lines = []
     for precision, how in dict.fromkeys((row["precision"], row["side"]) for row in rows):
         of = {"part": "network", "precision": precision}
-        figures = _figures(bench, "ms", **of, side=how)
-        alone = _figures(bench, "ms", **of, side="alone")
+        figures = figures_of(bench, "ms", **of, side=how)
+        alone = figures_of(bench, "ms", **of, side="alone")
         ratios = list(map(divide, alone, figures))
         lines.append((precision, how, _spread(figures), _spread(ratios)))
     header = ("", "photos", "ms a photo", "faster than alone by")
@@ -407,10 +383,10 @@ def _spread(figures: Sequence[float]) -> str:
     if not figures:
         return ""
     middle = statistics.median(figures)
-    return f"{_short(middle)} ({_short(min(figures))}..{_short(max(figures))})"
+    return f"{short(middle)} ({short(min(figures))}..{short(max(figures))})"
 
 
-def _short(figure: float) -> str:
+def short(figure: float) -> str:
     """Three digits, without an exponent."""
     return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
 
@@ -419,7 +395,7 @@ def _number(figure: float, digits: int) -> str:
     return "" if math.isnan(figure) else f"{figure:.{digits}f}"
 
 
-def _figures(bench: Bench, figure: str, **wanted: object) -> list[float]:
+def figures_of(bench: Bench, figure: str, **wanted: object) -> list[float]:
     """One figure of every round, in the order of the rounds."""
     return [
         row[figure]
@@ -428,7 +404,8 @@ def _figures(bench: Bench, figure: str, **wanted: object) -> list[float]:
     ]
 
 
-def _measured(bench: Bench, precision: str) -> list[str]:
+def measured(bench: Bench, precision: str) -> list[str]:
+    """The sides that served with a precision, in order of appearance."""
     rows = (row for row in bench.rows if row["part"] == "serving")
     return list(dict.fromkeys(row["side"] for row in rows if row["precision"] == precision))
 
@@ -442,7 +419,7 @@ def _by_round(
     combine: Callable[[float, float], float],
 ) -> list[float]:
     first, second = (
-        _figures(bench, figure, part="latency", precision=precision, side=name)
+        figures_of(bench, figure, part="latency", precision=precision, side=name)
         for name in (side, other)
     )
     return [combine(one, two) for one, two in zip(first, second, strict=True)]
@@ -451,99 +428,11 @@ def _by_round(
 def _serving_ratios(bench: Bench, ours: str, theirs: str, name: str) -> tuple[float, ...]:
     """Our throughput at saturation over a peer's, by rounds."""
     where = {"part": "serving", "load": "closed", "connections": SATURATION}
-    first = _figures(bench, "throughput", **where, precision=ours, side=OURS)
-    second = _figures(bench, "throughput", **where, precision=theirs, side=name)
+    first = figures_of(bench, "throughput", **where, precision=ours, side=OURS)
+    second = figures_of(bench, "throughput", **where, precision=theirs, side=name)
     return tuple(divide(one, two) for one, two in zip(first, second, strict=False))
 
 
-def _pipe(bench: Bench, network: str, name: str) -> list[float]:
-    return _figures(bench, "throughput", part="pipe", network=network, side=name)
-
-
-def plot_serving(bench: Bench, path: Path) -> None:
-    """Throughput and latency against the number of connections, everybody with one network."""
-    panels = (
-        ("throughput", "photos per second", "Throughput"),
-        ("p50_ms", "ms", "Latency, median"),
-        ("p95_ms", "ms", "Latency, 95th percentile"),
-    )
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
-    for axis, (key, label, title) in zip(axes, panels, strict=True):
-        for name in _measured(bench, "fp32"):
-            where = {"part": "serving", "precision": "fp32", "side": name, "load": "closed"}
-            rows = [row for row in bench.rows if where.items() <= row.items() and key in row]
-            at = sorted({row["connections"] for row in rows})
-            ours = name == OURS
-            axis.plot(
-                at,
-                [bench.median(key, **where, connections=one) for one in at],
-                color=_COLORS[name],
-                label=name,
-                marker="o",
-                linewidth=3 if ours else 1.6,
-                zorder=3 if ours else 2,
-            )
-        axis.set(xscale="log", xlabel="connections", ylabel=label, title=title)
-        axis.set_xticks(CONNECTIONS, [str(one) for one in CONNECTIONS])
-        axis.minorticks_off()
-        if key == "throughput":
-            axis.set_ylim(bottom=0)
-        else:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    figure.suptitle("500x375 JPEG in, PNG mask out, closed loop")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    _save(figure, axes, path)
-
-
-def plot_pipe(bench: Bench, path: Path) -> None:
-    """Requests per second without the network."""
-    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    position, ticks = 0.0, []
-    for network, what in (("", OURS), ("mask", "given the mask"), ("logits", "upsampling")):
-        for name in sides.BATCHING_PEERS if network else (OURS,):
-            figures = _pipe(bench, network or "logits", name)
-            if figures:
-                middle = statistics.median(figures)
-                error = [[middle - min(figures)], [max(figures) - middle]]
-                axis.barh(position, middle, xerr=error, color=_COLORS[name], capsize=3)
-                ticks.append((position, f"{name}, {what}" if network else OURS))
-                position += 1.0
-        position += 0.5
-    axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
-    axis.invert_yaxis()
-    axis.set(xlabel="requests per second", title=f"The pipe alone, {SATURATION} connections")
-    _save(figure, [axis], path)
-
-
-def plot_components(bench: Bench, path: Path) -> None:
-    """Time of each stage by size, on a logarithmic axis."""
-    figure, axis = plt.subplots(figsize=(10, 8.5), layout="constrained")
-    position, ticks, shown = 0.0, [], set()
-    for case, names in CASES.items():
-        ticks.append((position + (len(names) - 1) / 2, case))
-        for name in names:
-            width = bench.median("ms", part="component", case=case, side=name)
-            label = None if name in shown else name
-            shown.add(name)
-            axis.barh(position, width, height=0.85, color=_COLORS[name], label=label)
-            axis.text(width * 1.06, position, _short(width), va="center", fontsize=7)
-            position += 1.0
-        position += 0.8
-    axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
-    axis.invert_yaxis()
-    axis.margins(x=0.1, y=0.01)
-    axis.set(xscale="log", xlabel="milliseconds", title="Stages by size")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.legend(frameon=False)
-    _save(figure, [axis], path)
-
-
-def _save(figure: Figure, axes: Iterable[Axes], path: Path) -> None:
-    for axis in axes:
-        axis.grid(visible=True, alpha=0.25)
-        axis.set_axisbelow(True)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def pipe_figures(bench: Bench, network: str, name: str) -> list[float]:
+    """Requests per second of one side in every round; ``network``: ``logits`` or ``mask``."""
+    return figures_of(bench, "throughput", part="pipe", network=network, side=name)
