@@ -64,7 +64,8 @@ def preprocess(
     ``image``: ``(H, W, 3) uint8`` RGB, the photo of ``geometry.photo`` or a smaller copy of it that
     lies in ``box`` of ``image``: ``(left, top, right, bottom)`` in pixels (None: all of it).
     Returns ``(h, w, 3) uint8`` RGB of size ``geometry.padded``, contiguous. Bilinear, antialiased
-    where it shrinks: Pillow's ``BILINEAR``, within one level of 255.
+    where it shrinks: Pillow's ``BILINEAR``, but for the rounding: some values are a level of 255
+    beside Pillow's, hardly any two.
     """
     height, width = geometry.resized
     padded = np.empty((*geometry.padded, 3), dtype=np.uint8)
