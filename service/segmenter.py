@@ -1,7 +1,7 @@
 """The whole data path of one request, from bytes to bytes.
 
 Decoding with preprocessing and upsampling with encoding run in a pool of threads, the network in
-the batcher's own thread; the event loop only waits.
+the batcher's threads; the event loop only waits.
 """
 
 from __future__ import annotations
