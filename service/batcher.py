@@ -11,7 +11,8 @@ So nothing ever waits beside an idle device, and ``max_wait_s`` bounds how long 
 passed over in favour of full batches.
 
 A device can be split: a batch that is alone gets all of it, which answers soonest, and while more
-wait each gets a share, which answers most. Knows neither HTTP nor ONNX Runtime.
+wait each gets a share, which answers most. Shares can also be ways through a device that is never
+given away as a whole. Knows neither HTTP nor ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -20,11 +21,18 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from service.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
+from service.errors import (
+    DeadlineExceeded,
+    DeviceMemoryExhausted,
+    Draining,
+    InferenceFailed,
+    Overloaded,
+    SegmentError,
+)
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -56,21 +64,24 @@ class Batcher(Generic[ItemT, ResultT]):
     """Groups items into batches, and runs one on the whole device or one on each share of it.
 
     ``run`` takes the items of one batch, all of one key, and returns as many results in their
-    order; so does each of ``shares`` with its part of the device. They are called in ``executor``
-    (by default threads of its own, named ``device``). ``max_queue`` bounds the items that wait;
-    ``clock`` gives seconds and never goes back. Belongs to the event loop it is first used in.
+    order; so does each of ``shares`` with its part of the device. None for ``run`` leaves all
+    batches to the shares. Each is called in a thread of its own, and always in that one.
+    ``max_queue`` bounds the items that wait; ``clock`` gives seconds and never goes back. Belongs
+    to the event loop it is first used in.
+
+    A batch that the device has no memory for fails as `Overloaded`, and from then on batches are
+    at most half its size.
     """
 
     def __init__(
         self,
-        run: Run[ItemT, ResultT],
+        run: Run[ItemT, ResultT] | None,
         *,
         shares: Sequence[Run[ItemT, ResultT]] = (),
         max_batch: int = 1,
         max_wait_s: float = 0.0,
         max_queue: int = 64,
         clock: Callable[[], float] = time.monotonic,
-        executor: Executor | None = None,
     ) -> None:
         self._run = run
         self._shares = shares
@@ -78,9 +89,11 @@ class Batcher(Generic[ItemT, ResultT]):
         self._max_wait_s = max_wait_s
         self._max_queue = max_queue
         self._clock = clock
-        self._executor = executor or ThreadPoolExecutor(
-            max(1, len(shares)), thread_name_prefix=THREAD_NAME
-        )
+        runs = [*shares] if run is None else [run, *shares]
+        self._threads = {
+            one: ThreadPoolExecutor(1, thread_name_prefix=f"{THREAD_NAME}-{number}")
+            for number, one in enumerate(runs)
+        }
         # Each group in order of arrival; none is ever empty.
         self._groups: dict[Hashable, deque[_Entry[ItemT, ResultT]]] = {}
         self._running: dict[asyncio.Task[None], Run[ItemT, ResultT]] = {}
@@ -92,6 +105,11 @@ class Batcher(Generic[ItemT, ResultT]):
     def waiting(self) -> int:
         """Items that wait for the device."""
         return sum(len(group) for group in self._groups.values())
+
+    @property
+    def capacity(self) -> int:
+        """Items that the device works on at once."""
+        return self._max_batch * max(1, len(self._shares))
 
     def retry_after_s(self) -> float:
         """When the queue should have moved, judged by the last batch's time; at least 1 second."""
@@ -133,7 +151,12 @@ class Batcher(Generic[ItemT, ResultT]):
             await asyncio.wait(self._running)
             # A turn for what follows a batch, which may be the next.
             await asyncio.sleep(0)
-        self._executor.shutdown(wait=True)
+        for thread in self._threads.values():
+            thread.shutdown(wait=True)
+
+    async def call_beside(self, run: Run[ItemT, ResultT], work: Callable[[], None]) -> None:
+        """Do ``work`` in the thread of ``run``: for a warm-up that is bound to the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._threads[run], work)
 
     def _dispatch(self) -> None:
         """Start batches while there are any and some of the device is free."""
@@ -153,7 +176,8 @@ class Batcher(Generic[ItemT, ResultT]):
         busy = self._running.values()
         if not busy:
             batches = sum(-(-len(group) // self._max_batch) for group in self._groups.values())
-            return self._shares[0] if self._shares and batches > 1 else self._run
+            alone = self._run is not None and batches <= 1
+            return self._run if alone or not self._shares else self._shares[0]
         if self._run in busy:
             return None
         return next((share for share in self._shares if share not in busy), None)
@@ -194,16 +218,18 @@ class Batcher(Generic[ItemT, ResultT]):
         items = [entry.item for entry in batch]
         loop = asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(self._executor, run, items)
+            results = await loop.run_in_executor(self._threads[run], run, items)
             if len(results) != len(items):
                 raise RuntimeError(f"{len(items)} items gave {len(results)} results")
-        # Whatever the device raises, every caller of this batch must hear of it.
+        except DeviceMemoryExhausted as exc:
+            self._max_batch = max(1, len(batch) // 2)
+            retry_after_s = self.retry_after_s()
+            _fail(batch, exc, lambda: Overloaded("the device is short of memory", retry_after_s))
+            return
+        # Whatever else the device raises, every caller of this batch must hear of it.
         except Exception as exc:  # noqa: BLE001
-            for entry in batch:
-                if not entry.future.done():
-                    failure = InferenceFailed(f"the batch failed: {type(exc).__name__}")
-                    failure.__cause__ = exc
-                    entry.future.set_exception(failure)
+            name = type(exc).__name__
+            _fail(batch, exc, lambda: InferenceFailed(f"the batch failed: {name}"))
             return
         finally:
             run_s = self._last_run_s = self._clock() - started
@@ -218,3 +244,14 @@ class Batcher(Generic[ItemT, ResultT]):
             group.remove(entry)
             if not group:
                 del self._groups[key]
+
+
+def _fail(
+    batch: Sequence[_Entry[ItemT, ResultT]], cause: Exception, failure: Callable[[], SegmentError]
+) -> None:
+    """Tell all who still wait, each with an exception of their own."""
+    for entry in batch:
+        if not entry.future.done():
+            raised = failure()
+            raised.__cause__ = cause
+            entry.future.set_exception(raised)

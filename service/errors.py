@@ -7,6 +7,7 @@
     │   ├── ContractError         the contract, the graph and the manifest do not agree
     │   └── IntegrityError        a file is missing or is not the file the manifest names
     ├── DeviceUnavailable         the device that was asked for is not there
+    ├── DeviceMemoryExhausted     the device has no memory left for what was asked of it
     ├── SettingsError             a setting is unknown or has an impossible value
     ├── RequestError              what the caller asked for cannot be answered
     │   ├── NoImage               nothing that could be an image was sent
@@ -44,6 +45,10 @@ class IntegrityError(ArtefactError):
 
 class DeviceUnavailable(SegmentError):
     """The device that was asked for is not there, or ONNX Runtime fell back from it."""
+
+
+class DeviceMemoryExhausted(SegmentError):
+    """The device has no memory left: at the start for a lane, later for a batch."""
 
 
 class SettingsError(SegmentError):

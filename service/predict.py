@@ -86,11 +86,9 @@ def predict(
 
 async def _predict_all(settings: Settings, outputs: Mapping[Path, Path], options: Options) -> int:
     failed = 0
-    # Enough to keep the pool and the device busy; more would only hold decoded photos.
-    slots = asyncio.Semaphore(
-        min(settings.decode_workers + settings.max_batch, settings.queue_size)
-    )
     async with open_service(settings) as service:
+        # More would only hold decoded photos.
+        slots = asyncio.Semaphore(service.busy_with)
         with tqdm(total=len(outputs), unit="photo", disable=None) as progress:
 
             async def one(photo: Path, output: Path) -> None:

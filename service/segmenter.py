@@ -29,6 +29,7 @@ from service.encoding import (
     overlay,
 )
 from service.errors import DeadlineExceeded, Overloaded
+from service.lanes import Task, Upsampled
 from service.preprocessing import Geometry, preprocess
 from service.schemas import ModelName, Rle, Segmentation, SegmentedClass
 from service.session import InferenceSession, Model
@@ -37,8 +38,9 @@ from service.upsampling import Labels, upsample
 View = Literal["mask", "overlay"]
 MaskFormat = Literal["rle", "png", "none"]
 MediaType = Literal["image/png", "image/jpeg", "application/json"]
-InputImage = npt.NDArray[np.uint8]
 Logits = npt.NDArray[np.float32]
+Output = Logits | Upsampled
+"""What a device makes of a photo: a CPU its logits, which the pool upsamples; a GPU the labels."""
 
 POOL_THREAD_NAME: Final = "images"
 
@@ -66,6 +68,11 @@ class Options:
     mask: MaskFormat = "rle"
 
     @property
+    def wants_confidence(self) -> bool:
+        """Whether the answer says how sure the network is."""
+        return self.media_type == "application/json"
+
+    @property
     def shows_photo(self) -> bool:
         """Whether the answer holds the photo's own pixels, all of them."""
         return self.view == "overlay" and self.media_type != "application/json"
@@ -88,8 +95,7 @@ class _Prepared:
     not wait for the network too.
     """
 
-    geometry: Geometry
-    image: InputImage
+    task: Task
     photo: npt.NDArray[np.uint8] | None
     timing_ms: dict[str, float]
 
@@ -104,7 +110,7 @@ class Segmenter:
     def __init__(
         self,
         model: Model,
-        batcher: Batcher[InputImage, Logits],
+        batcher: Batcher[Task, Output],
         pool: Executor,
         *,
         max_pixels: int,
@@ -143,7 +149,7 @@ class Segmenter:
         # Two stages a task: each hop between the threads costs about a tenth of a millisecond.
         loop = asyncio.get_running_loop()
         prepared = await loop.run_in_executor(self._pool, self._prepare, data, options)
-        answer = await self._batcher.submit(prepared.image, key=prepared.geometry.padded)
+        answer = await self._batcher.submit(prepared.task, key=prepared.task.geometry.padded)
         return await loop.run_in_executor(self._pool, self._finish, prepared, answer, options)
 
     def _prepare(self, data: bytes, options: Options) -> _Prepared:
@@ -163,26 +169,30 @@ class Segmenter:
         image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
         preprocessed = time.perf_counter()
         return _Prepared(
-            geometry,
-            image,
+            Task(image, geometry, options.wants_confidence),
             pixels,
             {"decode": (decoded - started) * 1000, "preprocess": (preprocessed - decoded) * 1000},
         )
 
-    def _finish(self, prepared: _Prepared, answer: Answer[Logits], options: Options) -> Result:
-        """Upsample and encode."""
+    def _finish(self, prepared: _Prepared, answer: Answer[Output], options: Options) -> Result:
+        """Upsample, where the device has not, and encode."""
         started = time.perf_counter()
-        labels = upsample(
-            answer.result,
-            prepared.geometry,
-            with_confidence=options.media_type == "application/json",
-        )
+        if isinstance(answer.result, Upsampled):
+            labels = answer.result.labels
+            infer_s, upsample_s = answer.result.infer_s, answer.result.upsample_s
+            # Packing, the way up, and waiting for other batches on the device.
+            queue_s = answer.queue_s + answer.run_s - infer_s - upsample_s
+        else:
+            task = prepared.task
+            labels = upsample(answer.result, task.geometry, with_confidence=task.with_confidence)
+            queue_s, infer_s = answer.queue_s, answer.run_s
+            upsample_s = time.perf_counter() - started
         upsampled = time.perf_counter()
         timing_ms = {
             **prepared.timing_ms,
-            "queue": answer.queue_s * 1000,
-            "infer": answer.run_s * 1000,
-            "upsample": (upsampled - started) * 1000,
+            "queue": queue_s * 1000,
+            "infer": infer_s * 1000,
+            "upsample": upsample_s * 1000,
         }
         content = self._encode(prepared.photo, labels, options, timing_ms)
         timing_ms["encode"] = (time.perf_counter() - upsampled) * 1000
@@ -252,12 +262,11 @@ class Segmenter:
         return body.model_dump_json(exclude=exclude).encode()
 
 
-def run_batch(
-    model: Model, session: InferenceSession, images: Sequence[InputImage]
-) -> Sequence[Logits]:
-    """The batcher's work: stack ``(h, w, 3) uint8`` images of one shape, run them, unstack.
+def run_batch(model: Model, session: InferenceSession, tasks: Sequence[Task]) -> Sequence[Output]:
+    """The batcher's work on a CPU: stack images of one shape, run them, unstack.
 
     Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.
     """
+    images = [task.image for task in tasks]
     batch = images[0][None] if len(images) == 1 else np.stack(images)
     return list(model.run(batch, session))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.contract import one_line
@@ -28,17 +29,50 @@ class Settings(BaseSettings):
     model: Path = Field(DEFAULT_MODEL, description="artefact folder to serve")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="where the network runs; cuda stops the start if it is not there"
+    device: str = Field(
+        "auto",
+        description="where the network runs: auto, cpu, cuda or cuda:N, the GPU's number; "
+        "cuda stops the start if it is not there",
+    )
+    gpus: str | None = Field(
+        None,
+        description="numbers of the GPUs to serve on, such as 0,1: each gets its own process",
+    )
+    processes: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="serving processes for each device behind the one port, each with its own "
+        "queue, threads and /readyz",
     )
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
         "auto", description="which of the artefact's networks runs; auto: the device's fastest"
     )
     threads: int | None = Field(
-        None, ge=1, le=256, description="CPU threads of one inference (default: all usable cores)"
+        None,
+        ge=1,
+        le=256,
+        description="CPU threads of one inference (default: all usable cores, shared evenly "
+        "between the processes)",
     )
-    decode_workers: int = Field(
-        2, ge=1, le=64, description="threads that decode, upsample and encode"
+    provider: Literal["cuda", "tensorrt"] = Field(
+        "cuda", description="what runs the network on a GPU; tensorrt needs its own packages"
+    )
+    cuda_graphs: bool = Field(
+        True, description="replay the listed shapes as CUDA graphs, captured at the start"
+    )
+    gpu_memory_mb: int = Field(
+        0, ge=0, description="most GPU memory for the network's activations, MiB; 0: all there is"
+    )
+    cache_dir: Path | None = Field(
+        None, description="folder for TensorRT's engines (default: built anew at each start)"
+    )
+    decode_workers: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="threads that decode and encode (default: 2 on a CPU, all usable cores beside "
+        "a GPU)",
     )
     max_bytes: int = Field(20 * 2**20, ge=1024, description="largest image file, bytes")
     # Above this Pillow itself refuses to open an image.
@@ -49,8 +83,18 @@ class Settings(BaseSettings):
     max_side: int = Field(
         2048, ge=32, le=4096, description="greatest max_side of a request, pixels"
     )
-    queue_size: int = Field(64, ge=1, description="photos taken in at once; more are refused")
-    max_batch: int = Field(1, ge=1, le=64, description="most photos in one run of the network")
+    queue_size: int | None = Field(
+        None,
+        ge=1,
+        description="photos taken in at once; more are refused (default: 64 on a CPU, 256 on a "
+        "GPU)",
+    )
+    max_batch: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="most photos in one run of the network (default: 1 on a CPU, 16 on a GPU)",
+    )
     max_wait_ms: float = Field(
         10.0, ge=0, description="how long a photo may be passed over for fuller batches, ms"
     )
@@ -59,6 +103,29 @@ class Settings(BaseSettings):
         "info", description="least severe log line that is written"
     )
     log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", device):
+            raise ValueError(f"should be auto, cpu, cuda or cuda:N, got {device!r}")
+        return device
+
+    @field_validator("gpus")
+    @classmethod
+    def _distinct_numbers(cls, gpus: str | None) -> str | None:
+        if gpus is not None:
+            numbers = gpus.split(",")
+            if not all(re.fullmatch("[0-9]{1,4}", number) for number in numbers):
+                raise ValueError(f"should be numbers such as 0,1, got {gpus!r}")
+            if len(set(map(int, numbers))) < len(numbers):
+                raise ValueError(f"names a GPU twice: {gpus!r}")
+        return gpus
+
+    @property
+    def gpu_numbers(self) -> tuple[int, ...]:
+        """The numbers in ``gpus``; none where it is unset."""
+        return tuple(map(int, self.gpus.split(","))) if self.gpus is not None else ()
 
 
 def load_settings(
@@ -85,6 +152,11 @@ def load_settings(
         raise SettingsError(
             f"{env_name('min_side')} ({settings.min_side}) is above "
             f"{env_name('max_side')} ({settings.max_side})"
+        )
+    if settings.gpus is not None and settings.device not in ("auto", "cuda"):
+        raise SettingsError(
+            f"{env_name('gpus')} ({settings.gpus}) cannot be combined with "
+            f"{env_name('device')} ({settings.device})"
         )
     return settings
 

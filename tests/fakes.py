@@ -74,3 +74,11 @@ class FakeSession:
         batch, height, width, _ = input_feed["image"].shape
         stride = self.contract.stride
         return [np.zeros((batch, 21, height // stride, width // stride), dtype=np.float32)]
+
+    def io_binding(self) -> Any:  # noqa: ANN401
+        """Only a GPU's path binds."""
+        raise NotImplementedError
+
+    def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:  # noqa: ANN401
+        """Only a GPU's path binds."""
+        raise NotImplementedError

@@ -23,11 +23,15 @@ class Phase(Enum):
 
 @dataclass(slots=True)
 class Service:
-    """Every resource of a running service, owned by the lifespan in ``app``."""
+    """Every resource of a running service, owned by the lifespan in ``app``.
+
+    ``busy_with`` photos at once leave neither the pool nor the device idle.
+    """
 
     settings: Settings
     model: Model
     segmenter: Segmenter
+    busy_with: int
     phase: Phase = Phase.STARTING
 
     def begin_draining(self) -> None:

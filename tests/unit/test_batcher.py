@@ -229,7 +229,7 @@ async def test_one_thread_of_its_own_feeds_the_device(device: Device) -> None:
     batcher = Batcher(device.run)
     device.let_go()
     await asyncio.gather(*await submit(batcher, 1, 2, 3))
-    assert device.threads == {f"{THREAD_NAME}_0"}
+    assert device.threads == {f"{THREAD_NAME}-0_0"}
     await batcher.close()
 
 

@@ -12,6 +12,7 @@ NOT_FOR_CALLERS = {
     errors.ContractError,
     errors.IntegrityError,
     errors.DeviceUnavailable,
+    errors.DeviceMemoryExhausted,
     errors.SettingsError,
     errors.RequestError,
     errors.ImageError,

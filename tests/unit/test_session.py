@@ -1,18 +1,29 @@
 """Loading an artefact: every disagreement stops it, in one line."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 import pytest
 
-from service import session
-from service.errors import ArtefactError, ContractError, DeviceUnavailable, IntegrityError
+from service import providers, session
+from service.errors import (
+    ArtefactError,
+    ContractError,
+    DeviceMemoryExhausted,
+    DeviceUnavailable,
+    IntegrityError,
+)
+from service.lanes import NO_GRAPH
 from service.manifest import FileEntry, load_manifest
-from service.session import PrecisionChoice, available_cores, load_model
+from service.session import DeviceOptions, PrecisionChoice, available_cores, load_model
 from tests.artefacts import STRIDE, add_precision, build_artefact, make_contract, two_class_photo
 from tests.fakes import FakeSession
+from tests.host_device import HostDevice
 
 
 def test_a_good_artefact_loads_and_runs(tiny_artefact: Path) -> None:
@@ -77,26 +88,134 @@ def test_the_warm_up_runs_every_listed_shape(tiny_artefact: Path) -> None:
     assert len(fake.threads) == len(fake.contract.shapes)
 
 
-def test_cuda_that_is_not_installed_stops_the_start(
+def test_a_gpu_that_cannot_be_used_stops_the_start_or_is_done_without(
     tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line says what there is instead."""
+    """Asked for, the line says why not; with auto, the CPU serves, and the reason is kept."""
+
+    def refuse(ordinal: int) -> NoReturn:
+        raise DeviceUnavailable(f"GPU {ordinal}: CUDA_ERROR_NO_DEVICE")
+
+    monkeypatch.setattr(session, "CudaDevice", refuse)
+    with pytest.raises(DeviceUnavailable, match=r"device cuda:3 was asked for, but GPU 3: CUDA"):
+        load_model(tiny_artefact, "cuda:3")
+    model = load_model(tiny_artefact, "auto")
+    assert model.provider == "CPUExecutionProvider"
+    assert model.gpu is None
+    assert model.why == "GPU 0: CUDA_ERROR_NO_DEVICE"
+    assert load_model(tiny_artefact, "cpu").why is None
+
+
+def test_a_runtime_without_cuda_says_what_it_offers(
+    tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra `cpu` on a machine with a GPU."""
+    monkeypatch.setattr(session, "CudaDevice", HostDevice)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(DeviceUnavailable, match="offers only CPUExecutionProvider"):
         load_model(tiny_artefact, "cuda")
-    assert load_model(tiny_artefact, "auto").provider == "CPUExecutionProvider"
+    assert load_model(tiny_artefact, "auto").gpu is None
 
 
-def test_a_silent_fallback_from_cuda_is_noticed(
-    tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_silent_fallback_is_noticed(
+    tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch, provider: Literal["cuda", "tensorrt"]
 ) -> None:
-    """The wheel offers CUDA, but the session runs on the CPU: no driver, or a wrong library."""
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    """The wheel offers the provider, but the session runs on the CPU: the line says why."""
+    monkeypatch.setattr(session, "CudaDevice", HostDevice)
+    offered = [providers.TENSORRT, providers.CUDA, providers.CPU]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: offered)
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
     monkeypatch.setattr(session, "_open", lambda *_: FakeSession())
-    with pytest.raises(DeviceUnavailable, match="fell back to CPUExecutionProvider"):
+    options = DeviceOptions(provider=provider)
+    # The reason is the loader's: this wheel has no such library.
+    with pytest.raises(DeviceUnavailable, match=f"fell back to CPU.*providers_{provider}"):
+        load_model(tiny_artefact, "cuda", options=options)
+
+
+def test_a_node_that_is_left_to_the_cpu_is_named(
+    tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A provider that took only part of the network."""
+    real = session._open
+    monkeypatch.setattr(session, "CudaDevice", HostDevice)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [providers.CUDA])
+    monkeypatch.setattr(ort, "preload_dlls", lambda: None)
+    # ONNX Runtime's own record of which node went where, of a session on the CPU.
+    monkeypatch.setattr(
+        session, "_open", lambda path, options, _: real(path, options, [providers.CPU])
+    )
+    monkeypatch.setattr(providers, "CUDA", providers.CPU)
+    with pytest.raises(DeviceUnavailable, match=r"to the CPU Cast, Transpose, .* and 1 more"):
         load_model(tiny_artefact, "cuda")
-    assert load_model(tiny_artefact, "auto").provider == "CPUExecutionProvider"
+
+
+def test_bound_buffers_hold_what_a_plain_run_gives(tiny_artefact: Path) -> None:
+    """The path without copies: input and logits where the caller says, one run queued a call."""
+    model = load_model(tiny_artefact, "cpu", threads=1)
+    batch = np.stack([two_class_photo(), two_class_photo()[::-1]])
+    logits = np.full((2, 21, 64 // STRIDE, 96 // STRIDE), np.nan, dtype=np.float32)
+    run = model.bind(batch.ctypes.data, logits.ctypes.data, 2, (64, 96), NO_GRAPH)
+    run()
+    np.testing.assert_array_equal(logits, model.run(batch))
+
+
+@pytest.mark.parametrize(
+    ("message", "raised"),
+    [
+        ("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 9",
+         DeviceMemoryExhausted),
+        ("CUDNN_STATUS_EXECUTION_FAILED", RuntimeError),
+    ],
+)  # fmt: skip
+def test_short_memory_is_told_apart(
+    tiny_artefact: Path, message: str, raised: type[Exception]
+) -> None:
+    """By ONNX Runtime's words, because it has no class for it."""
+    real = load_model(tiny_artefact, "cpu", threads=1)
+
+    class Short(FakeSession):
+        def io_binding(self) -> Any:  # noqa: ANN401
+            return real.session.io_binding()
+
+        def run_with_iobinding(self, iobinding: object, run_options: object = None) -> None:
+            raise RuntimeError(message)
+
+    model = load_model(tiny_artefact, session=Short())
+    buffer = np.zeros((1, 64, 96, 3), dtype=np.uint8)
+    with pytest.raises(raised, match=message):
+        model.bind(buffer.ctypes.data, buffer.ctypes.data, 1, (64, 96), NO_GRAPH)()
+
+
+@pytest.mark.parametrize(
+    ("tensor_cores", "precision", "picked"),
+    [
+        (True, "auto", "network.fp16.onnx"),
+        (False, "auto", "network.onnx"),
+        (True, "fp32", "network.onnx"),
+        (True, "int8", "network.int8.onnx"),
+    ],
+)
+def test_fp16_runs_where_there_are_tensor_cores(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tensor_cores: bool,
+    precision: PrecisionChoice,
+    picked: str,
+) -> None:
+    """An artefact with all three networks."""
+    monkeypatch.setattr(HostDevice, "has_tensor_cores", tensor_cores)
+    monkeypatch.setattr(session, "CudaDevice", HostDevice)
+    real = session._open
+    monkeypatch.setattr(
+        session,
+        "_open_on_gpu",
+        lambda path, *_: real(path, session._session_options(1), [providers.CPU]),
+    )
+    folder = build_artefact(tmp_path)
+    add_precision(folder, "fp16")
+    add_precision(folder, "int8")
+    assert load_model(folder, "cuda", precision=precision).file_name == picked
 
 
 @pytest.mark.parametrize(
@@ -163,3 +282,18 @@ def test_half_the_threads_each_for_two_runs_at_once(
     photo = two_class_photo()[None]
     for share in model.shares:
         np.testing.assert_array_equal(model.run(photo, share), model.run(photo))
+
+
+def test_the_runtime_is_told_not_to_report_to_its_maker() -> None:
+    """Whoever imports any of `service` or `models` first; an operator's own choice stays."""
+    script = "import models.prediction, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    for given, wanted in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        told = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**environment, **given},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert told.stdout.strip() == wanted

@@ -1,0 +1,150 @@
+"""A GPU made of the host: what `service.cuda` does, on the CPU, with the same kernel.
+
+The kernel's source is compiled as C++ and called once for each thread of each block; device memory
+is the host's. Everything else of the GPU's path is the service's own: packing, rounds, binding,
+the order of the commands.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from service.cuda import KERNEL
+
+_HOST = f"""
+#include <cmath>
+#include <cstddef>
+#define __device__
+#define __global__
+struct Index {{ unsigned x, y, z; }};
+static Index blockIdx, blockDim, threadIdx;
+#include "{KERNEL}"
+extern "C" void launch(unsigned pieces_count, unsigned most_pixels, const Piece* pieces,
+                       const float* logits, int classes, unsigned char* out) {{
+    blockDim.x = 256;
+    for (blockIdx.y = 0; blockIdx.y < pieces_count; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x * blockDim.x < most_pixels; ++blockIdx.x)
+            for (threadIdx.x = 0; threadIdx.x < blockDim.x; ++threadIdx.x)
+                upsample(pieces, logits, classes, out);
+}}
+extern "C" size_t piece_layout(int field) {{
+    const size_t layout[] = {{
+        offsetof(Piece, logits), offsetof(Piece, ids), offsetof(Piece, confidence),
+        offsetof(Piece, row_step), offsetof(Piece, column_step), offsetof(Piece, first),
+        offsetof(Piece, pixels), offsetof(Piece, width), offsetof(Piece, grid_height),
+        offsetof(Piece, grid_width), sizeof(Piece)}};
+    return layout[field];
+}}
+"""
+
+
+@cache
+def host_kernel() -> ctypes.CDLL:
+    """The kernel, compiled for the host once a process."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    assert compiler, "no C++ compiler: `make test` installs one"
+    folder = Path(mkdtemp(prefix="fcn-kernel-"))
+    source, library = folder / "host.cpp", folder / "host.so"
+    source.write_text(_HOST)
+    subprocess.run(
+        [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, source], check=True
+    )
+    loaded = ctypes.CDLL(str(library))
+    shutil.rmtree(folder)
+    loaded.piece_layout.restype = ctypes.c_size_t
+    return loaded
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """Where an array's data are."""
+    return int(array.ctypes.data)
+
+
+@dataclass
+class HostChannel:
+    """`service.lanes.Channel` in the host's memory; ``commands`` are those given so far.
+
+    What was not uploaded is not there: device buffers are apart from the host's.
+    """
+
+    input: npt.NDArray[np.uint8]
+    output: npt.NDArray[np.uint8]
+    device_input: npt.NDArray[np.uint8]
+    logits: npt.NDArray[np.float32]
+    device_output: npt.NDArray[np.uint8]
+    commands: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def input_address(self) -> int:
+        """Of the device's input."""
+        return address(self.device_input)
+
+    @property
+    def logits_address(self) -> int:
+        """Of the device's logits."""
+        return address(self.logits)
+
+    def upload(self, size: int) -> None:
+        """Copy up."""
+        self.commands.append(("upload", size))
+        self.device_input[:size] = self.input[:size]
+
+    def upsample(self, pieces: int, most_pixels: int, classes: int) -> None:
+        """Run the kernel."""
+        self.commands.append(("upsample", pieces))
+        host_kernel().launch(
+            ctypes.c_uint(pieces),
+            ctypes.c_uint(most_pixels),
+            ctypes.c_void_p(self.input_address),
+            ctypes.c_void_p(self.logits_address),
+            ctypes.c_int(classes),
+            ctypes.c_void_p(address(self.device_output)),
+        )
+
+    def download(self, size: int) -> None:
+        """Copy down."""
+        self.commands.append(("download", size))
+        self.output[:size] = self.device_output[:size]
+
+    def wait(self) -> tuple[float, float]:
+        """A millisecond for the network, two for the rest."""
+        return 0.001, 0.002
+
+
+class HostDevice:
+    """`service.cuda.CudaDevice`, as far as the service uses it."""
+
+    kind = "cpu"
+    name = "host"
+    has_tensor_cores = False
+    compute_handle = 0
+
+    def __init__(self, ordinal: int = 0) -> None:
+        self.ordinal = ordinal
+        self.channels: list[HostChannel] = []
+
+    def memory(self) -> tuple[int, int]:
+        """A quarter of a gigabyte used."""
+        return 3 << 28, 1 << 30
+
+    def open_channel(self, input_bytes: int, logits_bytes: int, output_bytes: int) -> HostChannel:
+        """Buffers full of rubbish."""
+        channel = HostChannel(
+            np.full(input_bytes, 0xAB, dtype=np.uint8),
+            np.full(output_bytes, 0xAB, dtype=np.uint8),
+            np.full(input_bytes, 0xCD, dtype=np.uint8),
+            np.full(logits_bytes // 4, np.nan, dtype=np.float32),
+            np.full(output_bytes, 0xEF, dtype=np.uint8),
+        )
+        self.channels.append(channel)
+        return channel
