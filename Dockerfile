@@ -8,64 +8,71 @@
 #   --build-arg PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
-# ---- build: fills /opt/venv and /app, nothing else of it is kept ----------------------------------
-FROM ${PYTHON_IMAGE} AS build
+# ---- packages: fills /opt/venv, nothing else of it is kept ---------------------------------------
+FROM ${PYTHON_IMAGE} AS packages
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
+    PIP_ONLY_BINARY=:all: \
+    PIP_PYTHON=/opt/venv/bin/python \
+    PIP_REQUIRE_HASHES=1 \
     PIP_ROOT_USER_ACTION=ignore
+WORKDIR /packages
 RUN python -m venv --without-pip /opt/venv
-WORKDIR /app
 
-# The packages come first: they change less often than the code. Of the code only the serving half
-# goes into the image. It is installed in place, so that /app is laid out like the checkout and the
-# default model is where the service looks for it.
-FROM build AS build-cpu
+# setuptools is in the lock files to install the project itself, which nothing does here.
+FROM packages AS packages-cpu
 COPY requirements-cpu.txt ./
-RUN pip --python /opt/venv/bin/python install --require-hashes --only-binary :all: \
-        -r requirements-cpu.txt
-COPY pyproject.toml README.md LICENSE ./
-COPY service service
-RUN pip --python /opt/venv/bin/python install --no-deps --no-build-isolation --editable . \
-    && pip --python /opt/venv/bin/python uninstall --yes setuptools \
-    && python -m compileall -q service
+RUN pip install -r requirements-cpu.txt && pip uninstall --yes setuptools
 
-FROM build AS build-gpu
+FROM packages AS packages-gpu
 COPY requirements-gpu.txt ./
-RUN pip --python /opt/venv/bin/python install --require-hashes --only-binary :all: \
-        -r requirements-gpu.txt
-COPY pyproject.toml README.md LICENSE ./
+RUN pip install -r requirements-gpu.txt && pip uninstall --yes setuptools
+
+# ---- files: the serving half and its model, laid out like the checkout ---------------------------
+FROM ${PYTHON_IMAGE} AS files
+WORKDIR /app
+COPY LICENSE ./
+COPY models/artifacts models/artifacts
+COPY docker/healthcheck.py docker/healthcheck.py
 COPY service service
-RUN pip --python /opt/venv/bin/python install --no-deps --no-build-isolation --editable . \
-    && pip --python /opt/venv/bin/python uninstall --yes setuptools \
-    && python -m compileall -q service
+# Readable for everybody, whatever umask the checkout was made under. The root is read-only, so the
+# compiled code never has to be checked against its source.
+RUN chmod -R a+rX . && python -m compileall -q --invalidation-mode unchecked-hash service
 
 # ---- run: what both images share -----------------------------------------------------------------
 FROM ${PYTHON_IMAGE} AS run
-# pip is of no use in a container whose root is read-only.
+# pip is of no use in a container whose root is read-only. A named volume mounted at the cache's
+# folder takes over the folder's owner.
 RUN python -m pip uninstall --yes --root-user-action=ignore pip \
-    && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin fcn
+    && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin fcn \
+    && install --directory --owner=fcn --group=fcn /var/cache/fcn-segment
 WORKDIR /app
-# Nothing is written under /app or /opt; libraries that insist on a home get the tmpfs.
+# Nothing is written under /app or /opt; libraries that insist on a home get the tmpfs. ONNX Runtime's
+# wheels report to Microsoft unless they are told not to.
 ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONPATH=/app \
     HOME=/tmp \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     FCN_HOST=0.0.0.0 \
     FCN_PORT=8000 \
-    FCN_LOG_FORMAT=json
+    FCN_LOG_FORMAT=json \
+    ORT_DISABLE_TELEMETRY=1
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "/app/docker/healthcheck.py"]
-# Exec form: the service is process 1 and gets SIGTERM itself.
-ENTRYPOINT ["fcn-segment"]
+# Exec form: the service gets SIGTERM itself, and not a shell.
+ENTRYPOINT ["python", "-m", "service"]
 CMD ["serve"]
+COPY --from=files /app/LICENSE ./
+COPY --from=files /app/models models
+COPY --from=files /app/docker docker
 
+# The packages come before the code, because they change less often.
 FROM run AS gpu
-COPY --from=build-gpu /opt/venv /opt/venv
-COPY models/artifacts models/artifacts
-COPY docker/healthcheck.py docker/healthcheck.py
-COPY --from=build-gpu /app/service service
+COPY --from=packages-gpu /opt/venv /opt/venv
+COPY --from=files /app/service service
 ENV FCN_DEVICE=cuda \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
@@ -73,9 +80,7 @@ USER 10001:10001
 
 # Last, so that a plain `docker build .` makes the image that runs anywhere.
 FROM run AS cpu
-COPY --from=build-cpu /opt/venv /opt/venv
-COPY models/artifacts models/artifacts
-COPY docker/healthcheck.py docker/healthcheck.py
-COPY --from=build-cpu /app/service service
+COPY --from=packages-cpu /opt/venv /opt/venv
+COPY --from=files /app/service service
 ENV FCN_DEVICE=cpu
 USER 10001:10001
