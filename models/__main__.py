@@ -1,4 +1,4 @@
-"""``python -m models STAGE``: train, export, evaluate, verify, manifest.
+"""``python -m models STAGE``: train, export, half, quantize, evaluate, verify, manifest.
 
 Stages meet through files: checkpoint.pt, the artefact folder, the JSON reports.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from models import evaluate, export, manifest, quantize, train, verify
+from models import evaluate, export, half, manifest, quantize, train, verify
 from models.checkpoint import CheckpointError
 from models.dataset import DatasetError
-from models.int8_graph import QuantizationError
+from models.network_file import GraphError
 from models.prediction import DeviceError
 from models.recipe import RecipeError
 from service.errors import SegmentError
@@ -19,6 +19,7 @@ from service.errors import SegmentError
 STAGES = {
     "train": train,
     "export": export,
+    "half": half,
     "quantize": quantize,
     "evaluate": evaluate,
     "verify": verify,
@@ -28,7 +29,7 @@ USER_ERRORS = (
     CheckpointError,
     DatasetError,
     DeviceError,
-    QuantizationError,
+    GraphError,
     RecipeError,
     SegmentError,
     evaluate.EvaluationError,

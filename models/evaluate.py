@@ -26,9 +26,8 @@ from tqdm import tqdm
 from models.checkpoint import load_network
 from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
+from models.network_file import FILES
 from models.prediction import (
-    INT8_FILE,
-    NETWORK_FILE,
     SHAPES,
     Predict,
     onnx_infer,
@@ -96,7 +95,7 @@ def open_predictor(args: argparse.Namespace) -> tuple[Predict, dict[str, str]]:
         size, stride, shapes = recipe.working_size, network.stride, SHAPES
         path, source = args.checkpoint, "checkpoint"
     else:
-        path = args.artifact / (INT8_FILE if args.int8 else NETWORK_FILE)
+        path = args.artifact / FILES[args.precision]
         source = "artifact"
         infer, contract = onnx_infer(path)
         size, stride, shapes = contract.working_size, contract.stride, contract.shapes
@@ -187,7 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder")
     parser.add_argument("--device", default="cpu", help="for --checkpoint")
-    parser.add_argument("--int8", action="store_true", help="for --artifact: network.int8.onnx")
+    parser.add_argument("--precision", choices=FILES, default="fp32", help="for --artifact")
 
 
 def main(args: argparse.Namespace) -> int:

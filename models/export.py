@@ -18,9 +18,10 @@ from onnx import helper
 from torch import Tensor, nn
 
 from models.checkpoint import load_network
+from models.network_file import save
 from models.networks import FcnResNet50
 from models.networks.resnet import Normalize
-from models.prediction import NETWORK_FILE, SHAPES
+from models.prediction import SHAPES
 from models.recipe import Recipe
 from service.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
 
@@ -192,11 +193,7 @@ def main(args: argparse.Namespace) -> int:
     contract = make_contract(args.artifact.resolve().name, args.version, network, recipe)
     model = export(network, contract)
     args.artifact.mkdir(parents=True, exist_ok=True)
-    path = args.artifact / NETWORK_FILE
-    temporary = path.with_suffix(".tmp")
-    onnx.save(model, temporary)
-    temporary.replace(path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+    save(model, args.artifact, "fp32")
     return 0
 
 

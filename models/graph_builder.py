@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from service.contract import INPUT_NAME
 
@@ -16,19 +16,27 @@ OUTSIDE = 1 << 28
 
 
 class GraphBuilder:
-    """Nodes and initializers, and methods that add to them and return the new tensor's name."""
+    """Nodes and initializers, and methods that add to them and return the new tensor's name.
 
-    def __init__(self) -> None:
+    ``prefix`` is of the names that it makes up.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
+        self._prefix = prefix
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self._seen: dict[tuple[object, ...], str] = {}
 
     def emit(self, op: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:  # noqa: ANN401
         """Add a node; its output is called ``name``, or after the operator."""
-        output = name or f"{op}_{len(self.nodes)}"
+        output = name or f"{self._prefix}{op}_{len(self.nodes)}"
         node = helper.make_node(op, list(inputs), [output], name=output, **attributes)
         self.nodes.append(node)
         return output
+
+    def copy(self, node: NodeProto, inputs: Sequence[str], name: str = "") -> str:
+        """`emit` another graph's operator with its attributes."""
+        return self.emit(node.op_type, inputs, name, **attributes_of(node))
 
     def once(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:  # noqa: ANN401
         """`emit`, unless the same node is there already."""
@@ -42,10 +50,17 @@ class GraphBuilder:
         array = np.asarray(value, dtype=dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._seen:
-            self._seen[key] = f"constant_{len(self.initializers)}"
+            self._seen[key] = f"{self._prefix}constant_{len(self.initializers)}"
             tensor = numpy_helper.from_array(array, self._seen[key])
             self.initializers[tensor.name] = tensor
         return self._seen[key]
+
+    def make(self, name: str, face: GraphProto) -> GraphProto:
+        """Return the graph, its inputs and outputs those of ``face``."""
+        initializers = list(self.initializers.values())
+        return helper.make_graph(
+            self.nodes, name, list(face.input), list(face.output), initializers
+        )
 
     def rows(self, name: str, channels: int) -> str:
         """A tensor as ``(N*h*w, channels)``."""
@@ -103,3 +118,8 @@ class GraphBuilder:
         """``[N, h/stride, w/stride]``, int64."""
         sizes = self.once("Shape", [INPUT_NAME], start=0, end=3)
         return self.once("Div", [sizes, self.constant([1, stride, stride], np.int64)])
+
+
+def attributes_of(node: NodeProto) -> dict[str, Any]:
+    """A node's attributes by name, as Python values."""
+    return {a.name: helper.get_attribute_value(a) for a in node.attribute}

@@ -20,15 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from models.graph_builder import GraphBuilder
+from models.graph_builder import GraphBuilder, attributes_of
+from models.network_file import FloatNetwork, GraphError
 from service.contract import INPUT_NAME, OUTPUT_NAME
 
 CONTRIB = "com.microsoft"
@@ -41,10 +40,6 @@ PIXELS = 4
 """Pixels that the first convolution reads as one cell of 12 channels."""
 
 Range = tuple[float, float]
-
-
-class QuantizationError(Exception):
-    """The network holds something that is not quantised here; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -87,27 +82,25 @@ class Convolution:
 
 
 class GraphWriter:
-    """Writes the int8 graph of ``source``, the float network in the file ``weights``.
+    """Writes the int8 graph of ``source``.
 
     ``ranges`` maps the float graph's tensors to the least and greatest value seen in them. The
-    int8 file must lie beside ``weights``.
+    int8 file must lie beside the float network's.
     """
 
-    def __init__(self, source: onnx.GraphProto, weights: Path, ranges: Mapping[str, Range]) -> None:
+    def __init__(self, source: FloatNetwork, ranges: Mapping[str, Range]) -> None:
         self._source = source
-        self._weights = weights.name
-        self._bytes = weights.read_bytes()
         self._ranges = ranges
-        self._constants = {tensor.name: tensor for tensor in source.initializer}
-        self._makers = {name: node for node in source.node for name in node.output}
+        self._constants = {tensor.name: tensor for tensor in source.graph.initializer}
+        self._makers = {name: node for node in source.graph.node for name in node.output}
         self._tensors: dict[str, Quantized] = {}
         self._graph = GraphBuilder()
 
-    def write(self) -> onnx.GraphProto:
+    def write(self) -> GraphProto:
         """Return the graph, its input and output those of the float graph.
 
         Raises:
-            QuantizationError: the network holds something that is not known here.
+            GraphError: the network holds something that is not known here.
         """
         makers = {
             "Conv": self._conv,
@@ -116,19 +109,13 @@ class GraphWriter:
             "Concat": self._concat,
             "ReduceMean": self._mean,
         }
-        for node in self._source.node:
+        for node in self._source.graph.node:
             if node.op_type in makers:
                 makers[node.op_type](node)
             # These belong to a convolution: normalisation and weights before it, ReLU after it.
             elif node.op_type not in {"Relu", "Transpose", "Cast", "Sub", "Div", "Mul"}:
-                raise QuantizationError(f"{node.output[0]}: cannot quantise {node.op_type}")
-        return helper.make_graph(
-            self._graph.nodes,
-            "int8",
-            list(self._source.input),
-            list(self._source.output),
-            list(self._graph.initializers.values()),
-        )
+                raise GraphError(f"{node.output[0]}: cannot quantise {node.op_type}")
+        return self._graph.make("int8", self._source.graph)
 
     # ---- the float graph's operators -------------------------------------------------------------
 
@@ -199,7 +186,7 @@ class GraphWriter:
         output pixels each: seven rows of three cells cover both. Reshaping costs nothing in NHWC.
         """
         if (conv.kernel, conv.stride, conv.dilation) != (7, 2, 1):
-            raise QuantizationError(f"{conv.name}: the first convolution is not 7x7 of stride 2")
+            raise GraphError(f"{conv.name}: the first convolution is not 7x7 of stride 2")
         mean, std = self._normalization(node)
         values = _array(conv.weights) * conv.scale[:, None, None, None] / std[:, None, None]
         outputs = len(conv.bias)
@@ -252,7 +239,7 @@ class GraphWriter:
 
     def _max_pool(self, node: NodeProto) -> None:
         x = self._tensors[node.input[0]]
-        attributes = _attributes(node)
+        attributes = attributes_of(node)
         step = attributes["strides"][0]
         # The greatest of uint8 values is the greatest of what they mean.
         y = Quantized(node.output[0], x.channels, x.stride * step, x.scale, x.zero_point)
@@ -293,7 +280,7 @@ class GraphWriter:
 
     def _read_convolution(self, node: NodeProto) -> Convolution:
         """Read what `models.export` wrote: weights alone, or fp16 weights times a scale."""
-        attributes = _attributes(node)
+        attributes = attributes_of(node)
         if node.input[1] in self._constants:
             # The exporter folds the smallest ones itself.
             weights = self._constants[node.input[1]]
@@ -314,7 +301,7 @@ class GraphWriter:
             *(attributes[key][0] for key in ("kernel_shape", "strides", "dilations")),
         )
         if attributes["group"] != 1 or attributes["pads"] != [conv.padding] * 4:
-            raise QuantizationError(f"{conv.name}: only dense convolutions of the same size")
+            raise GraphError(f"{conv.name}: only dense convolutions of the same size")
         return conv
 
     def _normalization(self, node: NodeProto) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -322,14 +309,14 @@ class GraphWriter:
         divide = self._makers[node.input[0]]
         subtract = self._makers[divide.input[0]]
         if (divide.op_type, subtract.op_type) != ("Div", "Sub"):
-            raise QuantizationError(f"{node.output[0]}: its input is not the normalised image")
+            raise GraphError(f"{node.output[0]}: its input is not the normalised image")
         constants = (self._constants[subtract.input[1]], self._constants[divide.input[1]])
         mean, std = (_array(constant).ravel() for constant in constants)
         return mean, std
 
     def _output(self, name: str, channels: int, stride: int) -> Quantized:
         """Name an operator's output, together with the ReLU that alone reads it."""
-        readers = [node for node in self._source.node if name in node.input]
+        readers = [node for node in self._source.graph.node if name in node.input]
         if [node.op_type for node in readers] == ["Relu"]:
             # A range from 0 on makes saturation the ReLU.
             name = readers[0].output[0]
@@ -366,7 +353,8 @@ class GraphWriter:
         """
         steps = _scale_of(_array(conv.weights))
         steps = np.where(conv.scale < 0, -steps, steps)
-        values = self._graph.emit("Cast", [self._external(conv.weights)], to=TensorProto.FLOAT)
+        self._graph.initializers[conv.weights.name] = self._source.refer(conv.weights)
+        values = self._graph.emit("Cast", [conv.weights.name], to=TensorProto.FLOAT)
         if as_matrix:
             shape = [-1, conv.weights.dims[0]]
             turned = self._graph.emit("Transpose", [values], perm=[2, 3, 1, 0])
@@ -378,23 +366,6 @@ class GraphWriter:
             axis=1 if as_matrix else 0,
         )
         return weights, steps * conv.scale
-
-    def _external(self, tensor: TensorProto) -> str:
-        """The float file's tensor, by reference. Source: ONNX, ``docs/ExternalData.md``."""
-        offset = self._bytes.find(tensor.raw_data)
-        if not tensor.raw_data or offset < 0:
-            raise QuantizationError(f"{tensor.name}: not stored as raw data in {self._weights}")
-        external = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        external.data_location = TensorProto.EXTERNAL
-        entries = {"location": self._weights, "offset": offset, "length": len(tensor.raw_data)}
-        for key, value in entries.items():
-            external.external_data.add(key=key, value=str(value))
-        self._graph.initializers[tensor.name] = external
-        return tensor.name
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _array(tensor: TensorProto) -> NDArray[np.float64]:

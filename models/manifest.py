@@ -2,7 +2,7 @@ r"""Write an artefact's ``manifest.json``, last of all: sha256s, provenance and 
 
 python -m models manifest --artifact models/artifacts/context_fcn_resnet50_16s \
         --checkpoint runs/cpu/checkpoint.pt --parity parity.json \
-        --evaluation fp32/evaluation.json int8/evaluation.json \
+        --evaluation fp32/evaluation.json fp16/evaluation.json int8/evaluation.json \
         --weights-licence "..." --data-licence "..."
 """
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import load_network
-from models.prediction import INT8_FILE, NETWORK_FILE, onnx_infer
+from models.network_file import FILES
+from models.prediction import onnx_infer
 from service.contract import Precision
 from service.manifest import Accuracy, FileEntry, Manifest
 
@@ -44,17 +45,18 @@ def make_manifest(
     by_sha256 = {evaluation["sha256"]: evaluation for evaluation in evaluations}
     files: dict[str, FileEntry] = {}
     metrics: dict[Precision, Accuracy] = {}
-    for path in (artifact / NETWORK_FILE, artifact / INT8_FILE):
-        if not path.exists() and path.name != NETWORK_FILE:
+    for precision, name in FILES.items():
+        path = artifact / name
+        if not path.exists() and precision != "fp32":
             continue
         _, contract = onnx_infer(path)
-        entry = FileEntry.of(path, contract.precision)
+        entry = FileEntry.of(path, precision)
         if entry.sha256 not in by_sha256:
             raise ManifestError(f"no evaluation is of the file {path}: run evaluate again")
-        if contract.precision not in parity["set"]["pixel_agreement"]:
+        if precision not in parity["set"]["pixel_agreement"]:
             raise ManifestError(f"the parity report knows no {path.name}: run verify again")
         files[path.name] = entry
-        metrics[contract.precision] = Accuracy.model_validate(by_sha256[entry.sha256]["metrics"])
+        metrics[precision] = Accuracy.model_validate(by_sha256[entry.sha256]["metrics"])
     sets = {(evaluation["split"], evaluation["images"]) for evaluation in evaluations}
     if len(sets) != 1:
         raise ManifestError("the evaluations are of different sets of images")

@@ -11,13 +11,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto
 from PIL import Image
 from torch import Tensor, nn
 
 from models.dataset import Sample
+from models.graph_builder import GraphBuilder, attributes_of
 from models.metrics import ConfusionMatrix
 from models.transforms import fit, upsample
 from service.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
@@ -27,12 +30,6 @@ Infer = Callable[[NDArray[np.uint8]], Tensor]
 
 Predict = Callable[[Image.Image], NDArray[np.uint8]]
 """RGB photo -> (H, W) uint8 class ids of its own size."""
-
-NETWORK_FILE = "network.onnx"
-"""The network within an artefact folder."""
-
-INT8_FILE = "network.int8.onnx"
-"""The same network for CPUs; its weights are in `NETWORK_FILE`."""
 
 SHAPES: tuple[tuple[int, int], ...] = (
     *((288, 512), (512, 288)),  # 16:9, video
@@ -103,17 +100,55 @@ def torch_infer(
 def onnx_infer(path: Path) -> tuple[Infer, ModelContract]:
     """Load an exported network on the CPU, with the contract that it carries.
 
+    Of an fp16 network every activation is rounded as on a GPU: see `with_rounding`.
+
     Raises:
         ContractError: the graph holds no contract, or not the one it promises.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     contract = ModelContract.from_metadata(session.get_modelmeta().custom_metadata_map)
     contract.check_graph(session.get_inputs(), session.get_outputs())
+    if contract.precision == "fp16":
+        rounding = with_rounding(onnx.load(path)).SerializeToString()
+        session = onnxruntime.InferenceSession(rounding, providers=["CPUExecutionProvider"])
 
     def infer(batch: NDArray[np.uint8]) -> Tensor:
         return torch.from_numpy(session.run([OUTPUT_NAME], {INPUT_NAME: batch})[0])
 
     return infer, contract
+
+
+def with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return an fp16 network in a form that ONNX Runtime's CPU does not compute more exactly.
+
+    The CPU has few fp16 kernels. ONNX Runtime has it compute in fp32 between casts of its own,
+    and then drops these wherever two meet, so that no activation is rounded. Casts that the graph
+    itself holds it keeps: here each operator on fp16 becomes one on fp32, its result rounded to
+    fp16. That is what tensor cores do, which add up in fp32; where a GPU's kernel holds several
+    operators, it rounds less often.
+    """
+    graph = GraphBuilder("rounding.")
+    halves = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
+    for node in model.graph.node:
+        (output,) = node.output
+        if node.op_type == "Cast":
+            graph.nodes.append(node)
+            to_half = attributes_of(node)["to"] == TensorProto.FLOAT16
+        elif to_half := not halves.isdisjoint(node.input):
+            inputs = [
+                graph.once("Cast", [name], to=TensorProto.FLOAT) if name in halves else name
+                for name in node.input
+            ]
+            graph.emit("Cast", [graph.copy(node, inputs)], output, to=TensorProto.FLOAT16)
+        else:
+            graph.nodes.append(node)
+        if to_half:
+            halves.add(output)
+    rounding = onnx.ModelProto()
+    rounding.CopyFrom(model)
+    del rounding.graph.node[:]
+    rounding.graph.node.extend(graph.nodes)
+    return rounding
 
 
 def score(predict: Predict, samples: Iterable[Sample]) -> ConfusionMatrix:

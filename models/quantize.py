@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
 from onnxruntime.quantization import (  # type: ignore[import-untyped]
     CalibrationDataReader,
     CalibrationMethod,
@@ -26,9 +25,9 @@ from onnxruntime.quantization import (  # type: ignore[import-untyped]
 )
 from tqdm import tqdm
 
-from models.dataset import Sample, read_split
-from models.int8_graph import OPSETS, GraphWriter, QuantizationError, Range
-from models.prediction import INT8_FILE, NETWORK_FILE
+from models.dataset import DatasetError, Sample, read_split
+from models.int8_graph import OPSETS, GraphWriter, Range
+from models.network_file import FILES, FloatNetwork, save
 from models.transforms import fit
 from service.contract import INPUT_NAME, ModelContract
 
@@ -79,15 +78,10 @@ def quantize(network: Path, ranges: dict[str, Range]) -> onnx.ModelProto:
     """Return the int8 graph of an exported network, with its contract.
 
     Raises:
-        QuantizationError: the network holds something that is not quantised here.
+        GraphError: the network holds something that is not quantised here.
     """
-    source = onnx.load(network)
-    graph = GraphWriter(source.graph, network, ranges).write()
-    model = helper.make_model(graph, opset_imports=OPSETS, ir_version=source.ir_version)
-    model.producer_name = source.producer_name
-    contract = _read_contract(source).model_copy(update={"precision": "int8"})
-    helper.set_model_props(model, contract.to_metadata())
-    return model
+    source = FloatNetwork(network)
+    return source.derive(GraphWriter(source, ranges).write(), "int8", OPSETS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,20 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Calibrate, and write the int8 network into the artefact folder."""
-    network = args.artifact / NETWORK_FILE
+    network = args.artifact / FILES["fp32"]
     samples = read_split(args.data, args.split)
     if not 1 <= args.images <= len(samples):
-        raise QuantizationError(f"--images {args.images}: {args.split} has {len(samples)}")
+        raise DatasetError(f"--images {args.images}: {args.split} has {len(samples)}")
     order = np.random.default_rng(SEED).permutation(len(samples))[: args.images]
-    contract = _read_contract(onnx.load(network, load_external_data=False))
-    model = quantize(network, calibrate(network, contract, [samples[i] for i in sorted(order)]))
-    path = args.artifact / INT8_FILE
-    temporary = path.with_suffix(".tmp")
-    onnx.save(model, temporary)
-    temporary.replace(path)
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB beside {NETWORK_FILE}")
+    ranges = calibrate(network, FloatNetwork(network).contract, [samples[i] for i in sorted(order)])
+    save(quantize(network, ranges), args.artifact, "int8")
     return 0
-
-
-def _read_contract(model: onnx.ModelProto) -> ModelContract:
-    return ModelContract.from_metadata({p.key: p.value for p in model.metadata_props})

@@ -20,11 +20,12 @@ from tqdm import tqdm
 from models.checkpoint import load_network
 from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
-from models.prediction import INT8_FILE, NETWORK_FILE, Infer, onnx_infer, predict_photo, torch_infer
+from models.network_file import FILES
+from models.prediction import Infer, onnx_infer, predict_photo, torch_infer
 from models.transforms import Geometry, fit, upsample
 
-MIN_PIXEL_AGREEMENT = {"fp32": 0.9999, "int8": 0.98}
-MAX_MEAN_IOU_LOSS = {"fp32": 0.0005, "int8": 0.005}
+MIN_PIXEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98}
+MAX_MEAN_IOU_LOSS = {"fp32": 0.0005, "fp16": 0.0005, "int8": 0.005}
 WORKING_SIZES = (320, 512, 640)
 """Three sizes of the longest side; with both orientations, six shapes or more."""
 BATCH_SIZES = (1, 4)
@@ -129,10 +130,11 @@ def main(args: argparse.Namespace) -> int:
     """Compare, write the report, and return 1 below the gate."""
     network, recipe = load_network(args.checkpoint)
     reference = torch_infer(network, torch.device("cpu"))
-    exported, contract = onnx_infer(args.artifact / NETWORK_FILE)
-    networks = {"fp32": exported}
-    if (args.artifact / INT8_FILE).exists():
-        networks["int8"], _ = onnx_infer(args.artifact / INT8_FILE)
+    exported, contract = onnx_infer(args.artifact / FILES["fp32"])
+    networks: dict[str, Infer] = {"fp32": exported}
+    for precision, name in FILES.items():
+        if precision not in networks and (args.artifact / name).exists():
+            networks[precision], _ = onnx_infer(args.artifact / name)
     samples = read_split(args.data, args.split)[: args.limit]
     shapes = compare_shapes(reference, exported, samples[: max(BATCH_SIZES) * 4], contract.stride)
     whole = compare_set(reference, networks, samples, recipe.working_size, contract.stride)

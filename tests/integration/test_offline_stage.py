@@ -23,8 +23,9 @@ from models import train
 from models.__main__ import main
 from models.checkpoint import load_checkpoint, save_checkpoint
 from models.dataset import read_split
+from models.network_file import FILES
 from models.networks import build_network
-from service.manifest import load_manifest
+from service.manifest import load_manifest, verify_files
 from tests.clients import serving
 from tests.voc_data import make_voc
 
@@ -88,8 +89,11 @@ class Offline:
 
     def stage(self, name: str, **options: object) -> int:
         """Run a stage as ``python -m models`` does; returns its exit status."""
-        arguments = [[f"--{key.replace('_', '-')}", str(value)] for key, value in options.items()]
-        return main([name, *(part for pair in arguments for part in pair)])
+        arguments = [name]
+        for key, value in options.items():
+            values = value if isinstance(value, list) else [value]
+            arguments += [f"--{key.replace('_', '-')}", *map(str, values)]
+        return main(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +111,21 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
 
 @pytest.fixture(scope="module")
 def artefact(offline: Offline) -> Path:
-    """Exported, evaluated, verified, and given its manifest."""
+    """Exported, made in every precision, evaluated, verified, and given its manifest."""
     folder = offline.folder / "artifacts" / "tiny_fcn"
     checkpoint = offline.folder / "run" / "checkpoint.pt"
-    evaluation, parity = offline.folder / "evaluation", offline.folder / "parity.json"
+    evaluations, parity = offline.folder / "evaluation", offline.folder / "parity.json"
     assert offline.stage("export", checkpoint=checkpoint, artifact=folder, version="1.2.3") == 0
-    assert offline.stage("evaluate", artifact=folder, data=offline.data, out=evaluation) == 0
+    assert offline.stage("half", artifact=folder) == 0
+    assert offline.stage("quantize", artifact=folder, data=offline.data, images=4) == 0
+    for precision in FILES:
+        out = evaluations / precision
+        assert (
+            offline.stage(
+                "evaluate", artifact=folder, data=offline.data, out=out, precision=precision
+            )
+            == 0
+        )
     assert (
         offline.stage(
             "verify", checkpoint=checkpoint, artifact=folder, data=offline.data, out=parity
@@ -124,7 +137,7 @@ def artefact(offline: Offline) -> Path:
             "manifest",
             artifact=folder,
             checkpoint=checkpoint,
-            evaluation=evaluation / "evaluation.json",
+            evaluation=[evaluations / precision / "evaluation.json" for precision in FILES],
             parity=parity,
             weights_licence="none: random",
             data_licence="none: made up",
@@ -227,11 +240,16 @@ def test_the_graph_is_what_the_contract_promises(artefact: Path) -> None:
 
 
 def test_the_manifest_holds_what_was_measured(artefact: Path, offline: Offline) -> None:
-    """Accuracy, parity, recipe and licences, of this very file."""
+    """Accuracy, parity, recipe and licences, of these very files."""
     manifest = load_manifest(artefact)
-    report = json.loads((offline.folder / "evaluation" / "evaluation.json").read_text())
+    verify_files(artefact, manifest)
     assert (manifest.name, manifest.version) == ("tiny_fcn", "1.2.3")
-    assert manifest.metrics["fp32"].model_dump() == report["metrics"]
+    assert {name: entry.precision for name, entry in manifest.files.items()} == {
+        name: precision for precision, name in FILES.items()
+    }
+    for precision in FILES:
+        path = offline.folder / "evaluation" / precision / "evaluation.json"
+        assert manifest.metrics[precision].model_dump() == json.loads(path.read_text())["metrics"]
     assert manifest.recipe["crop_size"] == 64
     assert manifest.licences["starting_weights"] == "none: random"
     assert manifest.parity["passed"] is True
@@ -244,7 +262,7 @@ def test_evaluation_draws_its_pictures(offline: Offline, artefact: Path) -> None
     """A bar chart and a sheet of photo, truth and prediction that can be opened."""
     assert artefact.is_dir()
     for name in ("per_class_iou.png", "contact_sheet.png"):
-        with Image.open(offline.folder / "evaluation" / name) as picture:
+        with Image.open(offline.folder / "evaluation" / "fp32" / name) as picture:
             assert min(picture.size) > 300
             assert np.asarray(picture.convert("L")).std() > 5
 
@@ -254,7 +272,7 @@ def test_the_service_scores_as_its_artefact_does(
 ) -> None:
     """`evaluate --url` on a running service gives the artefact's confusion matrix."""
     out = offline.folder / "served"
-    with serving(artefact) as server:
+    with serving(artefact, precision="fp32") as server:
         assert offline.stage("evaluate", url=server.url, data=offline.data, out=out) == 0
     served = json.loads((out / "evaluation.json").read_text())["metrics"]
     manifest = load_manifest(artefact).metrics["fp32"]
@@ -281,7 +299,7 @@ def test_a_manifest_needs_an_evaluation_of_the_same_file(
     offline: Offline, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An evaluation of a former export does not vouch for this one."""
-    report = json.loads((offline.folder / "evaluation" / "evaluation.json").read_text())
+    report = json.loads((offline.folder / "evaluation" / "fp32" / "evaluation.json").read_text())
     report["sha256"] = "0" * 64
     stale = tmp_path / "evaluation.json"
     stale.write_text(json.dumps(report), encoding="utf-8")
@@ -296,6 +314,27 @@ def test_a_manifest_needs_an_evaluation_of_the_same_file(
     )
     assert status == 1
     assert "run evaluate again" in capsys.readouterr().err
+
+
+def test_a_manifest_needs_every_network_verified(
+    offline: Offline, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A network that was added after `verify` is not vouched for."""
+    report = json.loads((offline.folder / "parity.json").read_text())
+    del report["set"]["pixel_agreement"]["fp16"]
+    stale = tmp_path / "parity.json"
+    stale.write_text(json.dumps(report), encoding="utf-8")
+    status = offline.stage(
+        "manifest",
+        artifact=artefact,
+        checkpoint=offline.folder / "run" / "checkpoint.pt",
+        evaluation=[offline.folder / "evaluation" / p / "evaluation.json" for p in FILES],
+        parity=stale,
+        weights_licence="x",
+        data_licence="x",
+    )
+    assert status == 1
+    assert "network.fp16.onnx: run verify again" in capsys.readouterr().err
 
 
 def test_a_new_run_needs_starting_weights(
