@@ -13,11 +13,13 @@
     │   ├── NoImage               nothing that could be an image was sent
     │   ├── BodyTooLarge          more bytes than the cap
     │   ├── InvalidParameter      a parameter is out of its range
+    │   ├── UnknownModel          no model of that name is served
     │   └── NotAcceptable         no representation of the kind the caller accepts
     ├── ImageError                the bytes that were sent are not a photo this service takes
     │   ├── UnsupportedImageType  not one of the allowed formats
     │   ├── UndecodableImage      an allowed format, but broken or truncated
     │   └── ImageTooLarge         more pixels than the cap
+    ├── ModelUnavailable          a model that is served on demand cannot be loaded
     ├── Overloaded                the queue is full; try again later
     ├── Draining                  the service is going down
     ├── DeadlineExceeded          the answer would have come too late
@@ -71,6 +73,10 @@ class InvalidParameter(RequestError):
     """A parameter is out of its range."""
 
 
+class UnknownModel(RequestError):
+    """No model of that name is served."""
+
+
 class NotAcceptable(RequestError):
     """Nothing the service can answer here is what the caller accepts; ``available`` is."""
 
@@ -93,6 +99,10 @@ class UndecodableImage(ImageError):
 
 class ImageTooLarge(ImageError):
     """The image has more pixels than allowed; known from its header, before decoding."""
+
+
+class ModelUnavailable(SegmentError):
+    """A model that is served on demand cannot be loaded; the log says why."""
 
 
 class Overloaded(SegmentError):

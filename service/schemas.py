@@ -92,6 +92,22 @@ class ModelDescription(Schema):
     created: date
 
 
+class ListedModel(Schema):
+    """A model that is served."""
+
+    name: str = Field(description="what `model=` takes")
+    version: str
+    default: bool
+    loaded: bool = Field(description="whether it is in memory; else the first request loads it")
+    accuracy: dict[Precision, Accuracy] = Field(description="measured, by precision")
+
+
+class ModelList(Schema):
+    """All models that are served, the default first."""
+
+    models: list[ListedModel]
+
+
 class Health(Schema):
     """Liveness or readiness."""
 

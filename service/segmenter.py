@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -18,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from service import voc
-from service.batcher import Answer, Batcher
+from service.batcher import Answer
+from service.contract import ModelContract
 from service.decoding import decode
 from service.encoding import (
     ImageFormat,
@@ -28,19 +28,16 @@ from service.encoding import (
     limit_classes,
     overlay,
 )
+from service.engines import Engines, Output
 from service.errors import DeadlineExceeded, Overloaded
 from service.lanes import Task, Upsampled
 from service.preprocessing import Geometry, preprocess
 from service.schemas import ModelName, Rle, Segmentation, SegmentedClass
-from service.session import InferenceSession, Model
 from service.upsampling import Labels, upsample
 
 View = Literal["mask", "overlay"]
 MaskFormat = Literal["rle", "png", "none"]
 MediaType = Literal["image/png", "image/jpeg", "application/json"]
-Logits = npt.NDArray[np.float32]
-Output = Logits | Upsampled
-"""What a device makes of a photo: a CPU its logits, which the pool upsamples; a GPU the labels."""
 
 POOL_THREAD_NAME: Final = "images"
 
@@ -57,7 +54,8 @@ class Options:
 
     ``classes`` are the ids that any view is limited to (None: all); ``max_side`` the longest side
     the network sees, in pixels (None: the contract's working size); ``alpha`` the weight of an
-    overlay's colours in [0, 1]; ``mask`` how JSON carries the mask.
+    overlay's colours in [0, 1]; ``mask`` how JSON carries the mask; ``model`` the name of the model
+    (None: the default).
     """
 
     view: View = "mask"
@@ -66,6 +64,7 @@ class Options:
     classes: frozenset[int] | None = None
     max_side: int | None = None
     mask: MaskFormat = "rle"
+    model: str | None = None
 
     @property
     def wants_confidence(self) -> bool:
@@ -84,6 +83,7 @@ class Result:
 
     content: bytes
     media_type: MediaType
+    model: ModelName
     timing_ms: dict[str, float]
 
 
@@ -109,16 +109,14 @@ class Segmenter:
 
     def __init__(
         self,
-        model: Model,
-        batcher: Batcher[Task, Output],
+        engines: Engines,
         pool: Executor,
         *,
         max_pixels: int,
         max_in_flight: int,
         deadline_s: float,
     ) -> None:
-        self._model = model
-        self._batcher = batcher
+        self._engines = engines
         self._pool = pool
         self._max_pixels = max_pixels
         self._max_in_flight = max_in_flight
@@ -129,12 +127,13 @@ class Segmenter:
         """Segment one photo.
 
         ``data``: an image file of an allowed type. Raises `ImageError`, `Overloaded`, `Draining`,
-        `DeadlineExceeded` or `InferenceFailed`.
+        `DeadlineExceeded`, `InferenceFailed`, `UnknownModel` or `ModelUnavailable`.
         """
         # Before decoding: a queue of decoded photos would take far more memory than one of files.
         if self._in_flight >= self._max_in_flight:
             raise Overloaded(
-                f"{self._in_flight} photos are being worked on", self._batcher.retry_after_s()
+                f"{self._in_flight} photos are being worked on",
+                self._engines.default.batcher.retry_after_s(),
             )
         self._in_flight += 1
         try:
@@ -148,13 +147,18 @@ class Segmenter:
     async def _segment(self, data: bytes, options: Options) -> Result:
         # Two stages a task: each hop between the threads costs about a tenth of a millisecond.
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._pool, self._prepare, data, options)
-        answer = await self._batcher.submit(prepared.task, key=prepared.task.geometry.padded)
-        return await loop.run_in_executor(self._pool, self._finish, prepared, answer, options)
+        async with self._engines.use(options.model) as engine:
+            contract = engine.model.contract
+            prepared = await loop.run_in_executor(
+                self._pool, self._prepare, data, options, contract
+            )
+            answer = await engine.batcher.submit(prepared.task, key=prepared.task.geometry.padded)
+        return await loop.run_in_executor(
+            self._pool, self._finish, prepared, answer, options, contract
+        )
 
-    def _prepare(self, data: bytes, options: Options) -> _Prepared:
+    def _prepare(self, data: bytes, options: Options, contract: ModelContract) -> _Prepared:
         """Decode and preprocess."""
-        contract = self._model.contract
         max_side = options.max_side or contract.working_size
         started = time.perf_counter()
         photo = decode(data, self._max_pixels, max_side)
@@ -174,7 +178,13 @@ class Segmenter:
             {"decode": (decoded - started) * 1000, "preprocess": (preprocessed - decoded) * 1000},
         )
 
-    def _finish(self, prepared: _Prepared, answer: Answer[Output], options: Options) -> Result:
+    def _finish(
+        self,
+        prepared: _Prepared,
+        answer: Answer[Output],
+        options: Options,
+        contract: ModelContract,
+    ) -> Result:
         """Upsample, where the device has not, and encode."""
         started = time.perf_counter()
         if isinstance(answer.result, Upsampled):
@@ -194,22 +204,24 @@ class Segmenter:
             "infer": infer_s * 1000,
             "upsample": upsample_s * 1000,
         }
-        content = self._encode(prepared.photo, labels, options, timing_ms)
+        model = ModelName(name=contract.name, version=contract.version)
+        content = self._encode(prepared.photo, labels, options, model, timing_ms)
         timing_ms["encode"] = (time.perf_counter() - upsampled) * 1000
-        return Result(content, options.media_type, timing_ms)
+        return Result(content, options.media_type, model, timing_ms)
 
     def _encode(
         self,
         photo: npt.NDArray[np.uint8] | None,
         labels: Labels,
         options: Options,
+        model: ModelName,
         timing_ms: dict[str, float],
     ) -> bytes:
         mask = labels.mask
         if options.classes is not None:
             mask = limit_classes(mask, options.classes)
         if options.media_type == "application/json":
-            return self._describe(mask, labels, options, timing_ms)
+            return self._describe(mask, labels, options, model, timing_ms)
         if photo is None:
             return encode_mask(mask)
         image_format: ImageFormat = "JPEG" if options.media_type == "image/jpeg" else "PNG"
@@ -220,6 +232,7 @@ class Segmenter:
         mask: npt.NDArray[np.uint8],
         labels: Labels,
         options: Options,
+        model: ModelName,
         timing_ms: dict[str, float],
     ) -> bytes:
         started = time.perf_counter()
@@ -244,12 +257,11 @@ class Segmenter:
             if options.classes is None or found.class_id in options.classes
         ]
         png = base64.b64encode(encode_mask(mask)).decode() if options.mask == "png" else None
-        contract = self._model.contract
         encode_ms = (time.perf_counter() - started) * 1000
         body = Segmentation(
             width=width,
             height=height,
-            model=ModelName(name=contract.name, version=contract.version),
+            model=model,
             classes=classes,
             mask=png,
             timing_ms={
@@ -260,13 +272,3 @@ class Segmenter:
         # Without mask=rle the key would be null in every class; `mask` stays, null or not.
         exclude = None if options.mask == "rle" else {"classes": {"__all__": {"rle"}}}
         return body.model_dump_json(exclude=exclude).encode()
-
-
-def run_batch(model: Model, session: InferenceSession, tasks: Sequence[Task]) -> Sequence[Output]:
-    """The batcher's work on a CPU: stack images of one shape, run them, unstack.
-
-    Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.
-    """
-    images = [task.image for task in tasks]
-    batch = images[0][None] if len(images) == 1 else np.stack(images)
-    return list(model.run(batch, session))

@@ -29,6 +29,12 @@ class Settings(BaseSettings):
     model: Path = Field(DEFAULT_MODEL, description="artefact folder to serve")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    models_memory_mb: int = Field(
+        2048,
+        ge=0,
+        description="memory for the models beside the default one in its parent folder, which are "
+        "loaded on demand, MiB; 0 serves the default alone",
+    )
     device: str = Field(
         "auto",
         description="where the network runs: auto, cpu, cuda or cuda:N, the GPU's number; "

@@ -77,11 +77,15 @@ def build_network(metadata: Mapping[str, str], stride: int = STRIDE) -> onnx.Mod
 
 
 def build_artefact(
-    folder: Path, *, metadata: Mapping[str, str] | None = None, stride: int = STRIDE
+    folder: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    stride: int = STRIDE,
+    name: str = "tiny",
 ) -> Path:
     """Write network and manifest; ``metadata`` and ``stride`` are for making them disagree."""
     folder.mkdir(parents=True, exist_ok=True)
-    contract = make_contract()
+    contract = make_contract(name=name)
     path = folder / "network.onnx"
     onnx.save(build_network(metadata or contract.to_metadata(), stride), path)
     Manifest(

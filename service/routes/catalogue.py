@@ -1,4 +1,4 @@
-"""``GET /classes`` and ``GET /model``: what the numbers mean, and who says so."""
+"""``GET /classes``, ``/models`` and ``/model``: what the numbers mean, and who says so."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from service import voc
 from service.routes.state import ServiceDep
-from service.schemas import ClassLabel, LabelMap, ModelDescription
+from service.schemas import ClassLabel, LabelMap, ListedModel, ModelDescription, ModelList
 
 router = APIRouter(tags=["catalogue"])
 
@@ -23,10 +23,29 @@ async def classes() -> LabelMap:
     )
 
 
-@router.get("/model", summary="The model that is being served")
+@router.get("/models", summary="The models that are served")
+async def models(service: ServiceDep) -> ModelList:
+    """The default first, then the artefact folders beside it."""
+    engines = service.engines
+    listed = []
+    for number, name in enumerate(engines.names):
+        manifest = engines.manifest(name)
+        listed.append(
+            ListedModel(
+                name=name,
+                version=manifest.version,
+                default=number == 0,
+                loaded=engines.loaded(name) is not None,
+                accuracy=manifest.metrics,
+            )
+        )
+    return ModelList(models=listed)
+
+
+@router.get("/model", summary="The default model")
 async def model(service: ServiceDep) -> ModelDescription:
     """Its name, file and sha256, measured accuracy per class, provider in use and licences."""
-    loaded = service.model
+    loaded = service.engines.default.model
     contract, manifest = loaded.contract, loaded.manifest
     return ModelDescription(
         name=contract.name,

@@ -55,6 +55,10 @@ KINDS: Final[dict[type[errors.SegmentError], Kind]] = {
     errors.InvalidParameter: Kind(
         HTTPStatus.UNPROCESSABLE_ENTITY, "/problems/invalid-parameter", "Invalid parameter"
     ),
+    errors.UnknownModel: Kind(HTTPStatus.NOT_FOUND, "/problems/unknown-model", "No such model"),
+    errors.ModelUnavailable: Kind(
+        HTTPStatus.SERVICE_UNAVAILABLE, "/problems/model-unavailable", "The model is unavailable"
+    ),
     errors.Overloaded: Kind(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/overloaded", "The service is overloaded"
     ),
@@ -76,6 +80,7 @@ _STATUS_KINDS: Final = {
 
 DESCRIPTIONS: Final = {
     400: "Malformed request, or no image in it",
+    404: "No such model",
     406: "No acceptable representation; `available` lists what there is",
     413: "Too many bytes or pixels",
     415: "Not an image of an allowed type, judged by its bytes",

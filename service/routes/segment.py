@@ -55,7 +55,7 @@ _ANSWER: Final = {
     "/segment",
     summary="Segment a photo",
     response_class=Response,
-    responses={200: _ANSWER, **documented(400, 406, 413, 415, 422, 503, 504)},
+    responses={200: _ANSWER, **documented(400, 404, 406, 413, 415, 422, 503, 504)},
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def segment(
@@ -73,6 +73,9 @@ async def segment(
         int | None, Query(description="longest side that the network sees, pixels")
     ] = None,
     mask: Annotated[MaskFormat, Query(description="how JSON carries the mask")] = "rle",
+    model: Annotated[
+        str | None, Query(description="name of the model, of those that `GET /models` lists")
+    ] = None,
 ) -> Response:
     """Label every pixel of a photo with one of PASCAL VOC's classes.
 
@@ -87,16 +90,16 @@ async def segment(
         classes=_class_ids(classes),
         max_side=_side(max_side, service.settings),
         mask=mask,
+        model=model,
     )
     data = await read_image(request, service.settings.max_bytes)
     result = await _unless_gone(request, service.segmenter.segment(data, options))
-    contract = service.model.contract
     timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in result.timing_ms.items())
     return Response(
         result.content,
         media_type=result.media_type,
         headers={
-            "X-Model": f"{contract.name}/{contract.version}",
+            "X-Model": f"{result.model.name}/{result.model.version}",
             "Server-Timing": timing,
             "Vary": "Accept",
         },

@@ -8,8 +8,8 @@ from typing import Annotated, TypedDict
 
 from fastapi import Depends, Request
 
+from service.engines import Engines
 from service.segmenter import Segmenter
-from service.session import Model
 from service.settings import Settings
 
 
@@ -29,7 +29,7 @@ class Service:
     """
 
     settings: Settings
-    model: Model
+    engines: Engines
     segmenter: Segmenter
     busy_with: int
     phase: Phase = Phase.STARTING

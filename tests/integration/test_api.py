@@ -220,7 +220,8 @@ async def test_the_model(client: InProcess) -> None:
     """What is served, with the sha256 of the very file, and where it runs."""
     body = (await client.http.get("/model")).json()
     assert (body["name"], body["version"], body["precision"]) == ("tiny", "1", "fp32")
-    assert body["sha256"] == client.service.model.manifest.files[body["file"]].sha256
+    manifest = client.service.engines.default.model.manifest
+    assert body["sha256"] == manifest.files[body["file"]].sha256
     assert body["provider"] == "CPUExecutionProvider"
     assert body["licences"] == {"code": "Apache-2.0"}
 

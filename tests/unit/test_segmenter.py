@@ -4,13 +4,14 @@ import asyncio
 import io
 import threading
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from service import engines, voc
 from service import segmenter as module
-from service import voc
 from service.app import open_service
 from service.batcher import THREAD_NAME
 from service.errors import DeadlineExceeded, InferenceFailed, Overloaded
@@ -40,19 +41,19 @@ async def test_stages_run_off_the_event_loop(
     """Decoding, preprocessing, upsampling and encoding in the pool, the network in its thread."""
     threads: dict[str, str] = {}
 
-    def spy(name: str) -> None:
-        original = getattr(module, name)
+    def spy(place: ModuleType, name: str) -> None:
+        original = getattr(place, name)
 
         def spied(*args: object, **kwargs: object) -> object:
             threads[name] = threading.current_thread().name
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, spied)
+        monkeypatch.setattr(place, name, spied)
 
     stages = ["decode", "preprocess", "upsample", "encode_mask", "overlay", "encode_image"]
-    for name in [*stages, "run_batch"]:
-        spy(name)
-    monkeypatch.setattr("service.app.run_batch", module.run_batch)
+    for name in stages:
+        spy(module, name)
+    spy(engines, "run_batch")
     async with open_service(make_settings(), session) as service:
         for options in (Options(), Options(view="overlay"), JPEG_OVERLAY):
             result = await service.segmenter.segment(PHOTO, options)

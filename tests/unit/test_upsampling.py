@@ -37,11 +37,10 @@ def reference(logits: npt.NDArray[np.float32], geometry: Geometry) -> npt.NDArra
     padded = F.pad(torch.from_numpy(logits)[None].double(), (0, 1, 0, 1), mode="replicate")
     height, width = (resized // STRIDE + 2 for resized in geometry.resized)
     valid = padded[:, :, :height, :width]
-    while any(one != 1 for one in scale) and all(
-        int(size * one) == size for size, one in zip(valid.shape[2:], scale, strict=True)
-    ):
-        # PyTorch copies where the sizes are equal, whatever the scale says: make them differ.
-        valid = F.pad(valid, (0, 1, 0, 1), mode="replicate")
+    # PyTorch copies along an axis of equal sizes, whatever the scale says: make them differ.
+    for axis, one in ((2, scale[0]), (3, scale[1])):
+        while one != 1 and int(valid.shape[axis] * one) == valid.shape[axis]:
+            valid = F.pad(valid, (0, axis == 3, 0, axis == 2), mode="replicate")
     full = F.interpolate(valid, scale_factor=scale, mode="bilinear", align_corners=False)
     result: npt.NDArray[np.float64] = full[0, :, : geometry.photo[0], : geometry.photo[1]].numpy()
     assert result.shape[1:] == geometry.photo
