@@ -1,0 +1,77 @@
+"""``GET /``, the web page, and ``GET /docs``, the API's description: files of this host alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from fastapi import APIRouter, Request, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+PAGE_POLICY: Final = (
+    "default-src 'self'; img-src 'self' blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+DOCS_POLICY: Final = (
+    # Swagger UI writes style attributes and carries its icons as data.
+    "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+HEADERS: Final = {
+    # Kept by browsers, but asked for each time: an ETag that still holds answers 304.
+    "Cache-Control": "no-cache",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+class Files(StaticFiles):
+    """A folder's files, each with an ETag and the security headers."""
+
+    def file_response(
+        self,
+        full_path: str | os.PathLike[str],
+        stat_result: os.stat_result,
+        scope: Scope,
+        status_code: int = 200,
+    ) -> Response:
+        """The file, or 304 to a browser that has it."""
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        policy = DOCS_POLICY if Path(full_path).name == "docs.html" else PAGE_POLICY
+        response.headers.update({**HEADERS, "Content-Security-Policy": policy})
+        return response
+
+
+_STATIC: Final = Files(directory=Path(__file__).parent.parent / "static")
+_SWAGGER_UI: Final = Files(packages=[("fastapi_swagger", "resources")])
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def page(request: Request) -> Response:
+    """The web page."""
+    return await _STATIC.get_response("index.html", request.scope)
+
+
+@router.api_route("/docs", methods=["GET", "HEAD"])
+async def docs(request: Request) -> Response:
+    """Swagger UI over ``/openapi.json``."""
+    return await _STATIC.get_response("docs.html", request.scope)
+
+
+@router.api_route("/static/swagger-ui/{path:path}", methods=["GET", "HEAD"])
+async def swagger_ui(request: Request, path: str) -> Response:
+    """Swagger UI's own files, out of their package."""
+    return await _SWAGGER_UI.get_response(path, request.scope)
+
+
+@router.api_route("/static/{path:path}", methods=["GET", "HEAD"])
+async def static(request: Request, path: str) -> Response:
+    """What the two pages are made of."""
+    return await _STATIC.get_response(path, request.scope)

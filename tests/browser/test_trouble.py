@@ -1,0 +1,97 @@
+"""What goes wrong is said in plain words, and can be tried again."""
+
+import json
+
+from playwright.sync_api import Page, Route, expect
+
+from tests.artefacts import encode, two_class_photo
+from tests.browser.actions import CAT, choose, expect_result, expect_trouble
+from tests.browser.conftest import MAX_BYTES
+
+
+def refuse(route: Route) -> None:
+    """Answer as `service.routes.problems` does when the queue is full."""
+    problem = {"type": "/problems/overloaded", "title": "Overloaded", "detail": "queue is full"}
+    route.fulfill(
+        status=503,
+        content_type="application/problem+json",
+        headers={"Retry-After": "1"},
+        body=json.dumps(problem),
+    )
+
+
+REFUSED = (
+    (b"no picture", "This file is not a picture that can be read", "JPEG, PNG"),
+    (CAT.read_bytes()[:2000], "This picture is damaged", "Try another copy"),
+    (bytes(MAX_BYTES + 1), "This file is too large", "1 MB"),
+    (b"", "This file is empty", ""),
+    (bytes(4 * MAX_BYTES), "This file is too large", "1 MB"),
+)
+"""Files, and what the page says to them."""
+
+
+def test_pictures_that_are_refused(page: Page) -> None:
+    """What is wrong with the file; trying it again would not help."""
+    for data, title, words in REFUSED:
+        choose(page, data)
+        expect_trouble(page, title)
+        expect(page.locator("#error-detail")).to_contain_text(words)
+        expect(page.locator("#error-reference")).to_contain_text("Request ")
+        expect(page.get_by_role("button", name="Try again")).to_be_hidden()
+
+
+def test_the_server_cannot_be_reached(page: Page) -> None:
+    """Said so; once it is back, trying again does it."""
+    expect(page.locator("#model")).not_to_be_empty()  # what it asks for itself has come
+    page.context.set_offline(True)
+    choose(page, CAT.read_bytes(), "cat.jpg")
+    expect_trouble(page, "The server cannot be reached")
+    page.context.set_offline(False)
+    page.get_by_role("button", name="Try again").click()
+    expect_result(page, "cat.jpg", (451, 300))
+
+
+def test_a_busy_server_is_asked_again(page: Page) -> None:
+    """After as many seconds as it asks for, without anybody's doing."""
+    page.route("**/segment?*", refuse, times=1)
+    choose(page, CAT.read_bytes(), "cat.jpg")
+    expect(page.locator("#phase")).to_have_text("The server is busy. Next try in 1 s")
+    expect_result(page, "cat.jpg", (451, 300))
+
+
+def test_a_server_that_stays_busy(page: Page) -> None:
+    """Is let alone after a few times."""
+    page.route("**/segment?*", refuse)
+    choose(page, CAT.read_bytes())
+    expect_trouble(page, "The server is busy")
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
+def test_an_error_that_is_not_the_services_own(page: Page) -> None:
+    """A proxy's page in HTML is not shown; its status is."""
+    page.route("**/segment?*", lambda route: route.fulfill(status=502, body="<h1>Bad</h1>"))
+    choose(page, CAT.read_bytes())
+    expect_trouble(page, "The server could not answer")
+    expect(page.locator("#error-detail")).to_contain_text("502")
+
+
+def test_cancel(page: Page) -> None:
+    """Ends the request itself, and leaves the page as it was."""
+    page.route("**/segment?*", lambda route: None)
+    with page.expect_event("requestfailed") as failed:
+        choose(page, CAT.read_bytes())
+        expect(page.get_by_role("progressbar")).to_be_visible()
+        expect(page.locator("#preview")).to_be_visible()
+        page.get_by_role("button", name="Cancel").click()
+    assert "/segment" in failed.value.url
+    expect(page.get_by_role("heading", name="See what every pixel shows")).to_be_visible()
+    expect(page.get_by_label("Choose a picture", exact=True)).to_be_focused()
+
+
+def test_another_picture_while_one_is_on_its_way(page: Page) -> None:
+    """Only the last one given is shown."""
+    page.route("**/segment?*", lambda route: None, times=1)
+    choose(page, CAT.read_bytes(), "first.jpg")
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    choose(page, encode(two_class_photo()), "second.png", "image/png")
+    expect_result(page, "second.png", (96, 64))
