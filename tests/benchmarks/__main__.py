@@ -16,8 +16,8 @@ from typing import Final
 
 from service.settings import DEFAULT_MODEL
 from tests.benchmarks import components, lifecycle, network, photos, plots, report, serving
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.servers import ROOT
-from tests.benchmarks.serving import Bench
 
 Stage = Callable[[Bench], None]
 

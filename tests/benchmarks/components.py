@@ -27,7 +27,7 @@ from service.preprocessing import Geometry
 from service.upsampling import upsample
 
 if TYPE_CHECKING:
-    from tests.benchmarks.serving import Bench
+    from tests.benchmarks.bench import Bench
 
 Work = Callable[[], Any]
 

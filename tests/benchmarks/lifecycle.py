@@ -7,8 +7,8 @@ from typing import Final
 
 from tests.benchmarks import photos as photo_files
 from tests.benchmarks import sides, usage
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.servers import running
-from tests.benchmarks.serving import Bench
 
 # Seven answers to ask for in turn; the photos come in hundreds, so every photo meets every one.
 _PATHS: Final = (

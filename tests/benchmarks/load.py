@@ -1,4 +1,4 @@
-"""The load generator: a process of its own, raw sockets over asyncio, keep-alive connections.
+"""The load generator: processes of its own, raw sockets over asyncio, keep-alive connections.
 
 Reads a `Load` as JSON from stdin and writes a `Measurement` as JSON to stdout. Closed loop: each
 connection sends its next photo as soon as it has its answer; that gives the capacity. Open loop:
@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,9 @@ HOST: Final = "127.0.0.1"
 _BOUNDARY: Final = "benchmark-of-fcn-segment"
 _ANSWER_TIMEOUT_S: Final = 120.0
 
+_LEAD_S: Final = 0.7
+"""What several generators are given to start in, so that they all measure the same window."""
+
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -35,6 +39,7 @@ class Load:
     Closed loop over ``connections``, or, with ``rate_per_s``, an open loop over as many as are
     needed up to ``connections``. ``warm_up_s`` seconds go unmeasured; then ``seconds`` are, or
     ``requests`` if those are over sooner. ``pid`` is the server's, whose process tree is sampled.
+    ``begin_at_s``: when to begin, on the clock of `time.monotonic`; None: at once.
     """
 
     port: int
@@ -48,6 +53,7 @@ class Load:
     requests: int = 100_000
     rate_per_s: float | None = None
     seed: int = 0
+    begin_at_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,8 @@ class Measurement:
     """One measured window. ``latencies_ms`` has one entry for each good answer.
 
     ``throughput`` is good answers per second; ``cpu_ms`` the server tree's CPU time per answer;
-    ``client_cpu`` the load generator's own share of one core.
+    ``client_cpu`` the load generator's own share of one core, the busiest one's of several.
+    ``started_s`` and ``ended_s`` are the window's, on the clock of `time.monotonic`.
     """
 
     throughput: float
@@ -65,10 +72,13 @@ class Measurement:
     cpu_ms: float
     client_cpu: float
     rss_mib: float
+    started_s: float
+    ended_s: float
 
     def summary(self) -> dict[str, float]:
-        """The window without its single latencies, for the results file."""
-        figures = {name: value for name, value in asdict(self).items() if name != "latencies_ms"}
+        """The window without its single latencies and its times, for the results file."""
+        left_out = {"latencies_ms", "started_s", "ended_s"}
+        figures = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {**figures, **latency_summary(self.latencies_ms)}
 
 
@@ -85,8 +95,53 @@ def latency_summary(latencies_ms: Sequence[float]) -> dict[str, float]:
     }
 
 
-def measure(load: Load) -> Measurement:
-    """Run a `Load` in a process of its own."""
+def measure(load: Load, generators: int = 1) -> Measurement:
+    """Run a `Load` in a process of its own, or in several that share its connections and rate."""
+    if generators == 1:
+        return _measure(load)
+    with ThreadPoolExecutor(generators) as pool:
+        return merged(list(pool.map(_measure, split(load, generators, time.monotonic() + _LEAD_S))))
+
+
+def split(load: Load, generators: int, begin_at_s: float) -> list[Load]:
+    """The shares of several generators that together are ``load``; at most one a connection."""
+    count = min(generators, load.connections)
+    return [
+        replace(
+            load,
+            # Each begins at another photo, as one generator's connections would.
+            photos=load.photos[number:] + load.photos[:number],
+            connections=load.connections // count + (number < load.connections % count),
+            requests=-(-load.requests // count),
+            # Poisson processes add up to one.
+            rate_per_s=load.rate_per_s / count if load.rate_per_s is not None else None,
+            seed=load.seed + number,
+            begin_at_s=begin_at_s,
+        )
+        for number in range(count)
+    ]
+
+
+def merged(parts: Sequence[Measurement]) -> Measurement:
+    """What several generators measured in the same window of one server."""
+    answers = sum(part.answers for part in parts)
+    # Each has sampled the whole server.
+    first = parts[0]
+    server_cpu_ms = first.cpu_ms * max(1, first.answers)
+    return Measurement(
+        throughput=sum(part.throughput for part in parts),
+        answers=answers,
+        failures=sum(part.failures for part in parts),
+        latencies_ms=[latency for part in parts for latency in part.latencies_ms],
+        cpu_ms=server_cpu_ms / max(1, answers),
+        client_cpu=max(part.client_cpu for part in parts),
+        rss_mib=first.rss_mib,
+        started_s=max(part.started_s for part in parts),
+        ended_s=min(part.ended_s for part in parts),
+    )
+
+
+def _measure(load: Load) -> Measurement:
     window_s = load.warm_up_s + load.seconds
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.load"],
@@ -186,14 +241,15 @@ class _Run:
         forms = (multipart(load.field, Path(photo).read_bytes()) for photo in load.photos)
         self._forms = list(forms)
         self._numbers = count()
-        # (scheduled or sent, answered, good), on the clock of time.perf_counter
+        # (scheduled or sent, answered, good), on the clock of time.monotonic, which all processes
+        # of a machine share
         self._answers: list[tuple[float, float, bool]] = []
         self._left = load.requests
 
     async def closed(self) -> Measurement:
         """Load is on before the window and until its end: neither edge is quieter than the rest."""
         load = self._load
-        start = time.perf_counter() + load.warm_up_s
+        start = time.monotonic() + load.warm_up_s
         end = start + load.seconds
         connections = [Connection(load.port) for _ in range(load.connections)]
         # One by one: of connections that come at once, one worker process would take all.
@@ -206,10 +262,10 @@ class _Run:
         )
         await asyncio.sleep(load.warm_up_s)
         before, cpu_s = usage.sample(load.pid), time.process_time()
-        start = time.perf_counter()
+        start = time.monotonic()
         await asyncio.wait([sending], timeout=end - start)
         after, cpu_s = usage.sample(load.pid), time.process_time() - cpu_s
-        end = time.perf_counter()
+        end = time.monotonic()
         await sending
         return self._measurement(before, after, cpu_s, start, end)
 
@@ -217,21 +273,21 @@ class _Run:
         self, connection: Connection, until: float, delay_s: float = 0.0
     ) -> None:
         await asyncio.sleep(delay_s)
-        while time.perf_counter() < until and self._left > 0:
+        while time.monotonic() < until and self._left > 0:
             self._left -= 1
-            await self._send(connection, time.perf_counter())
+            await self._send(connection, time.monotonic())
 
     async def open(self) -> Measurement:
         """Every photo that arrives within the window counts, however late its answer comes."""
         load = self._load
         assert load.rate_per_s is not None
-        await self._one_after_another(Connection(load.port), time.perf_counter() + load.warm_up_s)
+        await self._one_after_another(Connection(load.port), time.monotonic() + load.warm_up_s)
         self._answers.clear()
         free: asyncio.LifoQueue[Connection] = asyncio.LifoQueue()
         for _ in range(load.connections):
             free.put_nowait(Connection(load.port))
         before, cpu_s = usage.sample(load.pid), time.process_time()
-        start = time.perf_counter()
+        start = time.monotonic()
 
         async def arrive(scheduled: float) -> None:
             connection = await free.get()
@@ -240,10 +296,10 @@ class _Run:
 
         async with asyncio.TaskGroup() as group:
             for at_s in arrivals(load.rate_per_s, load.seconds, load.seed):
-                await asyncio.sleep(max(0.0, start + at_s - time.perf_counter()))
+                await asyncio.sleep(max(0.0, start + at_s - time.monotonic()))
                 group.create_task(arrive(start + at_s))
         after, cpu_s = usage.sample(load.pid), time.process_time() - cpu_s
-        return self._measurement(before, after, cpu_s, start, time.perf_counter())
+        return self._measurement(before, after, cpu_s, start, time.monotonic())
 
     async def _send(self, connection: Connection, since: float) -> None:
         number = next(self._numbers)
@@ -257,7 +313,7 @@ class _Run:
             status = 0
             connection.close()
             await asyncio.sleep(0.05)
-        self._answers.append((since, time.perf_counter(), status == 200))
+        self._answers.append((since, time.monotonic(), status == 200))
 
     def _measurement(
         self, before: usage.Usage, after: usage.Usage, cpu_s: float, start: float, end: float
@@ -273,6 +329,8 @@ class _Run:
             cpu_ms=1000 * (after.cpu_s - before.cpu_s) / max(1, len(latencies_ms)),
             client_cpu=cpu_s / elapsed,
             rss_mib=after.rss_mib,
+            started_s=start,
+            ended_s=end,
         )
 
 
@@ -281,6 +339,8 @@ def main() -> None:
     given = json.load(sys.stdin)
     load = Load(**{**given, "photos": tuple(given["photos"]), "paths": tuple(given["paths"])})
     run = _Run(load)
+    if load.begin_at_s is not None:
+        time.sleep(max(0.0, load.begin_at_s - time.monotonic()))
     measured = asyncio.run(run.closed() if load.rate_per_s is None else run.open())
     json.dump(asdict(measured), sys.stdout)
 

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from service.session import InferenceSession, Model, load_model
-from tests.benchmarks.serving import Bench
+from tests.benchmarks.bench import Bench
 
 SHAPE: Final = (384, 512)
 PHOTOS: Final = 4

@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tests.benchmarks import sides
+from tests.benchmarks.bench import Bench, short
 from tests.benchmarks.components import CASES
-from tests.benchmarks.report import measured, pipe_figures, short
-from tests.benchmarks.serving import CONNECTIONS, SATURATION, Bench
+from tests.benchmarks.report import measured, pipe_figures
+from tests.benchmarks.serving import CONNECTIONS, SATURATION
 from tests.benchmarks.sides import OURS, TORCH_PEER
 
 _COLORS: Final = {

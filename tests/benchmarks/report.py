@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+from tests.benchmarks import bench as harness
 from tests.benchmarks import sides
+from tests.benchmarks.bench import Bench, Gate, figures_of, markdown_table, short, spread
 from tests.benchmarks.components import CASES
-from tests.benchmarks.servers import ROOT
 from tests.benchmarks.serving import (
     AGREEMENT,
     SATURATION,
-    Bench,
     best_peers,
     capacity,
     disagreements,
@@ -34,60 +29,10 @@ PACKAGES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """One target: the figures that speak to it (one for each round), and its bound.
-
-    ``at_least`` and ``at_most``: the bound that the median has to keep.
-    """
-
-    name: str
-    figures: tuple[float, ...]
-    unit: str = "x"
-    at_least: float | None = None
-    at_most: float | None = None
-
-    @property
-    def median(self) -> float:
-        """Median over the rounds."""
-        return statistics.median(self.figures)
-
-    @property
-    def kept(self) -> bool | None:
-        """Whether the median keeps the bound; None where there is none."""
-        if self.at_least is not None:
-            return self.median >= self.at_least
-        if self.at_most is not None:
-            return self.median <= self.at_most
-        return None
-
-    @property
-    def target(self) -> str:
-        """The bound in words."""
-        if self.at_least is not None:
-            return f">= {self.at_least:g} {self.unit}"
-        return "" if self.at_most is None else f"<= {self.at_most:g} {self.unit}"
-
-
 def environment() -> dict[str, Any]:
     """Where and with what this was measured."""
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    names = [line.split(":")[1].strip() for line in cpu.splitlines() if "model name" in line]
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    git = ("git", "-C", str(ROOT))
-    commit, changed = (
-        subprocess.run((*git, *what), capture_output=True, text=True, check=False).stdout.strip()
-        for what in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-    )
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit + ("+changes" if changed else ""),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(memory_gib, 1),
-        "load_at_start": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
+        **harness.environment(PACKAGES),
         "peer_settings": {name: asdict(setting) for name, setting in BEST.items()},
     }
 
@@ -223,7 +168,7 @@ def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
         f"Python {met['python']}, {versions}. Ratios are medians over alternated rounds "
         "(least..greatest).",
         "## Targets",
-        _table(
+        markdown_table(
             ("", "median", "spread", "target", ""),
             (
                 (
@@ -249,7 +194,7 @@ def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
             "## Same masks",
             f"Share of equal pixels, the photo with the fewest; at least {AGREEMENT} for the same "
             "network in fp32." + (f" **DISAGREE: {', '.join(wrong)}**" if wrong else ""),
-            _table(("", "equal to ours"), lines),
+            markdown_table(("", "equal to ours"), lines),
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -269,8 +214,8 @@ def _serving_tables(bench: Bench) -> list[str]:
             lines.append(
                 (
                     name,
-                    _spread(figures_of(bench, "throughput", **busy)),
-                    "" if name == OURS else _spread(pairs),
+                    spread(figures_of(bench, "throughput", **busy)),
+                    "" if name == OURS else spread(pairs),
                     f"{alone:.0f}",
                     f"{bench.median('p50_ms', **busy):.0f}",
                     _number(bench.median("p50_ms", **where, load="open"), 0),
@@ -284,7 +229,7 @@ def _serving_tables(bench: Bench) -> list[str]:
             "JPEG of 500x375 in, PNG mask out, over HTTP on loopback. Saturation: "
             f"{SATURATION} connections in a closed loop. Open loop: the same Poisson arrivals for "
             "all, at three quarters of the best peer's capacity; time from the arrival.",
-            _table(
+            markdown_table(
                 (
                     *("", "photos/s", "ours is faster by", "p50 alone, ms", "p50 saturated, ms"),
                     *("p50 open, ms", "p95 open, ms", "CPU ms/photo", "RSS, MiB"),
@@ -308,8 +253,8 @@ def _pipe_table(bench: Bench) -> list[str]:
                     (
                         name,
                         "stored logits" if network == "logits" else "the finished mask",
-                        _spread(figures),
-                        "" if name == OURS else _spread(ratios),
+                        spread(figures),
+                        "" if name == OURS else spread(ratios),
                         f"{bench.median('cpu_ms', **where):.2f}",
                         f"{bench.median('p50_ms', **where):.1f}",
                         f"{100 * bench.median('client_cpu', **where):.0f} %",
@@ -321,7 +266,7 @@ def _pipe_table(bench: Bench) -> list[str]:
     return [
         "## The pipe without the network",
         f"{SATURATION} connections, one JPEG of 500x375. The load generator shares the cores.",
-        _table((*header, "load generator, of a core"), lines),
+        markdown_table((*header, "load generator, of a core"), lines),
     ]
 
 
@@ -337,8 +282,8 @@ def _component_table(bench: Bench) -> list[str]:
                 (
                     case,
                     name,
-                    _spread(figures),
-                    "" if name == OURS else _spread(pairs),
+                    spread(figures),
+                    "" if name == OURS else spread(pairs),
                     short(bench.median("cpu_ms", **where)),
                     _number(bench.median("peak_mib", **where), 1),
                     _number(bench.median("bytes", **where), 0),
@@ -347,7 +292,7 @@ def _component_table(bench: Bench) -> list[str]:
     if not lines:
         return []
     header = ("", "", "ms", "ours is faster by", "CPU ms", "peak memory, MiB", "bytes")
-    return ["## Stages by size", _table(header, lines)]
+    return ["## Stages by size", markdown_table(header, lines)]
 
 
 def _network_table(bench: Bench) -> list[str]:
@@ -358,9 +303,9 @@ def _network_table(bench: Bench) -> list[str]:
         figures = figures_of(bench, "ms", **of, side=how)
         alone = figures_of(bench, "ms", **of, side="alone")
         ratios = list(map(divide, alone, figures))
-        lines.append((precision, how, _spread(figures), _spread(ratios)))
+        lines.append((precision, how, spread(figures), spread(ratios)))
     header = ("", "photos", "ms a photo", "faster than alone by")
-    return ["## The network by itself", _table(header, lines)] if lines else []
+    return ["## The network by itself", markdown_table(header, lines)] if lines else []
 
 
 def _memory_table(bench: Bench) -> list[str]:
@@ -371,37 +316,14 @@ def _memory_table(bench: Bench) -> list[str]:
     ]
     if not lines:
         return []
-    return ["## Memory under mixed sizes", _table(("requests", "RSS, MiB", "failures"), lines)]
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _spread(figures: Sequence[float]) -> str:
-    if not figures:
-        return ""
-    middle = statistics.median(figures)
-    return f"{short(middle)} ({short(min(figures))}..{short(max(figures))})"
-
-
-def short(figure: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
+    return [
+        "## Memory under mixed sizes",
+        markdown_table(("requests", "RSS, MiB", "failures"), lines),
+    ]
 
 
 def _number(figure: float, digits: int) -> str:
     return "" if math.isnan(figure) else f"{figure:.{digits}f}"
-
-
-def figures_of(bench: Bench, figure: str, **wanted: object) -> list[float]:
-    """One figure of every round, in the order of the rounds."""
-    return [
-        row[figure]
-        for row in bench.rows
-        if figure in row and all(row.get(key) == value for key, value in wanted.items())
-    ]
 
 
 def measured(bench: Bench, precision: str) -> list[str]:

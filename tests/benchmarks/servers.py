@@ -78,11 +78,12 @@ class Running:
         warm_up_s: float = 1.0,
         requests: int = 100_000,
         paths: tuple[str, ...] = (),
+        generators: int = 1,
     ) -> Measurement:
-        """Measure a closed loop."""
+        """Measure a closed loop, with the connections shared out among the load generators."""
         wanted = self._load(photos, connections, seconds)
-        paths = paths or wanted.paths
-        return measure(replace(wanted, warm_up_s=warm_up_s, requests=requests, paths=paths))
+        load = replace(wanted, warm_up_s=warm_up_s, requests=requests, paths=paths or wanted.paths)
+        return measure(load, generators)
 
     def open(self, photos: Sequence[Path], rate_per_s: float, seconds: float) -> Measurement:
         """Measure an open loop."""

@@ -11,9 +11,8 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from service.session import load_model
 from service.settings import Settings
 from tests.benchmarks import photos as photo_files
 from tests.benchmarks import sides
+from tests.benchmarks.bench import Bench
 from tests.benchmarks.load import Measurement
 from tests.benchmarks.peers import pipeline
 from tests.benchmarks.servers import Running, running
@@ -38,48 +38,6 @@ OPEN_LOOP_SHARE: Final = 0.75
 
 AGREEMENT: Final = 0.999
 """Equal pixels that masks of the same network must have."""
-
-Row = dict[str, Any]
-
-
-@dataclass(slots=True)
-class Bench:
-    """One run: where it works, what it serves and sends, and what it has measured so far.
-
-    ``rows`` has one entry per measured window; ``masks`` the least share of pixels of any photo in
-    which a side's mask equals ours, by ``precision/side``.
-    """
-
-    out: Path
-    artefact: Path
-    photos: Sequence[Path]
-    rounds: int
-    quick: bool
-    rows: list[Row] = field(default_factory=list)
-    masks: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def logs(self) -> Path:
-        """The servers' output."""
-        return self.out / "logs"
-
-    def add(self, **row: Any) -> None:  # noqa: ANN401 - figures and names
-        """Keep and print a row."""
-        self.rows.append(row)
-        shown = (
-            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-            for key, value in row.items()
-        )
-        print(f"[{time.strftime('%H:%M:%S')}]", *shown, flush=True)
-
-    def median(self, figure: str, **wanted: object) -> float:
-        """Median over the rounds of one figure; nan without any."""
-        found = [
-            row[figure]
-            for row in self.rows
-            if figure in row and all(row.get(key) == value for key, value in wanted.items())
-        ]
-        return statistics.median(found) if found else float("nan")
 
 
 def fp32(bench: Bench) -> None:

@@ -1,0 +1,191 @@
+"""What needs a GPU. Skipped where there is none, and only there.
+
+    make test-gpu
+    make test-gpu ARGS="--data VOCdevkit"
+
+A GPU that is there but cannot be used (packages missing, driver too old) fails the tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from skimage import data
+
+from service.contract import Precision, Shape
+from service.cuda import CudaDevice
+from service.lanes import Lane, Task
+from service.preprocessing import Geometry, preprocess
+from service.session import DeviceOptions, Model, load_model
+from service.settings import DEFAULT_MODEL
+from service.upsampling import Labels, upsample
+
+MAX_BATCH = 8
+MAX_SIDE = 2048
+_NO_DEVICE = 100
+"""CUDA_ERROR_NO_DEVICE, from ``cuda.h``."""
+
+Photo = npt.NDArray[np.uint8]
+
+
+def no_device() -> str | None:
+    """Why there is no CUDA device; None if there is one, whether it can be used or not.
+
+    Asked of the driver itself, so that a fault of the service's does not look like a missing GPU.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as exc:
+        if any(Path("/dev").glob("nvidia[0-9]*")):
+            return None
+        return f"no CUDA device: {exc}"
+    if driver.cuInit(0) == _NO_DEVICE:
+        return "no CUDA device: the driver finds none"
+    return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--data``: with it fp16 is scored too."""
+    parser.addoption("--data", type=Path, metavar="VOCdevkit", help="its val list is scored")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is in this folder where there is no GPU; leave out what needs data without them."""
+    here = [item for item in items if Path(__file__).parent in item.path.parents]
+    if (reason := no_device()) is not None:
+        for item in here:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    if config.getoption("--data") is None:
+        without = [item for item in here if "devkit" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
+
+
+@pytest.fixture(scope="session")
+def devkit(request: pytest.FixtureRequest) -> Path:
+    """The ``VOCdevkit`` of ``--data``."""
+    folder: Path = request.config.getoption("--data")
+    return folder
+
+
+@dataclass
+class Gpu:
+    """A network on the GPU, opened once: several take too much time to open.
+
+    Each lane that it opens has a number, and so CUDA graphs, of its own.
+    """
+
+    model: Model
+    device: CudaDevice
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    def open_lane(self, *, graphs: bool = True, max_batch: int = MAX_BATCH) -> Lane:
+        """A lane as the service opens it; not warm. Use it from one thread."""
+        return Lane(
+            next(self._numbers),
+            self.device.open_channel,
+            self.model,
+            self.model.contract,
+            max_batch=max_batch,
+            max_side=MAX_SIDE,
+            graphs=graphs,
+            lock=self._lock,
+        )
+
+
+def open_gpu(precision: Precision, *, graphs: bool = True) -> Gpu:
+    """The default artefact on the first GPU."""
+    options = DeviceOptions(graphs=graphs, max_batch=MAX_BATCH)
+    model = load_model(DEFAULT_MODEL, "cuda", precision=precision, options=options)
+    assert model.gpu is not None
+    return Gpu(model, model.gpu)
+
+
+@pytest.fixture(scope="session")
+def fp32() -> Gpu:
+    """The network in fp32, for comparing with the CPU."""
+    return open_gpu("fp32")
+
+
+@pytest.fixture(scope="session")
+def fp16() -> Gpu:
+    """The network in fp16, as it is served."""
+    return open_gpu("fp16")
+
+
+@pytest.fixture(scope="session")
+def fp32_lane(fp32: Gpu) -> Lane:
+    """A warm lane with CUDA graphs."""
+    lane = fp32.open_lane()
+    lane.warm_up()
+    return lane
+
+
+@pytest.fixture(scope="session")
+def fp16_lane(fp16: Gpu) -> Lane:
+    """A warm lane with CUDA graphs."""
+    lane = fp16.open_lane()
+    lane.warm_up()
+    return lane
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Photo]:
+    """Real photos, ``(H, W, 3) uint8`` RGB: people, a cat, a cup, and none of VOC's things."""
+    names = ("astronaut", "chelsea", "coffee", "rocket")
+    return [np.asarray(getattr(data, name)()) for name in names]
+
+
+@pytest.fixture(scope="session")
+def prepare(fp32: Gpu) -> Callable[..., Task]:
+    """Makes a task of a photo as the service does, at another size if one is given."""
+    contract = fp32.model.contract
+
+    def make(
+        photo: Photo,
+        size: Shape | None = None,
+        *,
+        max_side: int = contract.working_size,
+        with_confidence: bool = False,
+    ) -> Task:
+        if size is not None:
+            resized = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC)
+            photo = np.asarray(resized)
+        geometry = Geometry.plan(photo.shape[:2], max_side, contract.shapes)
+        image = preprocess(photo, geometry, contract.padding_color)
+        return Task(image, geometry, with_confidence)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def on_cpu() -> Callable[[Task], Labels]:
+    """What the CPU's path makes of a task, in fp32."""
+    model = load_model(DEFAULT_MODEL, "cpu", precision="fp32")
+
+    def labels(task: Task) -> Labels:
+        logits = model.run(task.image[None])[0]
+        return upsample(logits, task.geometry, with_confidence=task.with_confidence)
+
+    return labels
+
+
+def masks(lane: Lane, tasks: Sequence[Task]) -> list[npt.NDArray[np.uint8]]:
+    """The masks of one batch."""
+    return [result.labels.mask for result in lane.run(tasks)]
+
+
+def differing(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> float:
+    """The share of pixels in which two masks differ."""
+    assert one.shape == other.shape
+    return float((one != other).mean())

@@ -1,0 +1,68 @@
+"""CUDA graphs: captured for the listed shapes, replayed with each batch's own photos."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from service.contract import Precision
+from service.lanes import Lane, Task, batch_sizes
+from tests.gpu.conftest import MAX_BATCH, Gpu, Photo, differing, masks, open_gpu
+
+SAME = 1e-4
+"""Two sessions may pick different kernels; one alone gives the same bytes."""
+
+
+def listed(gpu: Gpu, photos: Sequence[Photo], prepare: Callable[..., Task]) -> list[list[Task]]:
+    """A batch of every size that is captured, in every listed shape."""
+    return [
+        [prepare(photos[nth % len(photos)], shape) for nth in range(size)]
+        for shape in gpu.model.contract.shapes
+        for size in batch_sizes(MAX_BATCH)
+    ]
+
+
+def test_every_listed_shape_and_size_is_captured(fp32: Gpu, fp32_lane: Lane) -> None:
+    """As many graphs as shapes times batch sizes."""
+    shapes, sizes = fp32.model.contract.shapes, batch_sizes(MAX_BATCH)
+    assert fp32_lane.captured == len(shapes) * len(sizes)
+
+
+def test_a_replay_gives_what_a_run_gives(
+    fp32: Gpu, fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., Task]
+) -> None:
+    """In the same session, which runs the same kernels either way: byte for byte."""
+    plain = fp32.open_lane(graphs=False)
+    assert plain.captured == 0
+    for tasks in listed(fp32, photos, prepare):
+        for found, wanted in zip(masks(fp32_lane, tasks), masks(plain, tasks), strict=True):
+            assert np.array_equal(found, wanted)
+
+
+def test_a_replay_sees_the_photos_of_its_own_batch(
+    fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., Task]
+) -> None:
+    """Two batches in turns keep their own masks."""
+    one, other = ([prepare(photo, (375, 500))] * 4 for photo in photos[:2])
+    first, second = masks(fp32_lane, one), masks(fp32_lane, other)
+    assert differing(first[0], second[0]) > 0.01
+    for _ in range(3):
+        assert np.array_equal(masks(fp32_lane, one), first)
+        assert np.array_equal(masks(fp32_lane, other), second)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_off_switch(
+    precision: Precision,
+    request: pytest.FixtureRequest,
+    photos: list[Photo],
+    prepare: Callable[..., Task],
+) -> None:
+    """A session that can capture nothing gives the same masks but for near ties."""
+    lane: Lane = request.getfixturevalue(f"{precision}_lane")
+    gpu = open_gpu(precision, graphs=False)
+    plain = gpu.open_lane(graphs=False)
+    plain.warm_up()
+    for tasks in listed(gpu, photos, prepare):
+        for found, wanted in zip(masks(plain, tasks), masks(lane, tasks), strict=True):
+            assert differing(found, wanted) <= SAME

@@ -1,0 +1,37 @@
+"""What runs where."""
+
+import pytest
+
+from service import providers
+from service.session import DeviceOptions, load_model
+from service.settings import DEFAULT_MODEL
+from tests.gpu.conftest import Gpu
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_every_node_runs_on_the_gpu(precision: str, request: pytest.FixtureRequest) -> None:
+    """The CUDA provider is the session's first, and nothing of the graph was left to the CPU."""
+    gpu: Gpu = request.getfixturevalue(precision)
+    session = gpu.model.session
+    assert gpu.model.provider == providers.CUDA
+    assert session.get_providers()[0] == providers.CUDA
+    parts = session.get_provider_graph_assignment_info()  # type: ignore[attr-defined]
+    assert {part.ep_name for part in parts} == {providers.CUDA}
+    assert sum(len(part.get_nodes()) for part in parts) > 0
+
+
+def test_auto_takes_the_gpu_and_what_it_is_fastest_with(fp32: Gpu) -> None:
+    """fp16 where there are tensor cores; there is no reason why not to tell."""
+    model = load_model(DEFAULT_MODEL, "auto", options=DeviceOptions(graphs=False))
+    assert model.provider == providers.CUDA
+    assert model.gpu is not None
+    assert model.why is None
+    precision = model.manifest.files[model.file_name].precision
+    assert precision == ("fp16" if fp32.device.has_tensor_cores else "fp32")
+
+
+def test_the_gpu_tells_its_name_and_memory(fp32: Gpu) -> None:
+    """For the log, and for whoever watches the memory."""
+    free, total = fp32.device.memory()
+    assert 0 < free < total
+    assert fp32.device.name
