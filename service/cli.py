@@ -9,22 +9,26 @@ import ctypes
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import structlog
 import uvicorn
 import uvloop
 
 from service import __version__, logs
+from service.answers import MaskFormat
 from service.app import create_app, with_state
 from service.errors import SegmentError, SettingsError
-from service.predict import predict
+from service.metrics import Peers
+from service.predict import Format, Order, predict
 from service.routes.state import LifespanState
 from service.settings import Settings, env_name, load_settings
+from service.siblings import Siblings
+from service.supervisor import plan, supervise
+from service.worker import WORKER_COMMAND, Parent
 
 # mallopt's parameters, from glibc's malloc.h, and what they are set to.
 _M_TRIM_THRESHOLD: Final = -1
@@ -43,16 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         if parsed.command == "serve":
-            return _serve(load_settings(_given(parsed, Settings.model_fields)))
-        settings = load_settings(_given(parsed, ["model"]))
-        logs.configure("warning", settings.log_format)
-        failed = predict(settings, parsed.images, parsed.out, parsed.view, parsed.max_side)
-    except SettingsError as exc:
-        print(f"fcn-segment: {exc}", file=sys.stderr)
-        return 2
+            return _serve(_given(parsed, Settings.model_fields))
+        if parsed.command == WORKER_COMMAND:
+            return _work(parsed.listener_fd, parsed.parent_fd)
+        failed = _predict(parsed)
     except SegmentError as exc:
         print(f"fcn-segment: {exc}", file=sys.stderr)
-        return 1
+        return _status(exc)
     except KeyboardInterrupt:
         return 130
     if failed:
@@ -65,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fcn-segment", description="Label every pixel of a photo with PASCAL VOC's classes."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,predict}")
 
     serve = commands.add_parser("serve", help="answer over HTTP")
     for name, field in Settings.model_fields.items():
@@ -80,12 +81,66 @@ def _parser() -> argparse.ArgumentParser:
     files = commands.add_parser("predict", help="segment files")
     files.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="file or folder")
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
-    files.add_argument("--view", choices=("mask", "overlay", "json"), default="mask")
+    files.add_argument(
+        "--format",
+        "--view",
+        choices=get_args(Format),
+        default="mask",
+        help="a palette PNG, overlay, cut-out or JSON for each photo; a folder of VOC's layout; or "
+        "one COCO file (default mask)",
+    )
+    files.add_argument(
+        "--mask",
+        choices=get_args(MaskFormat),
+        help="how json and coco carry the mask (default rle in json, polygons in coco)",
+    )
+    files.add_argument(
+        "--classes", metavar="NAMES", help="comma-separated names that answers are limited to"
+    )
     files.add_argument(
         "--max-side", type=int, metavar="N", help="longest side that the network sees, pixels"
     )
-    files.add_argument("--model", metavar="DIR", help=f"artefact folder ({env_name('model')})")
+    files.add_argument("--jobs", type=_positive, metavar="N", help="photos at once")
+    files.add_argument(
+        "--overwrite", action="store_true", help="do again what is there (default: leave it alone)"
+    )
+    files.add_argument("--url", help="a running service, instead of a model in this process")
+    files.add_argument(
+        "--model",
+        metavar="MODEL",
+        help=f"artefact folder ({env_name('model')}), or with --url the name of a model there",
+    )
+
+    # Only `serve` starts it: without a help text it is not listed.
+    worker = commands.add_parser(WORKER_COMMAND)
+    worker.add_argument("listener_fd", type=int)
+    worker.add_argument("parent_fd", type=int)
     return parser
+
+
+def _positive(text: str) -> int:
+    """An argument that is a whole number above 0."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def _predict(parsed: argparse.Namespace) -> int:
+    """How many photos failed."""
+    settings = load_settings(_given(parsed, ["model"]) if parsed.url is None else {})
+    logs.configure("warning", settings.log_format)
+    order = Order(
+        inputs=parsed.images,
+        out=parsed.out,
+        format=parsed.format,
+        mask=parsed.mask,
+        classes=parsed.classes,
+        max_side=parsed.max_side,
+        jobs=parsed.jobs,
+        overwrite=parsed.overwrite,
+    )
+    return predict(settings, order, parsed.url, parsed.model if parsed.url else None)
 
 
 def _given(parsed: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -93,16 +148,47 @@ def _given(parsed: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: value for name in names if (value := getattr(parsed, name)) is not None}
 
 
-def _serve(settings: Settings) -> int:
+def _status(error: SegmentError) -> int:
+    return 2 if isinstance(error, SettingsError) else 1
+
+
+def _serve(flags: Mapping[str, Any]) -> int:
+    settings = load_settings(flags)
     logs.configure(settings.log_level, settings.log_format)
-    _keep_freed_memory()
+    workers = [{**flags, **own} for own in plan(settings)]
     # First of all: loading a model only to find the port taken wastes everybody's time.
-    with (
-        _bind(settings.host, settings.port) as listener,
-        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-    ):
-        runner.run(_serve_on(listener, settings))
+    with _bind(settings.host, settings.port) as listener:
+        if len(workers) > 1:
+            return supervise(listener, workers, settings.deadline_s)
+        _answer(listener, load_settings(workers[0]))
     return 0
+
+
+def _work(listener_fd: int, parent_fd: int) -> int:
+    """Be one of several processes that `serve` started; their reasons are told by it, once."""
+    parent = Parent(parent_fd)
+    try:
+        settings = load_settings(parent.overrides)
+        logs.configure(settings.log_level, settings.log_format, parent.number)
+        with socket.socket(fileno=listener_fd) as listener:
+            siblings = Siblings(parent.folder, parent.number)
+            _answer(listener, settings, parent.tell_ready, siblings)
+    except SegmentError as exc:
+        parent.tell_error(str(exc))
+        return _status(exc)
+    return 0
+
+
+def _answer(
+    listener: socket.socket,
+    settings: Settings,
+    on_ready: Callable[[], None] = lambda: None,
+    peers: Peers | None = None,
+) -> None:
+    """Serve in this process until SIGTERM or SIGINT; ``on_ready`` is called when it answers."""
+    _keep_freed_memory()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve_on(listener, settings, on_ready, peers))
 
 
 def _keep_freed_memory() -> None:
@@ -134,13 +220,18 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def _serve_on(listener: socket.socket, settings: Settings) -> None:
+async def _serve_on(
+    listener: socket.socket,
+    settings: Settings,
+    on_ready: Callable[[], None],
+    peers: Peers | None,
+) -> None:
     """Serve until SIGTERM or SIGINT, and finish what is in flight.
 
     The lifespan runs here and not in uvicorn, which would wrap a start's one-line error into a
     traceback and three lines of its own.
     """
-    app = create_app(settings)
+    app = create_app(settings, peers=peers)
     async with app.router.lifespan_context(app) as lifespan_state:
         state: LifespanState = lifespan_state  # type: ignore[assignment]
         config = uvicorn.Config(
@@ -159,11 +250,12 @@ async def _serve_on(listener: socket.socket, settings: Settings) -> None:
         except OSError as exc:
             raise SettingsError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        server = _Server(
-            config,
-            on_start=partial(_log.info, "listening", url=url),
-            on_stop=state["service"].begin_draining,
-        )
+
+        def on_start() -> None:
+            _log.info("listening", url=url)
+            on_ready()
+
+        server = _Server(config, on_start=on_start, on_stop=state["service"].begin_draining)
         await server.serve(sockets=[listener])
     _log.info("stopped")
 

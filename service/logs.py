@@ -14,19 +14,27 @@ import uuid
 from typing import Final, Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor
 
 # Fits every common tracing id, and nothing that could forge a log line or a header.
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
-def configure(level: str, log_format: Literal["console", "json"]) -> None:
+def configure(
+    level: str, log_format: Literal["console", "json"], worker: int | None = None
+) -> None:
     """Set up structlog and the standard library's logging for a whole process.
 
-    ``level``: ``debug``, ``info``, ``warning`` or ``error``.
+    ``level``: ``debug``, ``info``, ``warning`` or ``error``. Every line carries the number of the
+    ``worker`` whose process this is, if there are several.
     """
+
+    def add_worker(_logger: object, _method: str, event: EventDict) -> EventDict:
+        return event if worker is None else {"worker": worker, **event}
+
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        add_worker,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

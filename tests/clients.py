@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -71,6 +72,36 @@ def environment(**variables: object) -> dict[str, str]:
 def command_line(*arguments: str | Path) -> list[str]:
     """``fcn-segment`` of this very interpreter."""
     return [sys.executable, "-W", "error", "-m", "service", *map(str, arguments)]
+
+
+def fails(*arguments: str | Path, **variables: object) -> tuple[int, str]:
+    """Run the command line, which must end by itself: its status and stderr."""
+    done = subprocess.run(
+        command_line(*arguments),
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def head(body_bytes: int, *headers: str) -> bytes:
+    """A request's head, as it goes over the wire."""
+    lines = ["POST /segment HTTP/1.1", "Host: x", f"Content-Length: {body_bytes}", *headers]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def receive_until(connection: socket.socket, end: bytes) -> bytes:
+    """What comes, up to ``end``; a response may come in several pieces."""
+    received = b""
+    while not received.endswith(end):
+        piece = connection.recv(65536)
+        assert piece, received
+        received += piece
+    return received
 
 
 @contextlib.contextmanager

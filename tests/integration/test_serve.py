@@ -3,7 +3,6 @@
 import json
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +16,10 @@ from tests.artefacts import build_artefact, encode, two_class_photo
 from tests.clients import (
     Server,
     assert_problem,
-    command_line,
-    environment,
+    fails,
+    head,
     mask_of,
+    receive_until,
     serving,
 )
 
@@ -31,36 +31,6 @@ def server(tiny_artefact: Path) -> Iterator[Server]:
     """One server for the tests that do not stop it."""
     with serving(tiny_artefact, max_bytes=100_000) as running:
         yield running
-
-
-def fails(*arguments: str | Path, **variables: object) -> tuple[int, str]:
-    """Run the command line, which must end by itself: its status and stderr."""
-    done = subprocess.run(
-        command_line(*arguments),
-        env=environment(**variables),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.stdout == ""
-    return done.returncode, done.stderr
-
-
-def head(body_bytes: int, *headers: str) -> bytes:
-    """A request's head, as it goes over the wire."""
-    lines = ["POST /segment HTTP/1.1", "Host: x", f"Content-Length: {body_bytes}", *headers]
-    return "\r\n".join([*lines, "", ""]).encode()
-
-
-def receive_until(connection: socket.socket, end: bytes) -> bytes:
-    """What comes, up to ``end``; a response may come in several pieces."""
-    received = b""
-    while not received.endswith(end):
-        piece = connection.recv(65536)
-        assert piece, received
-        received += piece
-    return received
 
 
 def test_a_photo_over_the_wire(server: Server) -> None:

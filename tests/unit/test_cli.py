@@ -28,6 +28,15 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
     assert "usage: fcn-segment" in capsys.readouterr().err
 
 
+def test_the_supervisors_own_command_is_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """People have two commands."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert "{serve,predict}" in shown
+    assert "worker" not in shown
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """The package's."""
     with pytest.raises(SystemExit):

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -53,6 +54,18 @@ def test_json_lines_carry_the_request_id(capsys: pytest.CaptureFixture[str]) -> 
         "theirs",
     )
     assert ours["request_id"] == theirs["request_id"] == "r1"
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_lines_of_several_processes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """Ours, the standard library's, and those of threads that know no request."""
+    logs.configure("info", "json", worker=1)
+    structlog.get_logger("ours").info("event")
+    thread = threading.Thread(target=logging.getLogger("theirs").warning, args=("watch out",))
+    thread.start()
+    thread.join()
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["worker"] for line in lines] == [1, 1]
 
 
 @pytest.mark.usefixtures("restored_logging")

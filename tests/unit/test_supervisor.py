@@ -1,0 +1,220 @@
+"""Supervision, with workers that the test lets live and die."""
+
+import asyncio
+import signal
+from collections import defaultdict
+from collections.abc import Mapping
+
+import pytest
+
+from service.errors import SegmentError, SettingsError
+from service.session import available_cores
+from service.settings import Settings
+from service.supervisor import Backoff, Supervisor, plan
+
+pytestmark = pytest.mark.anyio
+
+
+class FakeWorker:
+    """A worker that remembers its signals, and obeys those it is told to."""
+
+    def __init__(self, pid: int, *, ready: bool, obeys: Mapping[int, int]) -> None:
+        self.pid = pid
+        self.ready = ready
+        self.error: str | None = None
+        self.served_s = 0.0
+        self.signals: list[int] = []
+        self.watched = asyncio.Event()
+        self._obeys = obeys
+        self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    async def ended(self) -> int:
+        """Wait for `die`."""
+        self.watched.set()
+        return await self._status
+
+    def send_signal(self, number: int) -> None:
+        """Die of it, or not."""
+        self.signals.append(number)
+        if number in self._obeys:
+            self.die(self._obeys[number])
+
+    def die(self, status: int, error: str | None = None) -> None:
+        """End, now."""
+        self.error = error
+        self._status.set_result(status)
+
+
+DRAINS: Mapping[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 0}
+
+
+class Floor:
+    """A supervisor and its workers, each life of them."""
+
+    def __init__(
+        self,
+        count: int = 2,
+        *,
+        ready: bool = True,
+        obeys: Mapping[int, int] = DRAINS,
+        grace_s: float = 30.0,
+    ) -> None:
+        self.lives: dict[int, list[FakeWorker]] = defaultdict(list)
+        self.stops = 0
+        self._ready = ready
+        self._obeys = obeys
+        self._started = asyncio.Condition()
+        self.supervisor = Supervisor(self._start, count, grace_s, self._on_stop)
+        self.run = asyncio.ensure_future(self.supervisor.run())
+
+    async def worker(self, index: int, life: int = 1) -> FakeWorker:
+        """A life of a worker, once the supervisor watches it."""
+        async with self._started:
+            await self._started.wait_for(lambda: len(self.lives[index]) >= life)
+        worker = self.lives[index][life - 1]
+        await worker.watched.wait()
+        return worker
+
+    async def _start(self, index: int) -> FakeWorker:
+        worker = FakeWorker(
+            10 * index + len(self.lives[index]), ready=self._ready, obeys=self._obeys
+        )
+        async with self._started:
+            self.lives[index].append(worker)
+            self._started.notify_all()
+        return worker
+
+    def _on_stop(self) -> None:
+        self.stops += 1
+
+
+async def test_a_dead_worker_is_started_again() -> None:
+    """At once, after a signal or a status of any kind; the others do not notice."""
+    floor = Floor()
+    await floor.worker(1)
+    (await floor.worker(0)).die(-signal.SIGKILL)
+    again = await floor.worker(0, life=2)
+    again.served_s = 3600.0
+    again.die(1)
+    await floor.worker(0, life=3)
+    floor.supervisor.stop()
+    assert await floor.run == 0
+    assert {index: len(lives) for index, lives in floor.lives.items()} == {0: 3, 1: 1}
+
+
+async def test_stopping_does_not_wait_for_a_restart() -> None:
+    """A worker that is due in half a second is not started any more."""
+    floor = Floor(1)
+    (await floor.worker(0)).die(3)
+    (await floor.worker(0, life=2)).die(3)
+    await asyncio.sleep(0)  # the supervisor has seen it die
+    floor.supervisor.stop()
+    assert await floor.run == 0
+    assert len(floor.lives[0]) == 2
+
+
+@pytest.mark.parametrize(("status", "error"), [(1, SegmentError), (2, SettingsError)])
+async def test_a_first_start_that_fails_stops_all(status: int, error: type[SegmentError]) -> None:
+    """Its own words are raised; the error's class tells the exit status."""
+    floor = Floor()
+    other = await floor.worker(1)
+    (await floor.worker(0)).die(status, "the artefact is wrong")
+    with pytest.raises(error, match=r"^the artefact is wrong$") as caught:
+        await floor.run
+    assert type(caught.value) is error
+    assert other.signals == [signal.SIGTERM]
+    assert floor.stops == 1
+
+
+async def test_a_worker_that_cannot_be_forked_stops_the_start() -> None:
+    """The system's own reason is told."""
+
+    async def start(index: int) -> FakeWorker:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    with pytest.raises(SegmentError, match="cannot start worker 0: Resource temporarily"):
+        await Supervisor(start, 1, 30.0, lambda: None).run()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signals_are_passed_on(number: signal.Signals) -> None:
+    """Each of them, to all that answer; listening stops once; the status is 0."""
+    floor = Floor(obeys={})
+    workers = [await floor.worker(index) for index in (0, 1)]
+    floor.supervisor.stop(number)
+    floor.supervisor.stop(number)
+    assert [worker.signals for worker in workers] == [[number, number]] * 2
+    assert floor.stops == 1
+    for worker in workers:
+        worker.die(0)
+    assert await floor.run == 0
+
+
+async def test_a_worker_that_still_starts_is_ended_by_sigterm() -> None:
+    """Whatever the signal was; that it knew no order is no failure."""
+    floor = Floor(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM})
+    worker = await floor.worker(0)
+    floor.supervisor.stop(signal.SIGINT)
+    assert await floor.run == 0
+    assert worker.signals == [signal.SIGTERM]
+
+
+async def test_a_worker_that_hangs_is_killed() -> None:
+    """After the grace; the exit status tells."""
+    floor = Floor(1, obeys={signal.SIGKILL: -signal.SIGKILL}, grace_s=0.0)
+    worker = await floor.worker(0)
+    floor.supervisor.stop()
+    assert await floor.run == 1
+    assert worker.signals == [signal.SIGTERM, signal.SIGKILL]
+
+
+async def test_a_stop_that_finds_a_worker_half_started() -> None:
+    """It gets its signal as soon as it is there."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    worker = FakeWorker(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM})
+
+    async def start(index: int) -> FakeWorker:
+        begun.set()
+        await go_on.wait()
+        return worker
+
+    supervisor = Supervisor(start, 1, 30.0, lambda: None)
+    run = asyncio.ensure_future(supervisor.run())
+    await begun.wait()
+    supervisor.stop()
+    go_on.set()
+    assert await run == 0
+    assert worker.signals == [signal.SIGTERM]
+
+
+def test_the_backoff_doubles_and_forgets() -> None:
+    """At once, half a second, doubling to half a minute; at once again after a steady time."""
+    backoff = Backoff()
+    assert [backoff.next_s(0.0) for _ in range(9)] == [0, 0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert [backoff.next_s(60.0), backoff.next_s(1.0)] == [0, 0.5]
+    assert [backoff.next_s(0.0) for _ in range(5000)][-1] == 30
+
+
+def test_one_process_keeps_its_settings() -> None:
+    """Threads stay the service's own choice."""
+    assert plan(Settings()) == [{"processes": 1, "gpus": None, "device": "auto"}]
+    assert [own["device"] for own in plan(Settings(gpus="3"))] == ["cuda:3"]
+
+
+def test_each_gpu_gets_its_processes() -> None:
+    """In the order they are named; several share what threads there are."""
+    workers = plan(Settings(gpus="2,0", processes=2))
+    assert [own["device"] for own in workers] == ["cuda:2", "cuda:2", "cuda:0", "cuda:0"]
+    share = max(1, available_cores() // 4)
+    assert all((own["threads"], own["decode_workers"]) == (share, share) for own in workers)
+    assert all((own["processes"], own["gpus"]) == (1, None) for own in workers)
+
+
+def test_processes_on_the_cpu_share_the_cores() -> None:
+    """At least one each; a number that was given holds for each of them."""
+    for count in (2, 3, 64):
+        workers = plan(Settings(device="cpu", processes=count))
+        assert len(workers) == count
+        assert {own["threads"] for own in workers} == {max(1, available_cores() // count)}
+    assert {own["threads"] for own in plan(Settings(processes=2, threads=7))} == {7}
+    assert "decode_workers" not in plan(Settings(device="cpu", processes=2))[0]
