@@ -1,4 +1,4 @@
-"""Masks as what clients take: palette PNG, overlay, COCO run lengths, statistics.
+"""Masks as what clients take: palette PNG, overlay, cut-out, COCO run lengths, statistics.
 
 PNG files are written here, chunk by chunk, because what the pixels are is known: one filter for all
 rows and a deflate that suits them take a tenth of a general encoder's time. Source: PNG
@@ -7,6 +7,7 @@ specification, third edition, https://www.w3.org/TR/png-3/.
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -16,22 +17,31 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg  # type: ignore[import-untyped]
 from isal import isal_zlib
+from PIL import Image
 from zlib_ng import zlib_ng
 
 from service import voc
 
-ImageFormat = Literal["PNG", "JPEG"]
+ImageFormat = Literal["PNG", "JPEG", "WEBP"]
+
+MAX_SIDES: Final[dict[ImageFormat, int]] = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}
+"""The longest side that each format, or its encoder, can hold, in pixels."""
 
 JPEG_QUALITY: Final = 90
 JPEG_SUBSAMPLING: Final = "420"
+WEBP_QUALITY: Final = 90
+WEBP_EFFORT: Final = 2
+"""Of 0 to 6: 3 takes twice as long to save 2 % of the bytes."""
 
 STRIPE_BYTES: Final = 1 << 18
 """Bytes worked on at once, about: what stays in a core's cache is worked on several times faster
 than a whole large photo, and takes no memory worth speaking of."""
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_PNG_GREY: Final = 0
 _PNG_RGB: Final = 2
 _PNG_INDEXED: Final = 3
+_PNG_RGBA: Final = 6
 _PNG_UNFILTERED: Final = 0
 _PNG_UP: Final = 2  # the difference from the row above
 
@@ -138,11 +148,21 @@ def limit_classes(mask: npt.NDArray[np.uint8], class_ids: Collection[int]) -> np
 
 def encode_mask(mask: npt.NDArray[np.uint8]) -> bytes:
     """``(H, W) uint8`` class ids as VOC writes them: 8-bit indexed PNG with VOC's 256 colours."""
+    palette = (b"PLTE", voc.FULL_PALETTE.tobytes())
+    return _png(mask.shape, _PNG_INDEXED, palette, (b"IDAT", _deflate_runs(mask)))
+
+
+def encode_binary_mask(chosen: npt.NDArray[np.bool_]) -> bytes:
+    """``(H, W) bool`` as an 8-bit greyscale PNG: 255 where it is true, else 0."""
+    grey = chosen.astype(np.uint8) * np.uint8(255)
+    return _png(grey.shape, _PNG_GREY, (b"IDAT", _deflate_runs(grey)))
+
+
+def _deflate_runs(mask: npt.NDArray[np.uint8]) -> bytes:
     # Masks are runs: looking for nothing else is both the fastest and the smallest, unfiltered.
     deflate = zlib_ng.compressobj(level=1, strategy=zlib_ng.Z_RLE)
     parts = [deflate.compress(rows) for rows in _filter_rows(mask, _PNG_UNFILTERED)]
-    pixels = b"".join([*parts, deflate.flush()])
-    return _png(mask.shape, _PNG_INDEXED, (b"PLTE", voc.FULL_PALETTE.tobytes()), (b"IDAT", pixels))
+    return b"".join([*parts, deflate.flush()])
 
 
 def overlay(
@@ -173,19 +193,58 @@ def overlay(
     return blended
 
 
+def cutout(
+    image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], class_ids: Collection[int]
+) -> npt.NDArray[np.uint8]:
+    """The photo where it shows one of the classes, and nothing elsewhere.
+
+    ``image``: ``(H, W, 3) uint8`` RGB; ``mask``: ``(H, W) uint8`` class ids. Returns ``(H, W, 4)
+    uint8`` RGBA: opaque pixels of the photo, or zeros, so that no colour hides behind the
+    transparency.
+    """
+    height, width = mask.shape
+    cut = np.empty((height, width, 4), dtype=np.uint8)
+    opaque = np.zeros(256, dtype=np.uint8)
+    opaque[list(class_ids)] = 255
+    step = max(1, STRIPE_BYTES // (4 * width))
+    for top in range(0, height, step):
+        rows = slice(top, top + step)
+        alpha = opaque[mask[rows]]
+        np.bitwise_and(image[rows], alpha[..., None], out=cut[rows, :, :3])
+        cut[rows, :, 3] = alpha
+    return cut
+
+
+def encode_grey(levels: npt.NDArray[np.uint8]) -> bytes:
+    """``(H, W) uint8`` as an 8-bit greyscale PNG."""
+    return _deflated(levels, levels.shape, _PNG_GREY)
+
+
 def encode_image(image: npt.NDArray[np.uint8], image_format: ImageFormat) -> bytes:
-    """``(H, W, 3) uint8`` RGB, contiguous, as a PNG or JPEG file."""
+    """``(H, W, 3)`` RGB or ``(H, W, 4) uint8`` RGBA, contiguous, as a file.
+
+    A JPEG cannot be transparent. No side may be longer than the format's of `MAX_SIDES`.
+    """
     if image_format == "JPEG":
         jpeg: bytes = simplejpeg.encode_jpeg(
             image, quality=JPEG_QUALITY, colorsubsampling=JPEG_SUBSAMPLING
         )
         return jpeg
-    height, width, _ = image.shape
+    if image_format == "WEBP":
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "WEBP", quality=WEBP_QUALITY, method=WEBP_EFFORT)
+        return file.getvalue()
+    height, width, channels = image.shape
+    color_type = _PNG_RGBA if channels == 4 else _PNG_RGB
+    return _deflated(image.reshape(height, -1), (height, width), color_type)
+
+
+def _deflated(rows: npt.NDArray[np.uint8], size: tuple[int, ...], color_type: int) -> bytes:
+    """Photo-like rows, ``(H, bytes) uint8``, as a PNG."""
     # Photos hardly gain from a search for longer matches, and ISA-L's quick one is the fastest.
     deflate = isal_zlib.compressobj(level=1)
-    parts = [deflate.compress(rows) for rows in _filter_rows(image.reshape(height, -1), _PNG_UP)]
-    pixels = b"".join([*parts, deflate.flush()])
-    return _png((height, width), _PNG_RGB, (b"IDAT", pixels))
+    parts = [deflate.compress(part) for part in _filter_rows(rows, _PNG_UP)]
+    return _png(size, color_type, (b"IDAT", b"".join([*parts, deflate.flush()])))
 
 
 def _filter_rows(rows: npt.NDArray[np.uint8], row_filter: int) -> Iterator[npt.NDArray[np.uint8]]:

@@ -1,143 +1,219 @@
-"""Segmenting files from the shell: the service's own data path, without HTTP."""
+"""Segmenting files from the shell: by the service's own data path, without HTTP, or by a service.
+
+Answers that are there already are left alone, so the same command goes on where it was stopped.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tqdm import tqdm
 
+from service import voc
+from service.answers import MaskFormat, MediaType, Options, View, class_ids
 from service.app import open_service
-from service.errors import SegmentError, SettingsError
-from service.segmenter import MediaType, Options, Segmenter, View
+from service.errors import InvalidParameter, RemoteError, RemoteLost, SegmentError, SettingsError
+from service.outputs import CocoFile, Files, plan_outputs
 from service.settings import Settings
 
-PredictView = Literal["mask", "overlay", "json"]
+if TYPE_CHECKING:
+    from service.client import AsyncClient
 
-SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-)
-"""What is taken for a photo in a folder; files that are named themselves may have any name."""
+Format = Literal["mask", "overlay", "json", "cutout", "voc", "coco"]
 
-_ANSWERS: Final[dict[PredictView, tuple[View, MediaType, str]]] = {
+_ANSWERS: Final[dict[Format, tuple[View, MediaType, str]]] = {
     "mask": ("mask", "image/png", ".png"),
     "overlay": ("overlay", "image/png", ".png"),
+    "cutout": ("cutout", "image/png", ".png"),
     "json": ("mask", "application/json", ".json"),
+    "voc": ("mask", "image/png", ".png"),
+    "coco": ("mask", "application/json", ".json"),
 }
 
+REMOTE_JOBS: Final = 4
+"""Requests at once to a service, unless told otherwise."""
 
-def plan_outputs(inputs: Iterable[Path], out: Path, suffix: str) -> dict[Path, Path]:
-    """Where the answer of each photo goes: ``{photo: output}``, sorted by what was named first.
+Answer = Callable[[bytes, Options], Awaitable[bytes]]
+"""What segments a photo: its file's bytes to an encoded answer."""
 
-    Photos in a folder keep their place below it, stems are kept. Photos that would share an
-    output keep their suffix too (``a.jpg.png``), and past that get a number (``a-2.jpg.png``).
-    What already lies in ``out`` is not taken for a photo. Raises `SettingsError` if an output
-    would overwrite a photo.
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be done.
+
+    ``inputs``: files and folders; ``out``: the output folder; ``classes``: names, comma-separated,
+    that answers are limited to; ``mask``: how JSON carries the mask (None: the format's own
+    default); ``jobs``: photos at once (None: what keeps the model busy).
     """
-    places: dict[Path, Path] = {}  # photo -> its place below out
-    seen: set[Path] = set()
-    for named in inputs:
-        for photo, place in _photos(named, out):
-            if photo.resolve() not in seen:
-                seen.add(photo.resolve())
-                places[photo] = place
-    wanted = [place.with_suffix(suffix) for place in places.values()]
-    outputs: dict[Path, Path] = {}
-    taken: set[Path] = set()
-    for (photo, place), short in zip(places.items(), wanted, strict=True):
-        target = short if wanted.count(short) == 1 else place.with_name(place.name + suffix)
-        number = 2
-        while target in taken:
-            target = place.with_name(f"{place.stem}-{number}{place.suffix}{suffix}")
-            number += 1
-        taken.add(target)
-        if (out / target).resolve() in seen:
-            raise SettingsError(f"--out {out} would overwrite the photo {out / target}")
-        outputs[photo] = out / target
-    return outputs
+
+    inputs: Sequence[Path]
+    out: Path
+    format: Format = "mask"
+    mask: MaskFormat | None = None
+    classes: str | None = None
+    max_side: int | None = None
+    jobs: int | None = None
+    overwrite: bool = False
 
 
 def predict(
-    settings: Settings,
-    inputs: Sequence[Path],
-    out: Path,
-    view: PredictView = "mask",
-    max_side: int | None = None,
+    settings: Settings, order: Order, url: str | None = None, model: str | None = None
 ) -> int:
-    """Segment files and folders into ``out``; returns how many photos failed.
+    """Segment files and folders; returns how many photos failed.
 
-    A photo that fails is reported on stderr and does not stop the rest. Outputs appear whole or
-    not at all. Raises `SettingsError`, `ArtefactError` or `DeviceUnavailable`.
+    By the model of ``settings``, or by the service at ``url`` and its model of that name. A photo
+    that fails is reported on stderr and does not stop the rest. Outputs appear whole or not at
+    all. Raises `SettingsError`, `ArtefactError`, `DeviceUnavailable` or, of a service that cannot
+    be reached, `SegmentError`.
     """
+    if url is None:
+        _check_side(settings, order.max_side)
+    options = replace(_options(order), model=model)
+    outputs = _outputs(order, options)
+    photos = [photo for photo in outputs.photos if order.overwrite or not outputs.has(photo)]
+    there = len(outputs.photos) - len(photos)
+    if there:
+        total = len(outputs.photos)
+        print(
+            f"fcn-segment: {there} of {total} photos are done already (--overwrite does them anew)",
+            file=sys.stderr,
+        )
+    if not photos:
+        outputs.finish()
+        return 0
+    opened = _embedded(settings, order) if url is None else _remote(url, model, order.jobs)
+    return asyncio.run(_predict_all(opened, photos, outputs, options, there))
+
+
+def _check_side(settings: Settings, max_side: int | None) -> None:
     if max_side is not None and not settings.min_side <= max_side <= settings.max_side:
         raise SettingsError(
             f"--max-side: {max_side} is not in {settings.min_side} to {settings.max_side}"
         )
-    request_view, media_type, suffix = _ANSWERS[view]
-    outputs = plan_outputs(inputs, out, suffix)
-    options = Options(view=request_view, media_type=media_type, max_side=max_side)
-    return asyncio.run(_predict_all(settings, outputs, options))
 
 
-async def _predict_all(settings: Settings, outputs: Mapping[Path, Path], options: Options) -> int:
-    failed = 0
+def _options(order: Order) -> Options:
+    view, media_type, _ = _ANSWERS[order.format]
+    mask = order.mask or ("polygons" if order.format == "coco" else "rle")
+    if order.format == "coco" and mask not in ("polygons", "rle"):
+        raise SettingsError(f"--mask: COCO files carry polygons or rle, not {mask}")
+    try:
+        chosen = None if order.classes is None else class_ids(order.classes.split(","))
+    except InvalidParameter as exc:
+        raise SettingsError(f"--{exc}") from exc
+    return Options(
+        view=view, media_type=media_type, classes=chosen, max_side=order.max_side, mask=mask
+    )
+
+
+def _outputs(order: Order, options: Options) -> Files | CocoFile:
+    if order.format == "coco":
+        return CocoFile.plan(order.inputs, order.out, options.classes, order.overwrite)
+    if order.format == "voc":
+        return Files.voc(order.inputs, order.out)
+    suffix = _ANSWERS[order.format][2]
+    return Files(plan_outputs(order.inputs, order.out, suffix), order.out)
+
+
+@contextlib.asynccontextmanager
+async def _embedded(settings: Settings, order: Order) -> AsyncIterator[tuple[Answer, int]]:
+    """The model in this process, and how many photos it takes at once."""
     async with open_service(settings) as service:
-        # More would only hold decoded photos.
-        slots = asyncio.Semaphore(service.busy_with)
-        with tqdm(total=len(outputs), unit="photo", disable=None) as progress:
 
-            async def one(photo: Path, output: Path) -> None:
+        async def answer(data: bytes, options: Options) -> bytes:
+            return (await service.segmenter.segment(data, options)).content
+
+        # More than keep it busy would only hold decoded photos.
+        yield answer, min(order.jobs or service.busy_with, service.segmenter.max_in_flight)
+
+
+@contextlib.asynccontextmanager
+async def _remote(
+    url: str, model: str | None, jobs: int | None
+) -> AsyncIterator[tuple[Answer, int]]:
+    """A service, which is there and has the model."""
+    try:
+        # Here, because it takes a package that the service itself does without.
+        from service.client import AsyncClient, ClientError, ServiceUnreachable  # noqa: PLC0415
+    except ImportError as exc:
+        raise SettingsError(f"--url: {exc}") from exc
+
+    @contextlib.contextmanager
+    def translated() -> Iterator[None]:
+        try:
+            yield
+        except ServiceUnreachable as exc:
+            raise RemoteLost(f"{exc}; the same command goes on from here") from exc
+        except ClientError as exc:
+            raise RemoteError(str(exc)) from exc
+
+    async def answer(data: bytes, options: Options) -> bytes:
+        with translated():
+            return await client.fetch(data, options.media_type, _query(options))
+
+    with translated():
+        client = AsyncClient(url)
+    async with client:
+        with translated():
+            await _check_model(client, model)
+        yield answer, jobs or REMOTE_JOBS
+
+
+async def _check_model(client: AsyncClient, model: str | None) -> None:
+    names = [one.name for one in (await client.models()).models]
+    if model is not None and model not in names:
+        raise SettingsError(f"--model: no model {model!r} there; there are {', '.join(names)}")
+
+
+def _query(options: Options) -> dict[str, Any]:
+    query: dict[str, Any] = {"view": options.view, "mask": options.mask}
+    if options.classes is not None:
+        query["classes"] = ",".join(voc.CLASSES[index] for index in sorted(options.classes))
+    for name, value in (("max_side", options.max_side), ("model", options.model)):
+        if value is not None:
+            query[name] = value
+    return query
+
+
+async def _predict_all(
+    opened: contextlib.AbstractAsyncContextManager[tuple[Answer, int]],
+    photos: Sequence[Path],
+    outputs: Files | CocoFile,
+    options: Options,
+    there: int,
+) -> int:
+    failed = 0
+    left = iter(photos)
+    async with opened as (answer, jobs):
+        total = there + len(photos)
+        with tqdm(total=total, initial=there, unit="photo", disable=None) as progress:
+
+            async def work() -> None:
                 nonlocal failed
-                async with slots:
+                for photo in left:
                     try:
-                        await _predict_one(service.segmenter, photo, output, options)
+                        data = await asyncio.to_thread(photo.read_bytes)
+                        content = await answer(data, options)
+                        await asyncio.to_thread(outputs.take, photo, content)
+                    except RemoteLost:
+                        raise
                     except (SegmentError, OSError) as exc:
                         failed += 1
                         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
                         progress.write(f"fcn-segment: {photo}: {reason}", file=sys.stderr)
-                progress.update()
+                    progress.update()
 
-            async with asyncio.TaskGroup() as group:
-                for photo, output in outputs.items():
-                    group.create_task(one(photo, output))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(jobs, len(photos))):
+                        group.create_task(work())
+            except* RemoteLost as lost:
+                raise lost.exceptions[0] from None
+    await asyncio.to_thread(outputs.finish)
     return failed
-
-
-async def _predict_one(segmenter: Segmenter, photo: Path, output: Path, options: Options) -> None:
-    data = await asyncio.to_thread(photo.read_bytes)
-    result = await segmenter.segment(data, options)
-    await asyncio.to_thread(_write, output, result.content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file atomically, making its folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fcn-", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            # A temporary file is private to its owner; an output is like any new file.
-            os.fchmod(file.fileno(), 0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-
-
-def _photos(named: Path, out: Path) -> list[tuple[Path, Path]]:
-    """The photos that one argument names, each with its place below the output folder."""
-    if not named.is_dir():
-        return [(named, Path(named.name))]
-    inside = out.resolve()
-    return [
-        (path, path.relative_to(named))
-        for path in sorted(named.rglob("*"))
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not path.resolve().is_relative_to(inside)
-    ]

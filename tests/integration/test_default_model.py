@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from pycocotools import mask as coco  # type: ignore[import-untyped]
 from skimage import data
 
 from service import voc
@@ -81,6 +82,29 @@ def test_the_overlay_is_the_photo_under_colors(server: Server) -> None:
     cat = mask == voc.CLASSES.index("cat")
     expected = (photo[cat] + voc.PALETTE[voc.CLASSES.index("cat")]) / 2
     assert np.abs(overlay[cat] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_polygons_and_run_lengths_are_the_mask(server: Server, name: str) -> None:
+    """As pycocotools reads them: run lengths exactly, polygons to at least 98 % IoU."""
+    mask = mask_of(post(server, name))
+    lengths = post(server, name, accept="application/json").json()
+    outlines = post(server, name, accept="application/json", mask="polygons").json()
+    for one, other in zip(lengths["classes"], outlines["classes"], strict=True):
+        region = mask == one["id"]
+        assert np.array_equal(coco.decode(one["rle"]) == 1, region)
+        filled = coco.decode(coco.merge(coco.frPyObjects(other["polygons"], *mask.shape))) == 1
+        assert (filled & region).sum() / (filled | region).sum() >= 0.98
+
+
+def test_the_cutout_is_the_cat_alone(server: Server) -> None:
+    """The photo's own pixels where the mask says cat, and nothing elsewhere."""
+    cat = mask_of(post(server, "cat")) == voc.CLASSES.index("cat")
+    with Image.open(io.BytesIO(post(server, "cat", view="cutout", classes="cat").content)) as image:
+        cutout = np.asarray(image)
+    with Image.open(io.BytesIO(JPEGS["cat"])) as image:
+        assert np.array_equal(cutout[cat][:, :3], np.asarray(image)[cat])
+    assert np.array_equal(cutout[..., 3] == 255, cat)
 
 
 def test_the_overlay_as_jpeg(server: Server) -> None:

@@ -1,21 +1,33 @@
 """``fcn-segment predict`` on files and folders."""
 
+import contextlib
 import json
 import os
 import pty
+import socket
 import subprocess
+import sys
 import termios
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO  # type: ignore[import-untyped]
+from skimage import data
 
+from service import voc
 from service.cli import main
+from service.client import AsyncClient, Retries, ServiceUnreachable
+from service.outputs import CocoFile
 from tests.artefacts import encode, two_class_photo
-from tests.clients import command_line, environment
+from tests.clients import Server, command_line, environment
 
 PHOTO = encode(two_class_photo())
+JPEG = encode(data.astronaut(), "JPEG")  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(autouse=True)
@@ -62,19 +74,244 @@ def test_one_bad_file_does_not_stop_the_rest(
     assert len(lines) == 4
 
 
-def test_overlay_and_json(tmp_path: Path) -> None:
-    """The other two views; an earlier answer is overwritten."""
+def test_other_formats(tmp_path: Path) -> None:
+    """Overlay, cut-out and JSON; `--view` is another name of `--format`."""
     photo = tmp_path / "a.png"
     photo.write_bytes(PHOTO)
+    for name, mode in (("overlay", "RGB"), ("cutout", "RGBA")):
+        out = tmp_path / name
+        assert main(["predict", str(photo), "--out", str(out), "--format", name]) == 0
+        with Image.open(out / "a.png") as image:
+            assert (image.mode, image.size) == (mode, (96, 64))
+    out = tmp_path / "json"
+    command = ["predict", str(photo), "--out", str(out), "--view", "json"]
+    assert main([*command, "--mask", "polygons", "--classes", "person"]) == 0
+    (found,) = json.loads((out / "a.json").read_text())["classes"]
+    assert found["name"] == "person"
+    assert found["polygons"]
+    assert [path.name for path in out.iterdir()] == ["a.json"]
+
+
+def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless it is to be done again; without anything to do no model is loaded."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(PHOTO)
     out = tmp_path / "out"
     out.mkdir()
-    (out / "a.json").write_text("old")
-    assert main(["predict", str(photo), "--out", str(out), "--view", "overlay"]) == 0
-    assert main(["predict", str(photo), "--out", str(out), "--view", "json"]) == 0
+    (out / "a.png").write_text("mine")
+    command = ["predict", str(tmp_path), "--out", str(out)]
+    assert main(command) == 0
+    assert (out / "a.png").read_text() == "mine"
+    with Image.open(out / "b.png") as image:
+        assert image.mode == "P"
+    again = "photos are done already (--overwrite does them anew)\n"
+    assert capsys.readouterr().err == f"fcn-segment: 1 of 2 {again}"
+    assert main([*command, "--model", str(tmp_path / "nothing")]) == 0
+    assert capsys.readouterr().err == f"fcn-segment: 2 of 2 {again}"
+    assert main([*command, "--overwrite", "--jobs", "8"]) == 0
     with Image.open(out / "a.png") as image:
-        assert (image.mode, image.size) == ("RGB", (96, 64))
-    assert json.loads((out / "a.json").read_text())["classes"][0]["name"] == "person"
-    assert sorted(path.name for path in out.iterdir()) == ["a.json", "a.png"]
+        assert image.mode == "P"
+    assert capsys.readouterr().err == ""
+
+
+def test_vocs_layout(tmp_path: Path) -> None:
+    """Masks in SegmentationClass and the list of their names; photos without an answer are not."""
+    photos = tmp_path / "JPEGImages"
+    (photos / "deep").mkdir(parents=True)
+    (photos / "2007_000001.jpg").write_bytes(PHOTO)
+    (photos / "deep" / "b.png").write_bytes(PHOTO)
+    (photos / "bad.jpg").write_bytes(b"hello")
+    command = ["predict", str(photos), "--out", str(tmp_path), "--format", "voc"]
+    assert main(command) == 1
+    names = (tmp_path / "ImageSets" / "Segmentation" / "pred.txt").read_text().splitlines()
+    assert names == ["2007_000001", "deep/b"]
+    for name in names:
+        with Image.open(tmp_path / "SegmentationClass" / f"{name}.png") as image:
+            assert image.getpalette() == voc.FULL_PALETTE.ravel().tolist()
+            assert np.asarray(image)[30, 80] == 15
+    (photos / "bad.jpg").write_bytes(PHOTO)
+    assert main(command) == 0
+    names = (tmp_path / "ImageSets" / "Segmentation" / "pred.txt").read_text().splitlines()
+    assert names == ["2007_000001", "bad", "deep/b"]
+
+
+def masks_of(out: Path, file_name: str) -> tuple[dict[int, npt.NDArray[np.bool_]], COCO]:
+    """The masks of one photo in a COCO file, by category, as pycocotools has them."""
+    with contextlib.redirect_stdout(None):
+        dataset = COCO(str(out / "annotations.json"))
+    (image,) = (one for one in dataset.dataset["images"] if one["file_name"] == file_name)
+    found = dataset.loadAnns(dataset.getAnnIds(imgIds=[image["id"]]))
+    return {one["category_id"]: dataset.annToMask(one) == 1 for one in found}, dataset
+
+
+@pytest.mark.parametrize(("mask", "least_iou"), [("polygons", 0.98), ("rle", 1.0)])
+def test_a_coco_file(tmp_path: Path, mask: str, least_iou: float) -> None:
+    """One annotation for each class in each photo, which pycocotools reads as the same masks."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "deep").mkdir(parents=True)
+    (photos / "a.jpg").write_bytes(JPEG)
+    (photos / "deep" / "a.jpg").write_bytes(PHOTO)
+    command = ["predict", str(photos), "--out", str(out)]
+    assert main([*command, "--format", "mask"]) == 0
+    assert main([*command, "--format", "coco", "--mask", mask]) == 0
+    for name in ("a.jpg", "deep/a.jpg"):
+        found, dataset = masks_of(out, name)
+        with Image.open((out / name).with_suffix(".png")) as image:
+            expected = np.asarray(image)
+        assert set(found) == set(np.unique(expected).tolist()) - {0}
+        for class_id, filled in found.items():
+            region = expected == class_id
+            assert (filled & region).sum() / (filled | region).sum() >= least_iou
+    assert [one["id"] for one in dataset.dataset["categories"]] == list(range(1, 21))
+    for one in dataset.dataset["annotations"]:
+        assert one["iscrowd"] == (mask == "rle")
+        assert one["area"] > 0
+        assert 0 < one["score"] <= 1
+    assert not (out / "annotations.jsonl.part").exists()
+
+
+def test_a_coco_file_is_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a run that was killed, after one that was whole, and not where it is to be new."""
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        (photos / name).write_bytes(PHOTO)
+    command = ["predict", str(photos), "--out", str(out), "--format", "coco", "--jobs", "1"]
+
+    def killed(_: CocoFile) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CocoFile, "finish", killed)
+        assert main(command) == 130
+    assert [path.name for path in out.iterdir()] == ["annotations.jsonl.part"]
+    lines = (out / "annotations.jsonl.part").read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    # The second photo is still to be done, and the third one's line was cut off.
+    (out / "annotations.jsonl.part").write_text(lines[0] + lines[2][:50])
+    assert main(command) == 0
+    assert "1 of 3 photos are done already" in capsys.readouterr().err
+    whole = json.loads((out / "annotations.json").read_text())
+    assert [one["file_name"] for one in whole["images"]] == ["a.png", "b.png", "c.png"]
+
+    (photos / "a.png").unlink()
+    (photos / "d.png").write_bytes(PHOTO)
+    assert main(command) == 0
+    assert "2 of 3 photos are done already" in capsys.readouterr().err
+    more = json.loads((out / "annotations.json").read_text())
+    assert [one["file_name"] for one in more["images"]] == ["a.png", "b.png", "c.png", "d.png"]
+    assert more["annotations"][: len(whole["annotations"])] == whole["annotations"]
+    ids = [one["id"] for one in more["annotations"]]
+    assert ids == list(range(1, len(ids) + 1))
+
+    assert main([*command, "--overwrite"]) == 0
+    anew = json.loads((out / "annotations.json").read_text())
+    assert [one["file_name"] for one in anew["images"]] == ["b.png", "c.png", "d.png"]
+
+    (out / "annotations.json").write_text("[]")
+    assert main(command) == 2
+    assert "is not a COCO file of an earlier run" in capsys.readouterr().err
+
+
+def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 2 before anything is loaded."""
+    command = ["predict", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    for options, reason in (
+        (["--classes", "unicorn"], "--classes: no class 'unicorn'"),
+        (["--format", "coco", "--mask", "png"], "COCO files carry polygons or rle"),
+    ):
+        assert main([*command, *options]) == 2
+        shown = capsys.readouterr().err
+        assert reason in shown
+        assert shown.count("\n") == 1
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--jobs", "0"])
+    assert caught.value.code == 2
+
+
+def test_by_a_service(
+    tmp_path: Path, protocol_server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same files as by the model in this process, from a model of that name."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(6):
+        (photos / f"{number}.png").write_bytes(PHOTO)
+    (photos / "bad.png").write_bytes(PHOTO[:60])
+    command = ["predict", str(photos), "--out"]
+    remote = ["--url", protocol_server.url, "--jobs", "3"]
+    for name in ("mask", "cutout", "coco"):
+        here, there = tmp_path / f"{name}-here", tmp_path / f"{name}-there"
+        assert main([*command, str(here), "--format", name]) == 1
+        assert main([*command, str(there), "--format", name, *remote, "--model", "second"]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert [line for line in lines if "bad.png" in line] == [
+            f"fcn-segment: {photos / 'bad.png'}: the PNG data is broken, truncated or of an "
+            "unsupported variant"
+        ] * 2
+        written = sorted(path.name for path in here.iterdir())
+        assert written == sorted(path.name for path in there.iterdir())
+        for path in here.iterdir():
+            assert path.read_bytes() == (there / path.name).read_bytes()
+    out = tmp_path / "json"
+    options = ["--format", "json", "--classes", "person", "--max-side", "64"]
+    assert main([*command, str(out), *options, *remote, "--model", "second"]) == 1
+    answer = json.loads((out / "0.json").read_text())
+    assert answer["model"]["name"] == "second"
+    assert [one["name"] for one in answer["classes"]] == ["person"]
+
+
+def test_a_service_that_is_not_there_or_goes_away(
+    tmp_path: Path,
+    protocol_server: Server,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One line, and the rest is not tried; a model that it does not have is wrong usage."""
+    monkeypatch.setattr(Retries.__init__, "__defaults__", (1, 0.0, 0.0))
+    for number in range(5):
+        (tmp_path / f"{number}.png").write_bytes(PHOTO)
+    command = ["predict", str(tmp_path), "--out", str(tmp_path / "out"), "--url"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    assert main([*command, url]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"fcn-segment: {url}: ")
+    assert shown.count("\n") == 1
+    assert main([*command, protocol_server.url, "--model", "third"]) == 2
+    assert "no model 'third' there; there are tiny, second" in capsys.readouterr().err
+    assert main([*command, "nonsense"]) == 1
+    assert "'nonsense' is not a URL" in capsys.readouterr().err
+
+    answered = iter([True, True])
+    fetch = AsyncClient.fetch
+
+    async def fetch_twice(
+        self: AsyncClient, photo: bytes, media_type: str, query: Mapping[str, Any]
+    ) -> bytes:
+        if next(answered, False):
+            return await fetch(self, photo, media_type, query)
+        raise ServiceUnreachable("it broke")
+
+    monkeypatch.setattr(AsyncClient, "fetch", fetch_twice)
+    assert main([*command, protocol_server.url, "--jobs", "1"]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "fcn-segment: it broke; the same command goes on from here"
+    ]
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_without_httpx_a_service_cannot_be_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says what to install."""
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    monkeypatch.delitem(sys.modules, "service.client")
+    command = ["predict", str(tmp_path / "x"), "--out", str(tmp_path), "--url", "http://x"]
+    assert main(command) == 2
+    assert "pip install 'fcn-segment[client]'" in capsys.readouterr().err
 
 
 def test_max_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,8 @@ from service import voc
 from service.encoding import (
     Runs,
     compress_counts,
+    cutout,
+    encode_grey,
     encode_image,
     encode_mask,
     limit_classes,
@@ -41,6 +43,15 @@ def test_mask_png_is_vocs_format() -> None:
         assert image.mode == "P"
         assert np.array_equal(np.asarray(image), mask)
         assert image.getpalette() == voc.FULL_PALETTE.ravel().tolist()
+
+
+def test_mask_png_is_read_as_vocs_ground_truth_is() -> None:
+    """As torchvision and mmsegmentation read it, by Pillow and its mode: ids; as colours: VOC's."""
+    mask = np.array([[0, 8, 15], [20, 255, 1]], dtype=np.uint8)
+    with Image.open(io.BytesIO(encode_mask(mask))) as image:
+        assert np.array_equal(np.array(image), mask)
+        assert np.array_equal(np.array(image.convert("RGB")), voc.FULL_PALETTE[mask])
+        assert "transparency" not in image.info
 
 
 ANY_MASK = arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)))
@@ -132,7 +143,51 @@ def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(whole - exact).max() <= 1.5
 
 
-@pytest.mark.parametrize("image_format", ["PNG", "JPEG"])
+@pytest.mark.parametrize("stripe_bytes", [1, 100, 1 << 18])
+def test_cutout_keeps_the_chosen_classes(
+    stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their pixels, opaque; elsewhere nothing, not even a colour that nobody sees."""
+    monkeypatch.setattr("service.encoding.STRIPE_BYTES", stripe_bytes)
+    rng = np.random.default_rng(0)
+    image = rng.integers(1, 256, (13, 17, 3), dtype=np.uint8)
+    mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
+    cut = cutout(image, mask, {0, 15})
+    kept = np.isin(mask, [0, 15])
+    assert np.array_equal(cut[..., 3], np.where(kept, 255, 0))
+    assert np.array_equal(cut[kept][:, :3], image[kept])
+    assert not cut[~kept].any()
+
+
+def test_png_with_transparency_comes_back_exactly() -> None:
+    """RGBA."""
+    image = np.random.default_rng(0).integers(0, 256, (33, 47, 4), dtype=np.uint8)
+    data = encode_image(image, "PNG")
+    assert data[25] == 6
+    assert np.array_equal(read_png(data), image)
+
+
+@settings(deadline=None, max_examples=30)
+@given(levels=ANY_MASK)
+def test_grey_png_comes_back_exactly(levels: npt.NDArray[np.uint8]) -> None:
+    """8-bit, colour type 0."""
+    data = encode_grey(levels)
+    assert (data[24], data[25]) == (8, 0)
+    assert np.array_equal(read_png(data), levels)
+
+
+def test_webp_keeps_transparency_exactly() -> None:
+    """Colours nearly, who is transparent exactly."""
+    image = np.full((20, 30, 4), (200, 100, 50, 255), dtype=np.uint8)
+    image[:, 17:] = 0
+    with Image.open(io.BytesIO(encode_image(image, "WEBP"))) as decoded:
+        assert (decoded.format, decoded.mode, decoded.size) == ("WEBP", "RGBA", (30, 20))
+        pixels = np.asarray(decoded)
+    assert np.array_equal(pixels[..., 3], image[..., 3])
+    assert np.abs(pixels[:, :17].astype(int) - image[:, :17]).max() <= 12
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
 def test_encode_image(image_format: str) -> None:
     """The file is of the format asked for and of the photo's size."""
     image = np.full((10, 20, 3), 128, dtype=np.uint8)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.predict import plan_outputs
+from service.outputs import plan_outputs
 
 
 def touch(folder: Path, *names: str) -> None:
