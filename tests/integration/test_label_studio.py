@@ -1,0 +1,409 @@
+"""Label Studio's protocol for models, with the bodies that Label Studio sends."""
+
+import base64
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from pydantic import ValidationError
+
+from service import voc
+from service.brush import RowRuns
+from service.settings import Settings
+from tests.artefacts import encode, two_class_photo
+from tests.clients import InProcess, in_process, mask_of
+
+pytestmark = pytest.mark.anyio
+
+PHOTO = encode(two_class_photo())
+BASE = "/label-studio"
+TOKEN = "0123456789abcdef"  # noqa: S105
+CONFIG = """
+<View>
+  <Header value="What is it?"/>
+  <Image name="img" value="$picture"/>
+  <BrushLabels name="tag" toName="img">
+    <Label value="Person" background="#f00"/>
+    <Label value="Potted plant"/>
+    <Label value="Animal" predicted_values="cat,dog"/>
+    <Label value="Unicorn"/>
+  </BrushLabels>
+  <RectangleLabels name="box" toName="img"><Label value="Person"/></RectangleLabels>
+</View>
+"""
+
+
+@dataclass
+class LabelStudio:
+    """A stand-in for Label Studio's media: files by path, and what was asked of it."""
+
+    files: dict[str, bytes]
+    url: str = ""
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+@pytest.fixture
+def label_studio() -> Iterator[LabelStudio]:
+    """Serves a photo at two of Label Studio's media paths, under a prefix."""
+    paths = ["/ls/data/upload/1/photo.png", "/ls/data/local-files/?d=a%20b/photo.png"]
+    studio = LabelStudio(dict.fromkeys(paths, PHOTO))
+    studio.files["/ls/data/upload/1/large.png"] = PHOTO + bytes(100_000)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            studio.asked.append((self.path, self.headers["Authorization"]))
+            content = studio.files.get(self.path)
+            self.send_response(302 if "moved" in self.path else 404 if content is None else 200)
+            if "moved" in self.path:
+                self.send_header("Location", f"{studio.url}/data/upload/1/photo.png")
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        studio.url = f"http://127.0.0.1:{server.server_port}/ls"
+        yield studio
+        server.shutdown()
+
+
+@pytest.fixture
+async def backend(
+    make_settings: Callable[..., Settings], label_studio: LabelStudio
+) -> AsyncIterator[InProcess]:
+    """The app, which knows where Label Studio is."""
+    settings = make_settings(
+        max_bytes=100_000, label_studio_url=label_studio.url, label_studio_token=TOKEN
+    )
+    async with in_process(settings) as running:
+        yield running
+
+
+def data_uri(data: bytes = PHOTO) -> str:
+    """An image in a task itself."""
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def predict_body(*images: object, config: str = CONFIG) -> dict[str, Any]:
+    """As Label Studio's ``MLApi.make_predictions`` writes it."""
+    tasks = [
+        {"id": number, "data": {"picture": image}, "annotations": [], "predictions": []}
+        for number, image in enumerate(images)
+    ]
+    context = {"login": "", "password": "", "context": None}
+    return {"tasks": tasks, "project": "1.17", "label_config": config, "params": context}
+
+
+def decode_rle(rle: list[int]) -> npt.NDArray[np.uint8]:
+    """rle-pack's decoder, as Label Studio's converter spells it: one bit field after the other."""
+    bits = "".join(f"{byte:08b}" for byte in rle)
+    position = 0
+
+    def read(size: int) -> int:
+        nonlocal position
+        position += size
+        return int(bits[position - size : position], 2)
+
+    count, word_bits = read(32), read(5) + 1
+    length_bits = [read(4) + 1 for _ in range(4)]
+    values = np.empty(count, dtype=np.uint8)
+    done = 0
+    while done < count:
+        repeated = read(1)
+        end = done + 1 + read(length_bits[read(2)])
+        if repeated:
+            values[done:end] = read(word_bits)
+        else:
+            values[done:end] = [read(word_bits) for _ in range(end - done)]
+        done = end
+    assert done == count
+    return values
+
+
+def assert_error(response: httpx.Response, status: int) -> str:
+    """An error that says what is wrong, in one member."""
+    assert response.status_code == status, response.text
+    assert list(response.json()) == ["error"]
+    return str(response.json()["error"])
+
+
+# ---- brush regions -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (13, 17), (300, 400)])
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_brush_regions_decode_to_the_mask(shape: tuple[int, int], classes: int) -> None:
+    """Noise: all four channels of each pixel, 255 or 0."""
+    mask = np.random.default_rng(classes).integers(0, classes, shape, dtype=np.uint8)
+    for chosen in ([0], [1], [0, 2]):
+        pixels = decode_rle(list(RowRuns.of(mask).brush(chosen))).reshape(*shape, 4)
+        expected = np.isin(mask, chosen)[..., None] * np.full(4, 255)
+        np.testing.assert_array_equal(pixels, expected)
+
+
+def test_long_runs() -> None:
+    """A length of more than 16 bits is written in parts."""
+    mask = np.zeros((40, 5000), dtype=np.uint8)
+    mask[10:30] = 1
+    mask[39, -1] = 1
+    pixels = decode_rle(list(RowRuns.of(mask).brush([1]))).reshape(40, 5000, 4)
+    np.testing.assert_array_equal(pixels[..., 3], mask * np.uint8(255))
+
+
+def test_brush_regions_are_those_of_label_studios_converter() -> None:
+    """Byte for byte what ``label_studio_converter.brush.mask2rle`` 0.0.59 gave."""
+    mask = np.repeat([0, 1, 0, 1, 0], [3, 2, 40, 70, 5]).astype(np.uint8).reshape(8, 15)
+    expected = bytes.fromhex("000001e0391bfdb009fff4f8070117ffc26000")
+    assert RowRuns.of(mask).brush([1]) == expected
+
+
+# ---- the protocol ------------------------------------------------------------------------------
+
+
+async def test_health_and_setup(backend: InProcess) -> None:
+    """What Label Studio asks when a model is connected; its token is not kept."""
+    assert (await backend.http.get(f"{BASE}/health")).json()["status"] == "UP"
+    body = {
+        "project": "1.17",
+        "schema": CONFIG,
+        "hostname": "http://localhost:8080",
+        "access_token": "x",
+        "extra_params": None,
+    }
+    response = await backend.http.post(f"{BASE}/setup", json=body)
+    assert response.json() == {"model_version": "tiny-1"}
+    # A project that is not configured yet.
+    assert (await backend.http.post(f"{BASE}/setup", json={})).status_code == 200
+
+
+async def test_predict(backend: InProcess) -> None:
+    """A region for each label of the configuration that is there, with its very pixels."""
+    mask = mask_of(await backend.http.post("/segment", content=PHOTO))
+    response = await backend.http.post(f"{BASE}/predict", json=predict_body(data_uri()))
+    assert response.status_code == 200, response.text
+    (prediction,) = response.json()["results"]
+    assert prediction["model_version"] == "tiny-1"
+    regions = prediction["result"]
+    assert [region["value"]["brushlabels"] for region in regions] == [["Person"], ["Animal"]]
+    assert len({region["id"] for region in regions}) == 2
+    for region, name in zip(regions, ("person", "cat"), strict=True):
+        assert (region["type"], region["from_name"], region["to_name"]) == (
+            "brushlabels",
+            "tag",
+            "img",
+        )
+        assert (region["original_width"], region["original_height"]) == (96, 64)
+        assert region["image_rotation"] == 0
+        assert region["value"]["format"] == "rle"
+        pixels = decode_rle(region["value"]["rle"]).reshape(64, 96, 4)
+        expected = (mask == voc.CLASSES.index(name)) * np.uint8(255)
+        np.testing.assert_array_equal(pixels[..., 3], expected)
+        assert 1 / 21 < region["score"] <= 1
+    assert prediction["score"] == pytest.approx(np.mean([one["score"] for one in regions]))
+
+
+async def test_a_label_of_several_classes(backend: InProcess) -> None:
+    """One region of all their pixels, by the label's alias if it has one."""
+    config = CONFIG.replace('"Animal" predicted_values="cat,dog"', '"x" alias="Being" '
+                            'predicted_values="cat, person"')  # fmt: skip
+    mask = mask_of(await backend.http.post("/segment", content=PHOTO))
+    body = predict_body(data_uri(), config=config)
+    regions = (await backend.http.post(f"{BASE}/predict", json=body)).json()["results"][0]["result"]
+    being = next(one for one in regions if one["value"]["brushlabels"] == ["Being"])
+    pixels = decode_rle(being["value"]["rle"]).reshape(64, 96, 4)[..., 0]
+    expected = np.isin(mask, [voc.CLASSES.index("cat"), voc.CLASSES.index("person")])
+    np.testing.assert_array_equal(pixels > 0, expected)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "/data/upload/1/photo.png",
+        "upload/1/photo.png",
+        "/ls/data/upload/1/photo.png",
+        "{url}/data/upload/1/photo.png",
+        "/data/local-files/?d=a%20b/photo.png",
+        "/data/local-files/?d=a b/photo.png",
+    ],
+)
+async def test_images_come_from_label_studio(
+    backend: InProcess, label_studio: LabelStudio, image: str
+) -> None:
+    """By path or whole URL, with the token."""
+    body = predict_body(image.format(url=label_studio.url))
+    response = await backend.http.post(f"{BASE}/predict", json=body)
+    assert len(response.json()["results"][0]["result"]) == 2
+    ((path, authorization),) = label_studio.asked
+    assert path in label_studio.files
+    assert authorization == f"Token {TOKEN}"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "http://169.254.169.254/latest/meta-data/",
+        "http://127.0.0.1:1/ls/data/upload/1/photo.png",
+        "https://127.0.0.1/ls/data/upload/1/photo.png",
+        "//example.org/data/upload/1/photo.png",
+        "http://127.0.0.1@example.org/data/upload/1/photo.png",
+        "http://[/data/upload/1/photo.png",
+        "http://127.0.0.1:99999/data/upload/1/photo.png",
+        "http:///data/upload/1/photo.png",
+        "file:///etc/passwd",
+        "s3://bucket/photo.png",
+        "/api/projects",
+        "/data",
+        "/data/../api/projects",
+        "/data/%2e%2e/api/projects",
+        "/data/..%2Fapi/projects",
+        "/data/..\\api/projects",
+        "",
+        "photo.png",
+    ],
+)
+async def test_nothing_else_is_fetched(
+    backend: InProcess, label_studio: LabelStudio, image: str
+) -> None:
+    """Tasks come from strangers; no request goes out that they could aim."""
+    response = await backend.http.post(f"{BASE}/predict", json=predict_body(image))
+    assert_error(response, 422)
+    assert label_studio.asked == []
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("missing.png", 502, "answers 404"),
+        ("moved.png", 502, "answers 302"),
+        ("large.png", 413, "at most 100000 bytes"),
+        ("x\r\nHost: y.png", 502, "answers 404"),
+    ],
+)
+async def test_images_that_label_studio_does_not_give(
+    backend: InProcess, label_studio: LabelStudio, path: str, status: int, message: str
+) -> None:
+    """A redirect is not followed, and no more is read than an image may have."""
+    body = predict_body(f"/data/upload/1/{path}")
+    response = await backend.http.post(f"{BASE}/predict", json=body)
+    assert message in assert_error(response, status)
+    assert len(label_studio.asked) == 1
+
+
+async def test_label_studio_is_down(make_settings: Callable[..., Settings]) -> None:
+    """502, without where it was looked for."""
+    async with in_process(make_settings(label_studio_url="http://127.0.0.1:1")) as backend:
+        body = predict_body("/data/upload/1/photo.png")
+        error = assert_error(await backend.http.post(f"{BASE}/predict", json=body), 502)
+    assert error == "Label Studio does not send an image"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8080", "ftp://host", "http://", "http://user@host", "http://host?x", "http://h:x"],
+)
+async def test_a_label_studio_that_cannot_be(url: str) -> None:
+    """A wrong address stops the start; the token shows nowhere."""
+    with pytest.raises(ValidationError, match="label_studio_url"):
+        Settings(label_studio_url=url)
+    assert TOKEN not in repr(Settings(label_studio_token=TOKEN))
+
+
+async def test_without_a_label_studio_nothing_is_fetched(client: InProcess) -> None:
+    """Only what tasks bring themselves."""
+    body = predict_body("/data/upload/1/photo.png")
+    assert "FCN_LABEL_STUDIO_URL" in assert_error(
+        await client.http.post(f"{BASE}/predict", json=body), 422
+    )
+    response = await client.http.post(f"{BASE}/predict", json=predict_body(data_uri()))
+    assert len(response.json()["results"][0]["result"]) == 2
+
+
+async def test_one_bad_image_does_not_fail_the_others(client: InProcess) -> None:
+    """Its own prediction is empty: Label Studio wants one for each task, in order."""
+    body = predict_body(data_uri(), data_uri(b"hello"), "http://example.org/x.png", 7, data_uri())
+    response = await client.http.post(f"{BASE}/predict", json=body)
+    assert [len(one["result"]) for one in response.json()["results"]] == [2, 0, 0, 0, 2]
+    assert response.json()["results"][1] == {"model_version": "tiny-1", "score": 0, "result": []}
+    nothing = await client.http.post(f"{BASE}/predict", json=predict_body())
+    assert nothing.json() == {"results": []}
+
+
+@pytest.mark.parametrize(
+    ("image", "status"),
+    [
+        ("data:image/png", 400),
+        ("data:image/png;base64,?", 400),
+        (data_uri(b"hello"), 415),
+        ("data:,hello%21", 415),
+        (data_uri(PHOTO[:100]), 422),
+        (data_uri(bytes(100_001)), 413),
+        (None, 400),
+    ],
+)
+async def test_bad_images(client: InProcess, image: object, status: int) -> None:
+    """The only task's problem is the request's."""
+    response = await client.http.post(f"{BASE}/predict", json=predict_body(image))
+    assert_error(response, status)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "",
+        "<View>",
+        "<View/>",
+        CONFIG.replace("$picture", "picture"),
+        CONFIG.replace('toName="img"', 'toName="other"'),
+        CONFIG.replace("BrushLabels", "PolygonLabels"),
+        '<View><Image name="i" value="$x"/><BrushLabels name="t" toName="i">'
+        '<Label value="Unicorn"/></BrushLabels></View>',
+        '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><View>&b;</View>',
+        '<!doctype x SYSTEM "file:///etc/passwd"><View/>',
+        "<View>" * 40_000,
+        f"<View>{' ' * 300_000}</View>",
+    ],
+)
+async def test_configurations_that_cannot_be_pre_labelled(client: InProcess, config: str) -> None:
+    """422 when the project is connected, and when it is predicted for."""
+    setup = await client.http.post(f"{BASE}/setup", json={"schema": config})
+    assert "label_config" in assert_error(setup, 422)
+    body = predict_body(data_uri(), config=config)
+    assert_error(await client.http.post(f"{BASE}/predict", json=body), 422)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"{}", b'{"tasks": [1], "label_config": ""}', b'{"tasks": null}']
+)
+async def test_malformed_requests(client: InProcess, content: bytes) -> None:
+    """400."""
+    assert_error(await client.http.post(f"{BASE}/predict", content=content), 400)
+
+
+async def test_webhooks_are_ignored(client: InProcess) -> None:
+    """Nothing is trained here; Label Studio wants an answer in JSON."""
+    for body in ({"action": "START_TRAINING", "project": {}}, {"action": "ANNOTATION_CREATED"}):
+        response = await client.http.post(f"{BASE}/webhook", json=body)
+        assert response.json() == {"status": "ignored"}
+
+
+async def test_draining(client: InProcess) -> None:
+    """Neither healthy nor predicting; Retry-After says when to come back."""
+    client.service.begin_draining()
+    assert_error(await client.http.get(f"{BASE}/health"), 503)
+    refused = await client.http.post(f"{BASE}/predict", json=predict_body(data_uri()))
+    assert_error(refused, 503)
+    assert refused.headers["Retry-After"] == "1"
+
+
+async def test_paths_that_are_not_there(client: InProcess) -> None:
+    """Label Studio asks for these in some versions."""
+    for path in ("versions", "train", "validate"):
+        assert_error(await client.http.get(f"{BASE}/{path}"), 404)
