@@ -1,10 +1,12 @@
 # FCN Segment: `make help` lists what there is. Nothing to prepare: on a machine with Python 3.11 or
 # newer and pip, each command sets up what it needs, once.
 #
-# Three environments, because serving must not need torch, nor tests the benchmarks' peers:
-#   .venv-serve  requirements-cpu.txt    what `make serve` runs
-#   .venv        requirements-dev.txt    that, training, tests and checks
-#   .venv-bench  requirements-bench.txt  the benchmarks' peers; ours is measured in .venv-serve
+# Four environments, because serving must not need torch, nor tests the benchmarks' peers, and the
+# two ONNX Runtimes own the same files:
+#   .venv-serve  requirements-cpu.txt      what `make serve` runs
+#   .venv        requirements-dev.txt      that, training, tests and checks
+#   .venv-bench  requirements-bench.txt    the benchmarks' peers; ours is measured in .venv-serve
+#   .venv-gpu    requirements-gpu-dev.txt  what serves on a GPU, its tests and benchmarks
 # They are made anew when their lock file changes, when this folder was moved, or when their
 # interpreter went away. A set-up that was interrupted starts again.
 
@@ -73,6 +75,14 @@ endef
 	$(call install,.venv-bench)
 	@touch $@
 
+.venv-gpu/locked: requirements-gpu-dev.txt $(call if-moved,.venv-gpu)
+	$(call create,.venv-gpu,requirements-gpu-dev.txt)
+	@touch $@
+
+.venv-gpu/ready: .venv-gpu/locked pyproject.toml
+	$(call install,.venv-gpu)
+	@touch $@
+
 # On Linux the public index's torch is the CUDA build: several GB that no test needs, and pip would
 # only notice after the download. So look first whether pip finds the CPU build that is locked.
 define torch-is-there
@@ -91,9 +101,27 @@ endef
 .PHONY: FORCE
 FORCE:
 
+# Commands that the tests run and pip cannot bring, with their Debian package: a C++ compiler, for
+# the GPU's kernel on the CPU; a browser and curl, for the web page; Prometheus's own tool, for the
+# alerts.
+.PHONY: tools
+tools:
+	$(call tool,c++,g++)
+	$(call tool,chromium,chromium)
+	$(call tool,curl,curl)
+	$(call tool,promtool,prometheus)
+
+define tool
+	@command -v $(1) >/dev/null || { echo "Installing $(2)"; \
+		as_root=; [ "$$(id -u)" = 0 ] || as_root="sudo -n"; \
+		$$as_root apt-get update -qq && $$as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+			apt-get install -qq -y --no-install-recommends $(2) >/dev/null \
+		|| { echo "the tests need $(1) (Debian: apt-get install $(2))" >&2; exit 1; }; }
+endef
+
 # ---- commands ------------------------------------------------------------------------------------
 
-.PHONY: help serve test check format bench bench-quick lock docker clean
+.PHONY: help serve cluster rollout test test-gpu check format bench bench-quick bench-gpu lock docker clean
 
 help: ## this list
 	@echo "make COMMAND, where COMMAND is one of:"
@@ -102,14 +130,35 @@ help: ## this list
 serve: .venv-serve/ready ## the service on the CPU with the default model, on PORT (8000)
 	@exec .venv-serve/bin/fcn-segment serve --port "$(PORT)"
 
-test: check ## set-up, checks and all tests; ARGS go to pytest
+# Ray's port for changes takes them from whoever has this token. Left alone, Ray gives its workers a
+# lower priority than anything else on the machine.
+cluster-env = RAY_USAGE_STATS_ENABLED=0 RAY_worker_niceness=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$(CURDIR)/.venv/ray-token"
+config = $(or $(ARGS),docker/cluster.yaml)
+
+.venv/ray-token: .venv/ready
+	@umask 077; "$(PYTHON)" -c 'import secrets; print(secrets.token_hex(32), end="")' > $@
+
+cluster: .venv/ray-token ## on Ray Serve with two CPU devices, on PORT (8000); ARGS=FILE: another Serve config
+	@sed 's/^\(  port: \)8000$$/\1$(PORT)/' $(config) > .venv/cluster.yaml
+	@echo "Starting; then http://127.0.0.1:$(PORT)"
+	@exec env $(cluster-env) .venv/bin/serve run .venv/cluster.yaml
+
+rollout: .venv/ray-token ## apply a changed docker/cluster.yaml, or ARGS=FILE, to what `make cluster` runs
+	@sed 's/^\(  port: \)8000$$/\1$(PORT)/' $(config) > .venv/cluster.yaml
+	@env $(cluster-env) .venv/bin/serve deploy .venv/cluster.yaml
+
+test: check tools ## set-up, checks and all tests; ARGS go to pytest
 	@.venv/bin/pytest $(ARGS)
+
+test-gpu: .venv-gpu/ready ## the tests that need a GPU; ARGS="--data VOCdevkit" scores fp16 too
+	@.venv-gpu/bin/pytest tests/gpu $(ARGS)
 
 check: .venv/ready ## linters, types, import rules
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+	.venv/bin/hadolint Dockerfile
 
 format: .venv/ready ## format the code and fix what ruff can fix
 	.venv/bin/ruff check --fix .
@@ -121,11 +170,15 @@ bench: .venv-bench/ready .venv-serve/ready ## ours against its peers, half an ho
 bench-quick: .venv-bench/ready .venv-serve/ready ## ours alone, under three minutes
 	@.venv-bench/bin/python -m tests.benchmarks --quick $(ARGS)
 
+# PyTorch with CUDA is measured beside ours where TORCH_PYTHON, or PYTHON, has it.
+bench-gpu: .venv-gpu/ready ## the GPU's path against its limits, nine minutes; ARGS="--quick": two
+	@.venv-gpu/bin/python -m tests.benchmarks.gpu --torch-python "$(or $(TORCH_PYTHON),$(PYTHON))" $(ARGS)
+
 docker: ## the CPU image, fcn-segment:cpu
 	$(DOCKER) build --target cpu --tag fcn-segment:cpu .
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-serve .venv-bench .venv-lock build dist *.egg-info .coverage htmlcov \
+	rm -rf .venv .venv-serve .venv-bench .venv-gpu .venv-lock build dist *.egg-info .coverage htmlcov \
 		.hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find service models tests docker -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -146,12 +199,15 @@ made := by 'make lock' from pyproject.toml; do not edit.
 
 # A line keeps its version unless ARGS says --upgrade or --upgrade-package NAME.
 lock: .venv-lock/uv-$(UV) ## resolve requirements-*.txt anew; ARGS go to uv
-	$(compile) --universal --extra cpu --output-file requirements-cpu.txt
+	$(compile) --universal --extra cpu --extra client --output-file requirements-cpu.txt
 	@sed -i "1i # Serving on a CPU. Made $(made)" requirements-cpu.txt
-	$(compile) --universal --extra gpu --constraint requirements-cpu.txt --output-file requirements-gpu.txt
+	$(compile) --universal --extra gpu --extra client --constraint requirements-cpu.txt --output-file requirements-gpu.txt
 	@sed -i "1i # Serving on an NVIDIA GPU. Made $(made)" requirements-gpu.txt
 	$(call lock-with-torch,requirements-dev.txt,dev,Serving on a CPU$(comma) training$(comma) tests and checks,\
 		--universal --constraint requirements-cpu.txt)
+	$(compile) --universal --extra gpu --group gpu --constraint requirements-gpu.txt \
+		--constraint requirements-dev.txt --output-file requirements-gpu-dev.txt
+	@sed -i "1i # Tests and benchmarks on an NVIDIA GPU. Made $(made)" requirements-gpu-dev.txt
 	@sed -nE '/^opentelemetry/!s/^([^ #].*) \\$$/\1/p' requirements-cpu.txt > .venv-lock/shared.txt
 	$(call lock-with-torch,requirements-bench.txt,bench,Benchmarks: the peers and the harness,\
 		--python-platform x86_64-manylinux_2_28 --constraint .venv-lock/shared.txt)

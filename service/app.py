@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
+from pydantic.json_schema import models_json_schema
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
 from service.engines import CPU_QUEUE, GPU_QUEUE, Engines, find_artefacts, open_engine
-from service.routes import catalogue, health, page, problems, segment
+from service.metrics import Metrics, Peers
+from service.routes import (
+    batch,
+    catalogue,
+    health,
+    hugging_face,
+    label_studio,
+    metrics,
+    open_inference,
+    page,
+    problems,
+    segment,
+)
 from service.routes.middleware import RequestContext
 from service.routes.state import LifespanState, Phase, Service
+from service.routes.tensors import InferenceRequest
 from service.schemas import Problem
 from service.segmenter import POOL_THREAD_NAME, Segmenter
 from service.session import InferenceSession, available_cores
 from service.settings import Settings
 
+OpenEngines = Callable[[Settings, Metrics], Awaitable[Engines]]
+"""What gets the engines that a service works with."""
 
-def create_app(settings: Settings, session: InferenceSession | None = None) -> FastAPI:
+# Bodies that endpoints read and write by hand.
+_REFERRED_TO: Final = (
+    Problem,
+    InferenceRequest,
+    open_inference.IndexRequest,
+    hugging_face.SegmentationRequest,
+    hugging_face.SegmentationParameters,
+    label_studio.PredictRequest,
+    label_studio.SetupRequest,
+)
+
+
+def create_app(
+    settings: Settings,
+    session: InferenceSession | None = None,
+    *,
+    open_engines: OpenEngines | None = None,
+    peers: Peers | None = None,
+) -> FastAPI:
     """Build the app; nothing is loaded before its lifespan starts.
 
     A given ``session`` takes the place of ONNX Runtime's; the artefact is checked all the same.
+    ``open_engines`` takes the place of loading models in this process; ``peers`` are the other
+    processes behind the same address, whose metrics are told with this one's.
     The lifespan raises `ArtefactError` or `DeviceUnavailable`, one line each.
     """
+    collected = Metrics()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
-        async with open_service(settings, session) as service:
+        async with AsyncExitStack() as stack:
+            service = await stack.enter_async_context(
+                open_service(settings, session, open_engines=open_engines, collected=collected)
+            )
+            if peers is not None:
+                service.peers = peers
+                families = partial(metrics.families, service)
+                await stack.enter_async_context(peers.answering(families))
             yield {"service": service}
 
     app = FastAPI(
@@ -45,9 +89,10 @@ def create_app(settings: Settings, session: InferenceSession | None = None) -> F
         redoc_url=None,
         generate_unique_id_function=_operation_id,
     )
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, metrics=collected)
     problems.add_handlers(app)
-    for family in (segment, catalogue, health, page):
+    protocols = (open_inference, hugging_face, label_studio)
+    for family in (segment, batch, *protocols, catalogue, health, metrics, page):
         app.include_router(family.router)
     _document_problems(app)
     return app
@@ -55,20 +100,22 @@ def create_app(settings: Settings, session: InferenceSession | None = None) -> F
 
 @asynccontextmanager
 async def open_service(
-    settings: Settings, session: InferenceSession | None = None
+    settings: Settings,
+    session: InferenceSession | None = None,
+    *,
+    open_engines: OpenEngines | None = None,
+    collected: Metrics | None = None,
 ) -> AsyncIterator[Service]:
     """Load, check and warm up everything; yields a ready service, and drains it at the end.
 
     Raises `ArtefactError` or `DeviceUnavailable`, with one line that says what differs.
     """
-    default = await open_engine(settings, settings.model, session)
-    beside = find_artefacts(settings.model.resolve().parent) if settings.models_memory_mb else {}
-    engines = Engines(
-        default,
-        {**beside, default.model.contract.name: settings.model},
-        partial(open_engine, settings),
-        settings.models_memory_mb * 2**20,
-    )
+    collected = collected or Metrics()
+    if open_engines is None:
+        engines = await _load_engines(settings, collected, session)
+    else:
+        engines = await open_engines(settings, collected)
+    default = engines.default
     on_gpu = default.model.gpu is not None
     queue_size = settings.queue_size or (GPU_QUEUE if on_gpu else CPU_QUEUE)
     # Beside a GPU all cores decode, so that it never waits for a photo; on a CPU the network
@@ -81,15 +128,30 @@ async def open_service(
             max_pixels=settings.max_pixels,
             max_in_flight=queue_size,
             deadline_s=settings.deadline_s,
+            metrics=collected,
         )
         busy_with = min(workers + default.batcher.capacity, queue_size)
-        service = Service(settings, engines, segmenter, busy_with)
+        service = Service(settings, engines, segmenter, busy_with, collected)
         service.phase = Phase.READY
         try:
             yield service
         finally:
             service.begin_draining()
             await engines.close()
+
+
+async def _load_engines(
+    settings: Settings, collected: Metrics, session: InferenceSession | None
+) -> Engines:
+    """Load the default model in this process; those beside it wait to be asked for."""
+    default = await open_engine(settings, collected, settings.model, session)
+    beside = find_artefacts(settings.model.resolve().parent) if settings.models_memory_mb else {}
+    return Engines(
+        default,
+        {**beside, default.model.contract.name: settings.model},
+        partial(open_engine, settings, collected),
+        settings.models_memory_mb * 2**20,
+    )
 
 
 def with_state(app: ASGIApp, state: Mapping[str, Any]) -> ASGIApp:
@@ -109,18 +171,24 @@ def _operation_id(route: APIRoute) -> str:
 
 
 def _document_problems(app: FastAPI) -> None:
-    """Put `Problem` into the OpenAPI schema, and FastAPI's own form of 422 out of it."""
+    """Put what is only referred to into the OpenAPI schema, and FastAPI's own 422 out of it."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            schemas = generate()["components"]["schemas"]
+            description = generate()
+            schemas = description["components"]["schemas"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-            template = "#/components/schemas/{model}"
-            problem = Problem.model_json_schema(ref_template=template)
-            schemas.update(problem.pop("$defs"))
-            schemas["Problem"] = problem
+            for path in description["paths"].values():
+                for operation in path.values():
+                    if "HTTPValidationError" in str(operation["responses"].get("422")):
+                        del operation["responses"]["422"]
+            _, referred = models_json_schema(
+                [(model, "validation") for model in _REFERRED_TO],
+                ref_template="#/components/schemas/{model}",
+            )
+            schemas.update(referred["$defs"])
         return generate()
 
     app.openapi = openapi  # type: ignore[method-assign]

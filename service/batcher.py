@@ -66,8 +66,8 @@ class Batcher(Generic[ItemT, ResultT]):
     ``run`` takes the items of one batch, all of one key, and returns as many results in their
     order; so does each of ``shares`` with its part of the device. None for ``run`` leaves all
     batches to the shares. Each is called in a thread of its own, and always in that one.
-    ``max_queue`` bounds the items that wait; ``clock`` gives seconds and never goes back. Belongs
-    to the event loop it is first used in.
+    ``max_queue`` bounds the items that wait; ``clock`` gives seconds and never goes back;
+    ``on_batch`` hears of each batch's size. Belongs to the event loop it is first used in.
 
     A batch that the device has no memory for fails as `Overloaded`, and from then on batches are
     at most half its size.
@@ -82,6 +82,7 @@ class Batcher(Generic[ItemT, ResultT]):
         max_wait_s: float = 0.0,
         max_queue: int = 64,
         clock: Callable[[], float] = time.monotonic,
+        on_batch: Callable[[int], None] = lambda size: None,
     ) -> None:
         self._run = run
         self._shares = shares
@@ -89,6 +90,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self._max_wait_s = max_wait_s
         self._max_queue = max_queue
         self._clock = clock
+        self._on_batch = on_batch
         runs = [*shares] if run is None else [run, *shares]
         self._threads = {
             one: ThreadPoolExecutor(1, thread_name_prefix=f"{THREAD_NAME}-{number}")
@@ -215,6 +217,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self, run: Run[ItemT, ResultT], batch: list[_Entry[ItemT, ResultT]]
     ) -> None:
         started = self._clock()
+        self._on_batch(len(batch))
         items = [entry.item for entry in batch]
         loop = asyncio.get_running_loop()
         try:

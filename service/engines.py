@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import structlog
 
-from service.batcher import Batcher
+from service.batcher import Answer, Batcher
+from service.contract import ModelContract
 from service.cuda import CudaDevice
 from service.errors import ArtefactError, Draining, ModelUnavailable, SegmentError, UnknownModel
 from service.lanes import Lane, Task, Upsampled
 from service.manifest import MANIFEST_NAME, Manifest, load_manifest
+from service.metrics import Metrics
 from service.session import DeviceOptions, InferenceSession, Model, load_model
 from service.settings import Settings
 
@@ -43,6 +45,51 @@ CPU_QUEUE: Final = 64
 """Defaults of the settings that depend on the device."""
 
 
+class ServedModel(Protocol):
+    """What is told of a model, wherever it runs; here that is a `service.session.Model`."""
+
+    @property
+    def contract(self) -> ModelContract:
+        """What it promises."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What its folder says."""
+
+    @property
+    def file_name(self) -> str:
+        """The network file."""
+
+    @property
+    def provider(self) -> str:
+        """What runs it."""
+
+    @property
+    def gpu(self) -> CudaDevice | None:
+        """This process's GPU that it runs on."""
+
+
+class Queue(Protocol):
+    """The way to a device; here that is a `service.batcher.Batcher`, which says all about it."""
+
+    @property
+    def waiting(self) -> int:
+        """Photos that wait in this process."""
+
+    @property
+    def capacity(self) -> int:
+        """Photos that the device works on at once."""
+
+    def retry_after_s(self) -> float:
+        """When it should have moved."""
+
+    async def submit(self, item: Task, key: Hashable) -> Answer[Output]:
+        """Queue a photo and wait for its result."""
+
+    async def close(self) -> None:
+        """Refuse what is new, and answer what was taken."""
+
+
 @dataclass(eq=False)
 class Engine:
     """A model that is ready, and the way to its device.
@@ -51,15 +98,18 @@ class Engine:
     ``last_used`` counts up from one request to the next, over all engines.
     """
 
-    model: Model
-    batcher: Batcher[Task, Output]
+    model: ServedModel
+    batcher: Queue
     memory_bytes: int = 0
     users: int = 0
     last_used: int = 0
 
 
 async def open_engine(
-    settings: Settings, folder: Path, session: InferenceSession | None = None
+    settings: Settings,
+    metrics: Metrics,
+    folder: Path,
+    session: InferenceSession | None = None,
 ) -> Engine:
     """Load, check and warm up an artefact folder.
 
@@ -84,7 +134,10 @@ async def open_engine(
     )
     queue_size = settings.queue_size or (CPU_QUEUE if model.gpu is None else GPU_QUEUE)
     make_batcher = partial(
-        Batcher[Task, Output], max_wait_s=settings.max_wait_ms / 1000, max_queue=queue_size
+        Batcher[Task, Output],
+        max_wait_s=settings.max_wait_ms / 1000,
+        max_queue=queue_size,
+        on_batch=metrics.batch,
     )
     if model.gpu is None:
         await asyncio.to_thread(model.warm_up)
@@ -157,14 +210,19 @@ class Engines:
         default = self.default.model.contract.name
         return (default, *(name for name in self.folders if name != default))
 
-    def loaded(self, name: str) -> Model | None:
+    @property
+    def opened(self) -> tuple[Engine, ...]:
+        """The engines in memory."""
+        return tuple(self._loaded.values())
+
+    def loaded(self, name: str) -> ServedModel | None:
         """The model of that name if it is in memory."""
-        engine = self._loaded.get(name)
+        engine = self._find(name)
         return engine.model if engine is not None else None
 
     def manifest(self, name: str) -> Manifest:
         """The manifest of a model, loaded or not. Raises `UnknownModel`, `ModelUnavailable`."""
-        engine = self._loaded.get(name)
+        engine = self._find(name)
         if engine is not None:
             return engine.model.manifest
         try:
@@ -178,7 +236,7 @@ class Engines:
 
         Raises `UnknownModel`, `ModelUnavailable` or `Draining`.
         """
-        engine = self.default if name is None else self._loaded.get(name)
+        engine = self._find(name)
         if engine is None:
             engine = await self._open(name or "")
         self._uses += 1
@@ -188,6 +246,12 @@ class Engines:
             yield engine
         finally:
             engine.users -= 1
+
+    def _find(self, name: str | None) -> Engine | None:
+        # By its present name: a cluster's devices may take up another model.
+        if name is None or name == self.default.model.contract.name:
+            return self.default
+        return self._loaded.get(name)
 
     async def close(self) -> None:
         """Refuse what is new, answer what was taken, and give up every engine."""

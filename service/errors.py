@@ -10,6 +10,7 @@
     ├── DeviceMemoryExhausted     the device has no memory left for what was asked of it
     ├── SettingsError             a setting is unknown or has an impossible value
     ├── RequestError              what the caller asked for cannot be answered
+    │   ├── MalformedRequest      the request is not of the protocol's form
     │   ├── NoImage               nothing that could be an image was sent
     │   ├── BodyTooLarge          more bytes than the cap
     │   ├── InvalidParameter      a parameter is out of its range
@@ -18,7 +19,10 @@
     ├── ImageError                the bytes that were sent are not a photo this service takes
     │   ├── UnsupportedImageType  not one of the allowed formats
     │   ├── UndecodableImage      an allowed format, but broken or truncated
-    │   └── ImageTooLarge         more pixels than the cap
+    │   ├── ImageTooLarge         more pixels than the cap
+    │   └── ImageUnavailable      it is kept elsewhere, and could not be fetched from there
+    ├── RemoteError               another service, asked in this one's place, has no answer
+    │   └── RemoteLost            it cannot be reached
     ├── ModelUnavailable          a model that is served on demand cannot be loaded
     ├── Overloaded                the queue is full; try again later
     ├── Draining                  the service is going down
@@ -61,6 +65,10 @@ class RequestError(SegmentError):
     """What the caller asked for cannot be answered; asking again will not help."""
 
 
+class MalformedRequest(RequestError):
+    """The request is not of the form that its protocol wants."""
+
+
 class NoImage(RequestError):
     """The request carries nothing that could be an image."""
 
@@ -101,6 +109,18 @@ class ImageTooLarge(ImageError):
     """The image has more pixels than allowed; known from its header, before decoding."""
 
 
+class ImageUnavailable(ImageError):
+    """The image is kept elsewhere, and could not be fetched from there."""
+
+
+class RemoteError(SegmentError):
+    """A running service that was asked in this one's place did not answer as it should."""
+
+
+class RemoteLost(RemoteError):
+    """That service cannot be reached: what else it would be asked would fail the same way."""
+
+
 class ModelUnavailable(SegmentError):
     """A model that is served on demand cannot be loaded; the log says why."""
 
@@ -109,8 +129,12 @@ class Overloaded(SegmentError):
     """The queue is full. Nothing was queued."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
-        super().__init__(message)
+        # With both, so that it survives pickling: in a cluster the queue is in another process.
+        super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class Draining(SegmentError):

@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.contract import one_line
@@ -81,6 +82,12 @@ class Settings(BaseSettings):
         "a GPU)",
     )
     max_bytes: int = Field(20 * 2**20, ge=1024, description="largest image file, bytes")
+    max_images: int = Field(
+        16, ge=1, le=1000, description="most images in one request to /segment/batch"
+    )
+    max_images_bytes: int = Field(
+        64 * 2**20, ge=1024, description="largest images of one such request together, bytes"
+    )
     # Above this Pillow itself refuses to open an image.
     max_pixels: int = Field(
         50_000_000, ge=1024, le=178_956_970, description="largest image, pixels"
@@ -105,6 +112,14 @@ class Settings(BaseSettings):
         10.0, ge=0, description="how long a photo may be passed over for fuller batches, ms"
     )
     deadline_s: float = Field(30.0, gt=0, description="time to answer one request, seconds")
+    label_studio_url: str | None = Field(
+        None,
+        description="where Label Studio is, http://host:port: tasks' images are fetched from there "
+        "and from nowhere else (default: tasks bring them as data: URIs)",
+    )
+    label_studio_token: SecretStr | None = Field(
+        None, description="access token of that Label Studio, for fetching tasks' images"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe log line that is written"
     )
@@ -127,6 +142,17 @@ class Settings(BaseSettings):
             if len(set(map(int, numbers))) < len(numbers):
                 raise ValueError(f"names a GPU twice: {gpus!r}")
         return gpus
+
+    @field_validator("label_studio_url")
+    @classmethod
+    def _plain_origin(cls, url: str | None) -> str | None:
+        if url is not None:
+            parts = urlsplit(url)
+            unwanted = parts.query or parts.fragment or "@" in parts.netloc
+            if parts.scheme not in ("http", "https") or not parts.hostname or unwanted:
+                raise ValueError("should be like http://host:port, without user, query or fragment")
+            _ = parts.port  # raises ValueError for what is no number
+        return url
 
     @property
     def gpu_numbers(self) -> tuple[int, ...]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
@@ -11,21 +13,29 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
-from service.routes.problems import INTERNAL, problem_response
+from service.metrics import OTHER, Metrics
+from service.routes.problems import INTERNAL, LOGGED, problem_response
 
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 
 # nginx's number for "the client went away before the answer"; it only ever shows in the log.
 CLIENT_GONE: Final = 499
 
+# What orchestrators and Prometheus ask every few seconds; nobody wants to read of it.
+PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+
 _log: Any = structlog.get_logger("service.access")
 
 
 class RequestContext:
-    """ASGI middleware: ``X-Request-ID``, one access line, and 500 for what nobody expected."""
+    """ASGI middleware: ``X-Request-ID``, one access line, and 500 for what nobody expected.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Counts each request in ``metrics``. Probes that went well get their line at debug level.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other scopes pass through."""
@@ -56,16 +66,25 @@ class RequestContext:
             except Exception:  # noqa: BLE001
                 _log.exception("unforeseen error", path=scope["path"])
                 if status == CLIENT_GONE:
-                    response = problem_response(
-                        scope, INTERNAL, "The error was logged under this request's id."
-                    )
+                    response = problem_response(scope, INTERNAL, LOGGED)
                     await response(scope, receive, send_counted)
             finally:
-                _log.info(
+                seconds = time.perf_counter() - started
+                self._metrics.request(
+                    # Set by the router, with placeholders in place of what varies.
+                    getattr(scope.get("route"), "path", OTHER),
+                    scope["method"],
+                    status,
+                    seconds,
+                    scope["state"].get("problem"),
+                )
+                probe = scope["path"] in PROBES and status < HTTPStatus.BAD_REQUEST
+                _log.log(
+                    logging.DEBUG if probe else logging.INFO,
                     "request",
                     method=scope["method"],
                     path=scope["path"],
                     status=status,
-                    ms=round((time.perf_counter() - started) * 1000, 1),
+                    ms=round(seconds * 1000, 1),
                     bytes=sent_bytes,
                 )

@@ -13,9 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from service import errors
-from service.schemas import ParameterProblem, Problem
+from service.schemas import ErrorMessage, ParameterProblem, Problem
 
 MEDIA_TYPE: Final = "application/problem+json"
+
+PROTOCOLS: Final = ("/v2", "/hf", "/label-studio")
+"""Paths that speak other services' protocols: there an error is ``{"error": "what is wrong"}``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,12 @@ INTERNAL: Final = Kind(
     HTTPStatus.INTERNAL_SERVER_ERROR, "/problems/internal-error", "Internal error"
 )
 
+LOGGED: Final = "The error was logged under this request's id."
+
 KINDS: Final[dict[type[errors.SegmentError], Kind]] = {
+    errors.MalformedRequest: Kind(
+        HTTPStatus.BAD_REQUEST, "/problems/malformed-request", "Malformed request"
+    ),
     errors.NoImage: Kind(HTTPStatus.BAD_REQUEST, "/problems/no-image", "No image was sent"),
     errors.NotAcceptable: Kind(
         HTTPStatus.NOT_ACCEPTABLE, "/problems/not-acceptable", "No acceptable representation"
@@ -51,6 +59,9 @@ KINDS: Final[dict[type[errors.SegmentError], Kind]] = {
         HTTPStatus.UNPROCESSABLE_ENTITY,
         "/problems/undecodable-image",
         "The image cannot be decoded",
+    ),
+    errors.ImageUnavailable: Kind(
+        HTTPStatus.BAD_GATEWAY, "/problems/image-unavailable", "The image cannot be fetched"
     ),
     errors.InvalidParameter: Kind(
         HTTPStatus.UNPROCESSABLE_ENTITY, "/problems/invalid-parameter", "Invalid parameter"
@@ -80,11 +91,12 @@ _STATUS_KINDS: Final = {
 
 DESCRIPTIONS: Final = {
     400: "Malformed request, or no image in it",
-    404: "No such model",
+    404: "No such model, or not that version of it",
     406: "No acceptable representation; `available` lists what there is",
     413: "Too many bytes or pixels",
     415: "Not an image of an allowed type, judged by its bytes",
     422: "A parameter is out of range, or the image cannot be decoded",
+    502: "An image could not be fetched from where it is kept",
     503: "Overloaded or draining; `Retry-After` says when to try again",
     504: "The deadline passed",
 }
@@ -101,6 +113,13 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def documented_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI ``responses`` of the errors of an endpoint under `PROTOCOLS`."""
+    return {
+        status: {"description": DESCRIPTIONS[status], "model": ErrorMessage} for status in statuses
+    }
+
+
 def problem_response(
     scope: Scope,
     kind: Kind,
@@ -111,6 +130,15 @@ def problem_response(
     parameters: list[ParameterProblem] | None = None,
 ) -> Response:
     """One problem as a response."""
+    scope["state"]["problem"] = kind.type  # for the metrics
+    if any(f"{scope['path']}/".startswith(f"{prefix}/") for prefix in PROTOCOLS):
+        message = ErrorMessage(error=detail)
+        return Response(
+            message.model_dump_json(),
+            status_code=kind.status,
+            media_type="application/json",
+            headers=headers,
+        )
     problem = Problem(
         type=kind.type,
         title=kind.title,
@@ -129,6 +157,19 @@ def problem_response(
     )
 
 
+def embedded_problem(scope: Scope, exc: Exception) -> Problem:
+    """What went wrong with one part of a request, as a part of its answer."""
+    kind = _kind_of(exc)
+    return Problem(
+        type=(kind or INTERNAL).type,
+        title=(kind or INTERNAL).title,
+        status=(kind or INTERNAL).status,
+        detail=LOGGED if kind is None else str(exc),
+        instance=scope["path"],
+        request_id=scope["state"]["request_id"],
+    )
+
+
 def add_handlers(app: FastAPI) -> None:
     """Make ``app`` answer every expected error as a problem.
 
@@ -139,8 +180,12 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _http_exception)
 
 
+def _kind_of(exc: Exception) -> Kind | None:
+    return next((KINDS[cls] for cls in type(exc).__mro__ if cls in KINDS), None)
+
+
 async def _segment_error(request: Request, exc: Exception) -> Response:
-    kind = next((KINDS[cls] for cls in type(exc).__mro__ if cls in KINDS), None)
+    kind = _kind_of(exc)
     if kind is None:  # no caller's doing: logged with its cause, answered without it
         raise exc
     headers = {}

@@ -9,6 +9,8 @@ from typing import Annotated, TypedDict
 from fastapi import Depends, Request
 
 from service.engines import Engines
+from service.errors import Draining
+from service.metrics import Metrics, Peers
 from service.segmenter import Segmenter
 from service.settings import Settings
 
@@ -25,13 +27,16 @@ class Phase(Enum):
 class Service:
     """Every resource of a running service, owned by the lifespan in ``app``.
 
-    ``busy_with`` photos at once leave neither the pool nor the device idle.
+    ``busy_with`` photos at once leave neither the pool nor the device idle; ``peers`` are the other
+    processes behind the same address, if there are any.
     """
 
     settings: Settings
     engines: Engines
     segmenter: Segmenter
     busy_with: int
+    metrics: Metrics
+    peers: Peers | None = None
     phase: Phase = Phase.STARTING
 
     def begin_draining(self) -> None:
@@ -52,3 +57,13 @@ async def get_service(request: Request) -> Service:
 
 
 ServiceDep = Annotated[Service, Depends(get_service)]
+
+
+async def get_ready_service(service: ServiceDep) -> Service:
+    """The service, if it takes photos. Raises `Draining`."""
+    if service.phase is not Phase.READY:
+        raise Draining(f"the service is {service.phase.value}")
+    return service
+
+
+ReadyServiceDep = Annotated[Service, Depends(get_ready_service)]

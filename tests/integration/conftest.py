@@ -1,11 +1,12 @@
-"""The app in this process, for the API tests."""
+"""The app in this process, for the API tests, and a server for other people's clients."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
 from service.settings import Settings
-from tests.clients import InProcess, in_process
+from tests.artefacts import build_artefact
+from tests.clients import InProcess, Server, in_process, serving
 
 
 @pytest.fixture
@@ -13,3 +14,13 @@ async def client(make_settings: Callable[..., Settings]) -> AsyncIterator[InProc
     """The app on the tiny artefact, with small caps."""
     async with in_process(make_settings(max_bytes=100_000, max_pixels=100_000)) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def protocol_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server process with two models, `tiny` the default and `second` beside it."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("tiny", "second"):
+        build_artefact(folder / name, name=name)
+    with serving(folder / "tiny", max_pixels=1_000_000) as server:
+        yield server

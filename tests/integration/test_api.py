@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from service import voc
 from tests.artefacts import encode, paint, two_class_photo
@@ -132,6 +133,68 @@ async def test_an_overlay_as_jpeg(client: InProcess) -> None:
         assert (image.format, image.size) == ("JPEG", (300, 200))
 
 
+async def test_an_overlay_as_webp(client: InProcess) -> None:
+    """By Accept; a view that has no WebP says what it has."""
+    webp = {"Accept": "image/webp"}
+    response = await client.http.post(
+        "/segment", content=JPEG, params={"view": "overlay"}, headers=webp
+    )
+    assert response.headers["Content-Type"] == "image/webp"
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert (image.format, image.mode, image.size) == ("WEBP", "RGB", (300, 200))
+    refused = await client.http.post("/segment", content=JPEG, headers=webp)
+    problem = assert_problem(refused, 406, "not-acceptable")
+    assert problem["available"] == ["image/png", "application/json"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "kept"), [(None, {*range(1, 21)}), ("cat,background", {0, CAT}), ("dog", {12})]
+)
+async def test_a_cutout(client: InProcess, classes: str | None, kept: set[int]) -> None:
+    """The chosen classes' pixels, by default all but background; the rest is transparent."""
+    mask = mask_of(await client.http.post("/segment", content=PHOTO))
+    params = {"view": "cutout"} | ({} if classes is None else {"classes": classes})
+    response = await client.http.post("/segment", content=PHOTO, params=params)
+    assert response.headers["Content-Type"] == "image/png"
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert image.mode == "RGBA"
+        pixels = np.asarray(image)
+    opaque = np.isin(mask, list(kept))
+    assert np.array_equal(pixels[..., 3], np.where(opaque, 255, 0))
+    assert np.array_equal(pixels[opaque][:, :3], two_class_photo()[opaque])
+    assert not pixels[~opaque].any()
+
+
+async def test_a_cutout_as_webp(client: InProcess) -> None:
+    """By Accept, transparent too."""
+    response = await client.http.post(
+        "/segment", content=JPEG, params={"view": "cutout"}, headers={"Accept": "image/webp"}
+    )
+    assert response.headers["Content-Type"] == "image/webp"
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert (image.format, image.mode, image.size) == ("WEBP", "RGBA", (300, 200))
+
+
+async def test_confidence(client: InProcess) -> None:
+    """Greyscale, high inside areas and low between them; JSON's means are of these pixels."""
+    params = {"view": "confidence"}
+    response = await client.http.post("/segment", content=PHOTO, params=params)
+    assert response.headers["Content-Type"] == "image/png"
+    with Image.open(io.BytesIO(response.content)) as image:
+        assert image.mode == "L"
+        confidence = np.asarray(image)
+    assert confidence.shape == (64, 96)
+    assert confidence[40, 8] > 1.5 * confidence[40, 40:52].min()
+    mask = mask_of(await client.http.post("/segment", content=PHOTO))
+    body = (await client.http.post("/segment", content=PHOTO, params=params, headers=JSON)).json()
+    for one in body["classes"]:
+        mean = confidence[mask == one["id"]].mean() / 255
+        assert one["confidence"] == pytest.approx(mean)
+    only = await client.http.post("/segment", content=PHOTO, params={**params, "classes": "cat"})
+    with Image.open(io.BytesIO(only.content)) as image:
+        assert np.array_equal(np.asarray(image), np.where(mask == CAT, confidence, 0))
+
+
 async def test_json_describes_the_mask(client: InProcess) -> None:
     """Size, model, and the classes present, largest first, with everything about them."""
     mask = mask_of(await client.http.post("/segment", content=PHOTO))
@@ -158,6 +221,22 @@ async def test_json_describes_the_mask(client: InProcess) -> None:
         assert one["rle"]["counts"]
 
 
+async def test_json_with_the_mask_as_polygons(client: InProcess) -> None:
+    """COCO's, per class; also of the classes that were asked for alone."""
+    mask = mask_of(await client.http.post("/segment", content=JPEG))
+    for only in ({}, {"classes": "person"}):
+        params = {"mask": "polygons", **only}
+        answer = await client.http.post("/segment", content=JPEG, params=params, headers=JSON)
+        body = answer.json()
+        assert body["mask"] is None
+        assert [one["name"] for one in body["classes"]] == ["person"] or not only
+        for one in body["classes"]:
+            assert "rle" not in one
+            filled = coco.decode(coco.merge(coco.frPyObjects(one["polygons"], 200, 300))) == 1
+            region = mask == one["id"]
+            assert (filled & region).sum() / (filled | region).sum() >= 0.98
+
+
 async def test_json_with_the_mask_as_png(client: InProcess) -> None:
     """Base64 of the very file that the mask view answers."""
     png = await client.http.post("/segment", content=PHOTO)
@@ -165,7 +244,7 @@ async def test_json_with_the_mask_as_png(client: InProcess) -> None:
         await client.http.post("/segment", content=PHOTO, params={"mask": "png"}, headers=JSON)
     ).json()
     assert base64.b64decode(body["mask"]) == png.content
-    assert all("rle" not in one for one in body["classes"])
+    assert all({"rle", "polygons"}.isdisjoint(one) for one in body["classes"])
 
 
 async def test_json_without_a_mask(client: InProcess) -> None:
@@ -246,13 +325,24 @@ async def test_openapi_tells_the_body_and_every_answer(client: InProcess) -> Non
     """Form and raw types in; media types and problems out; every reference resolves."""
     document = (await client.http.get("/openapi.json")).json()
     post = document["paths"]["/segment"]["post"]
-    assert {"multipart/form-data", "image/jpeg", "image/png", "image/webp"} <= set(
-        post["requestBody"]["content"]
-    )
+    assert set(post["requestBody"]["content"]) == {
+        "multipart/form-data",
+        "application/octet-stream",
+    }
     assert set(post["responses"]["200"]["content"]) == {
         "image/png",
         "image/jpeg",
+        "image/webp",
         "application/json",
+    }
+    parameters = {one["name"]: one["schema"] for one in post["parameters"]}
+    assert parameters["view"]["enum"] == ["mask", "overlay", "cutout", "confidence"]
+    assert parameters["mask"]["enum"] == ["rle", "png", "polygons", "none"]
+    batch = document["paths"]["/segment/batch"]["post"]
+    assert batch["parameters"] == post["parameters"]
+    assert batch["responses"]["200"]["content"] == {
+        "application/x-ndjson": {"schema": {"$ref": "#/components/schemas/BatchItem"}},
+        "application/zip": {"schema": {"type": "string", "format": "binary"}},
     }
     for status in ("400", "406", "413", "415", "422", "503", "504"):
         assert list(post["responses"][status]["content"]) == ["application/problem+json"]

@@ -163,7 +163,13 @@ async def test_a_parameter_out_of_range(
     [
         ("mask", "text/html", ["image/png", "application/json"]),
         ("mask", "image/jpeg", ["image/png", "application/json"]),
-        ("overlay", "image/webp", ["image/png", "image/jpeg", "application/json"]),
+        (
+            "overlay",
+            "image/avif",
+            ["image/png", "image/jpeg", "image/webp", "application/json"],
+        ),
+        ("cutout", "image/jpeg", ["image/png", "image/webp", "application/json"]),
+        ("confidence", "image/webp", ["image/png", "application/json"]),
     ],
 )
 async def test_no_acceptable_representation(

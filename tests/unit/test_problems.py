@@ -16,6 +16,8 @@ NOT_FOR_CALLERS = {
     errors.SettingsError,
     errors.RequestError,
     errors.ImageError,
+    errors.RemoteError,
+    errors.RemoteLost,
     errors.InferenceFailed,
 }
 

@@ -12,10 +12,11 @@ from PIL import Image
 
 from service import engines, voc
 from service import segmenter as module
+from service.answers import MEDIA_TYPES, Options
 from service.app import open_service
 from service.batcher import THREAD_NAME
-from service.errors import DeadlineExceeded, InferenceFailed, Overloaded
-from service.segmenter import POOL_THREAD_NAME, Options
+from service.errors import DeadlineExceeded, InferenceFailed, NotAcceptable, Overloaded
+from service.segmenter import POOL_THREAD_NAME
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.fakes import FakeSession
@@ -50,7 +51,7 @@ async def test_stages_run_off_the_event_loop(
 
         monkeypatch.setattr(place, name, spied)
 
-    stages = ["decode", "preprocess", "upsample", "encode_mask", "overlay", "encode_image"]
+    stages = ["decode", "preprocess", "upsample", "encode_answer"]
     for name in stages:
         spy(module, name)
     spy(engines, "run_batch")
@@ -78,6 +79,40 @@ async def test_past_the_limit_photos_are_refused_before_decoding(
         monkeypatch.undo()
         session.gate.set()
         assert len(await asyncio.gather(*held)) == 2
+
+
+async def test_places_can_be_held_for_several_photos(
+    make_settings: Callable[..., Settings], session: FakeSession
+) -> None:
+    """As many as are free, and at least one; photos in held places need no other."""
+    async with open_service(make_settings(queue_size=3), session) as service:
+        segmenter = service.segmenter
+        with segmenter.hold(2) as two, segmenter.hold(2) as one:
+            assert (two, one, segmenter.in_flight) == (2, 1, 3)
+            with pytest.raises(Overloaded):
+                await segmenter.segment(PHOTO, Options())
+            with pytest.raises(Overloaded), segmenter.hold():
+                pytest.fail("there was a place")
+            assert (await segmenter.segment_held(PHOTO, Options())).media_type == "image/png"
+        assert segmenter.in_flight == 0
+
+
+async def test_a_photo_that_the_format_cannot_hold(
+    make_settings: Callable[..., Settings], session: FakeSession
+) -> None:
+    """WebP ends at 16,383 pixels, JPEG at 65,500: refused, with what there is."""
+    async with open_service(make_settings(), session) as service:
+        for width, unable in ((16_384, ["image/webp"]), (65_501, ["image/webp", "image/jpeg"])):
+            photo = encode(np.zeros((1, width, 3), dtype=np.uint8))
+            for media_type in MEDIA_TYPES["overlay"]:
+                options = Options(view="overlay", media_type=media_type)
+                if media_type not in unable:
+                    await service.segmenter.segment(photo, options)
+                    continue
+                with pytest.raises(NotAcceptable, match=f"this photo has {width}") as caught:
+                    await service.segmenter.segment(photo, options)
+                assert not set(caught.value.available) & set(unable)
+                assert "image/png" in caught.value.available
 
 
 async def test_the_deadline_ends_the_wait(

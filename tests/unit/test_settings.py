@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.settings import DEFAULT_MODEL, Settings, load_settings
+from service.settings import DEFAULT_MODEL, Settings, env_name, load_settings
 
 
 def test_defaults() -> None:
@@ -29,7 +29,14 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("FCN_PORT", "http", "FCN_PORT: .*got 'http'"),
         ("FCN_PORT", "70000", "FCN_PORT: .*65535.*got '70000'"),
-        ("FCN_DEVICE", "tpu", "FCN_DEVICE: .*'auto', 'cpu' or 'cuda'.*got 'tpu'"),
+        ("FCN_DEVICE", "tpu", "^FCN_DEVICE: should be auto, cpu, cuda or cuda:N, got 'tpu'$"),
+        ("FCN_DEVICE", "cuda:", "FCN_DEVICE: .*got 'cuda:'"),
+        ("FCN_DEVICE", "cuda:-1", "FCN_DEVICE: .*got 'cuda:-1'"),
+        ("FCN_GPUS", "0,x", "^FCN_GPUS: should be numbers such as 0,1, got '0,x'$"),
+        ("FCN_GPUS", "", "FCN_GPUS: .*got ''"),
+        ("FCN_GPUS", "-1", "FCN_GPUS: .*got '-1'"),
+        ("FCN_GPUS", "1,01", "^FCN_GPUS: names a GPU twice: '1,01'$"),
+        ("FCN_PROCESSES", "0", "FCN_PROCESSES: .*greater than or equal to 1"),
         ("FCN_DEADLINE_S", "0", "FCN_DEADLINE_S: .*greater than 0"),
         ("FCN_MAX_BYTE", "1", "unknown setting FCN_MAX_BYTE; did you mean FCN_MAX_BYTES?"),
         ("FCN_MIN_SIDE", "3000", r"FCN_MIN_SIDE \(3000\) is above FCN_MAX_SIDE \(2048\)"),
@@ -45,7 +52,33 @@ def test_a_wrong_variable_is_named_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices(device: str) -> None:
+    """A GPU may be named by its number."""
+    assert load_settings({"device": device}).device == device
+
+
+def test_gpus() -> None:
+    """In the order they are named; none unless they are."""
+    assert load_settings().gpu_numbers == ()
+    assert load_settings({"gpus": "0"}).gpu_numbers == (0,)
+    assert load_settings({"gpus": "3,0,12", "device": "cuda"}).gpu_numbers == (3, 0, 12)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_gpus_beside_one_device(device: str) -> None:
+    """Either says where to serve; both would contradict each other."""
+    with pytest.raises(SettingsError, match=rf"FCN_GPUS \(0,1\) .* FCN_DEVICE \({device}\)"):
+        load_settings({"gpus": "0,1", "device": device})
+
+
 def test_a_wrong_flag_is_named_as_a_flag() -> None:
     """The line says --max-bytes, not FCN_MAX_BYTES."""
     with pytest.raises(SettingsError, match=r"^--max-bytes: "):
         load_settings({"max_bytes": "many"})
+
+
+def test_every_setting_is_documented() -> None:
+    """With its variable's name, in the service's README."""
+    page = (Path(__file__).parents[2] / "service" / "README.md").read_text(encoding="utf-8")
+    assert [name for name in Settings.model_fields if f"| `{env_name(name)}` |" not in page] == []

@@ -1,0 +1,243 @@
+"""What the service counts and measures, for Prometheus.
+
+A `Metrics` owns its registry: nothing here is global, so several apps can live in one process.
+While a request is handled, numbers are only added up; whatever can be looked at instead (queues,
+loaded models, a GPU's memory) is looked at when somebody asks.
+
+Several processes behind one port have a registry each, and a scrape reaches any one of them. That
+one gathers the others' families and tells them apart by a label (`Peers`). prometheus_client's own
+way, files that all processes map into memory, was not taken: it has no process metrics, its gauges
+are only as fresh as their last change, a dead process's numbers stay, and each observation costs
+twice as much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+Families = list[Metric]
+"""Metric families with their samples, as registries collect them."""
+
+OTHER: Final = "other"
+"""The label of what nobody listed: a path that is no route, a method of the caller's invention."""
+
+METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+STAGES: Final = ("decode", "preprocess", "queue", "infer", "upsample", "encode")
+
+# From what a stage of a small photo takes to the default deadline.
+SECONDS: Final = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+_BATCH_SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+_PIXELS: Final = (1e4, 1e5, 2.5e5, 5e5, 1e6, 2e6, 4e6, 8e6, 1.2e7, 2.4e7, 5e7)
+_BYTES: Final = (1e4, 5e4, 1e5, 2.5e5, 5e5, 1e6, 2.5e6, 5e6, 1e7, 2e7)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What is told of a loaded model.
+
+    ``memory``: used and total bytes of its GPU, whose number is ``gpu``; both None on a CPU.
+    """
+
+    name: str
+    version: str
+    precision: str
+    provider: str
+    waiting: int
+    gpu: int | None = None
+    memory: tuple[int, int] | None = None
+
+
+class Metrics:
+    """Every metric of one app, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        registry = self.registry
+        self._requests = Counter(
+            "fcn_requests", "Requests answered.", ["route", "method", "status"], registry=registry
+        )
+        self._refusals = Counter(
+            "fcn_refusals", "Problems answered, by their type.", ["reason"], registry=registry
+        )
+        self._request_seconds = Histogram(
+            "fcn_request_seconds",
+            "Time from a request's head to the end of its answer.",
+            ["route"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        stage_seconds = Histogram(
+            "fcn_stage_seconds",
+            "Time of one stage of one photo.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._stages = {stage: stage_seconds.labels(stage) for stage in STAGES}
+        self._photo_pixels = Histogram(
+            "fcn_photo_pixels", "Pixels of a photo.", buckets=_PIXELS, registry=registry
+        )
+        self._photo_bytes = Histogram(
+            "fcn_photo_bytes", "Bytes of a photo's file.", buckets=_BYTES, registry=registry
+        )
+        self._batch_size = Histogram(
+            "fcn_batch_size",
+            "Photos in one run of the network.",
+            buckets=_BATCH_SIZES,
+            registry=registry,
+        )
+        self._ready = Gauge("fcn_ready", "1 if requests are taken, else 0.", registry=registry)
+        self._in_flight = Gauge("fcn_in_flight", "Photos that are worked on.", registry=registry)
+        self._in_flight_limit = Gauge(
+            "fcn_in_flight_limit",
+            "Photos in flight from which on more are refused.",
+            registry=registry,
+        )
+        self._queue_depth = Gauge(
+            "fcn_queue_depth", "Photos that wait for the device.", ["model"], registry=registry
+        )
+        self._model_info = Gauge(
+            "fcn_model_info",
+            "1 for every model that is loaded.",
+            ["model", "version", "precision", "provider"],
+            registry=registry,
+        )
+        self._gpu_used = Gauge(
+            "fcn_gpu_memory_used_bytes",
+            "Memory of a GPU in use by all.",
+            ["gpu"],
+            registry=registry,
+        )
+        self._gpu_total = Gauge(
+            "fcn_gpu_memory_total_bytes", "Memory that a GPU has.", ["gpu"], registry=registry
+        )
+        # `labels` costs more than adding up; what is in here is bounded by the routes.
+        self._by_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+
+    def request(
+        self, route: str, method: str, status: int, seconds: float, problem: str | None
+    ) -> None:
+        """Count a request. ``route``: its template, never its path; ``problem``: its type."""
+        key = (route, method, status)
+        found = self._by_request.get(key)
+        if found is None:
+            known = method if method in METHODS else OTHER
+            found = (
+                self._requests.labels(route, known, status),
+                self._request_seconds.labels(route),
+            )
+            if known == method:
+                self._by_request[key] = found
+        found[0].inc()
+        found[1].observe(seconds)
+        if problem is not None:
+            _, _, reason = problem.rpartition("/problems/")
+            self._refusals.labels(OTHER if ":" in reason else reason).inc()
+
+    def file(self, size_bytes: int) -> None:
+        """Count the file of a photo that was answered."""
+        self._photo_bytes.observe(size_bytes)
+
+    def photo(self, pixels: int, timing_ms: Mapping[str, float]) -> None:
+        """Count a photo that was answered, and the milliseconds of its stages."""
+        self._photo_pixels.observe(pixels)
+        for stage, value in timing_ms.items():
+            self._stages[stage].observe(value / 1000)
+
+    def batch(self, size: int) -> None:
+        """Count a run of the network."""
+        self._batch_size.observe(size)
+
+    def look_at_service(self, *, ready: bool, in_flight: int, limit: int) -> None:
+        """Take down how a service is."""
+        self._ready.set(ready)
+        self._in_flight.set(in_flight)
+        self._in_flight_limit.set(limit)
+
+    def look_at_engines(self, engines: Iterable[EngineFacts]) -> None:
+        """Take down which models are loaded, and how their devices are."""
+        for gauge in (self._queue_depth, self._model_info, self._gpu_used, self._gpu_total):
+            gauge.clear()
+        for one in engines:
+            self._queue_depth.labels(one.name).set(one.waiting)
+            self._model_info.labels(one.name, one.version, one.precision, one.provider).set(1)
+            if one.gpu is not None and one.memory is not None:
+                used, total = one.memory
+                self._gpu_used.labels(one.gpu).set(used)
+                self._gpu_total.labels(one.gpu).set(total)
+
+    def families(self) -> Families:
+        """All of it, as it is now; without the times at which series began."""
+        families = list(self.registry.collect())
+        for family in families:
+            family.samples = [
+                sample for sample in family.samples if not sample.name.endswith("_created")
+            ]
+        return families
+
+
+class Peers(Protocol):
+    """The processes behind one address, this one among them.
+
+    ``label`` names what tells them apart.
+    """
+
+    @property
+    def label(self) -> str:
+        """Such as ``worker``."""
+
+    def answering(
+        self, families: Callable[[], Awaitable[Families]]
+    ) -> AbstractAsyncContextManager[None]:
+        """Tell the others this process's ``families`` whenever they ask."""
+
+    async def gather(self) -> Mapping[str, Families | None]:
+        """The families of each, by its name; None of one that does not answer."""
+
+
+def merge(label: str, groups: Mapping[str, Families | None]) -> Families:
+    """Families of several processes as those of one, each sample with its process's label.
+
+    Before them comes ``fcn_<label>_up``: 1 for a process that told its metrics, else 0.
+    """
+    up = Metric(f"fcn_{label}_up", "1 if it told its metrics, else 0.", "gauge")
+    merged = {up.name: up}
+    for name, families in groups.items():
+        up.add_sample(up.name, {label: name}, families is not None)
+        for family in families or ():
+            empty = Metric(family.name, family.documentation, family.type)
+            into = merged.setdefault(family.name, empty)
+            for sample in family.samples:
+                into.add_sample(sample.name, {label: name, **sample.labels}, sample.value)
+    return list(merged.values())
+
+
+def encode(families: Families, accept: str) -> tuple[bytes, str]:
+    """The text that Prometheus reads, and its media type.
+
+    OpenMetrics where ``accept`` asks for it, else Prometheus's own older format.
+    """
+    encoder, media_type = choose_encoder(accept)
+    return encoder(_Collected(families)), media_type
+
+
+@dataclass(frozen=True, slots=True)
+class _Collected(Collector):
+    families: Families
+
+    def collect(self) -> Families:
+        return self.families

@@ -1,0 +1,145 @@
+"""What an ingress makes of its devices' answers; real ones are in ``tests/integration``."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from service.batcher import Answer
+from service.engines import Output
+from service.errors import InferenceFailed, ModelUnavailable, Overloaded, SegmentError
+from service.lanes import Task
+from service.manifest import load_manifest
+from service.preprocessing import Geometry
+from tests.artefacts import build_artefact, make_contract
+
+with warnings.catch_warnings():
+    # Ray's own, of how it uses pydantic.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import ray.exceptions as ray_exceptions
+    import ray.serve.exceptions as serve_exceptions
+
+    from service.cluster import ATTEMPTS, RemoteModel, RemoteQueue, Reply
+
+TASK = Task(np.zeros((64, 96, 3), dtype=np.uint8), Geometry((64, 96), (64, 96), (64, 96)), False)
+ANSWER: Answer[Output] = Answer(np.zeros((21, 4, 6), dtype=np.float32), 0.0, 0.1)
+
+Outcome = Reply | Exception
+
+
+@dataclass
+class FakeHandle:
+    """A deployment handle that answers with one outcome after the other, the last one again."""
+
+    outcomes: list[Outcome]
+    expected: list[str] = field(default_factory=list)
+
+    @property
+    def infer(self) -> FakeHandle:
+        """The method."""
+        return self
+
+    def remote(self, task: Task, expected: str) -> Awaitable[Reply]:
+        """The answer, as Ray gives it: to be awaited."""
+        self.expected.append(expected)
+        number = min(len(self.expected), len(self.outcomes)) - 1
+        outcome = self.outcomes[number]
+
+        async def answer() -> Reply:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        return answer()
+
+
+@pytest.fixture
+def describe(tmp_path: Path) -> Callable[[str], RemoteModel]:
+    """A model of a name, as a device tells of it."""
+
+    def make(name: str) -> RemoteModel:
+        folder = build_artefact(tmp_path / name, name=name)
+        contract = make_contract(name=name)
+        manifest = load_manifest(folder)
+        return RemoteModel(contract, manifest, "network.onnx", "CPUExecutionProvider", 1)
+
+    return make
+
+
+def queue(model: RemoteModel, *outcomes: Outcome) -> tuple[RemoteQueue, FakeHandle]:
+    """The queue before devices that answer so."""
+    handle = FakeHandle([*outcomes])
+    return RemoteQueue(handle, model), handle
+
+
+@pytest.mark.anyio
+async def test_a_lost_device_is_not_the_callers_concern(
+    describe: Callable[[str], RemoteModel],
+) -> None:
+    """Another one is asked."""
+    lost = ray_exceptions.ActorDiedError()
+    asked, handle = queue(describe("tiny"), lost, Reply(ANSWER, None))
+    assert await asked.submit(TASK, "key") is ANSWER
+    assert len(handle.expected) == 2
+
+
+@pytest.mark.anyio
+async def test_a_photo_cannot_kill_them_all(describe: Callable[[str], RemoteModel]) -> None:
+    """After a few devices it is the photo that is refused."""
+    asked, handle = queue(describe("tiny"), ray_exceptions.ActorDiedError())
+    with pytest.raises(InferenceFailed):
+        await asked.submit(TASK, "key")
+    assert len(handle.expected) == ATTEMPTS
+
+
+@pytest.mark.anyio
+async def test_who_answered_is_known(describe: Callable[[str], RemoteModel]) -> None:
+    """A device with another model says which, once; the engine's model is the answer's."""
+    old, new = describe("old"), describe("new")
+    asked, handle = queue(old, Reply(ANSWER, None), Reply(ANSWER, new), Reply(ANSWER, None))
+    names = []
+    for _ in range(3):
+        await asked.submit(TASK, "key")
+        names.append(asked.engine.model.contract.name)
+    assert names == ["old", "new", "new"]
+    assert handle.expected == [old.sha256, old.sha256, new.sha256]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("outcome", "raised"),
+    [
+        (Reply(Overloaded("full", 7), None), Overloaded),
+        (Reply(InferenceFailed("the batch failed"), None), InferenceFailed),
+        (serve_exceptions.BackPressureError(1, 1), Overloaded),
+        (
+            serve_exceptions.DeploymentUnavailableError(
+                serve_exceptions.DeploymentID(name="Device")
+            ),
+            ModelUnavailable,
+        ),
+        (ray_exceptions.RayTaskError("infer", "", ValueError("x")), InferenceFailed),
+    ],
+)
+async def test_errors_are_the_services_own(
+    outcome: Any,  # noqa: ANN401
+    raised: type[SegmentError],
+    describe: Callable[[str], RemoteModel],
+) -> None:
+    """Whatever Ray raises, callers hear what they would hear from a batcher."""
+    asked, _ = queue(describe("tiny"), outcome)
+    with pytest.raises(raised):
+        await asked.submit(TASK, "key")
+
+
+def test_refusals_survive_the_way() -> None:
+    """With the seconds after which to try again."""
+    came: Overloaded = pickle.loads(pickle.dumps(Overloaded("full", 7.0)))  # noqa: S301
+    assert (str(came), came.retry_after_s) == ("full", 7.0)
