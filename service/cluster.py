@@ -324,11 +324,11 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     return ingress.bind(settings, device.bind(settings))
 
 
-async def _open_engines(device: DeploymentHandle, settings: Settings, _: Metrics) -> Engines:
+async def _open_engines(device: DeploymentHandle, settings: Settings, metrics: Metrics) -> Engines:
     """The engine of an ingress; waits for the first device."""
     model: RemoteModel = await device.describe.remote()
     engine = RemoteQueue(device, model).engine
-    return Engines(engine, {}, partial(open_engine, settings), 0)
+    return Engines(engine, {}, partial(open_engine, settings, metrics), 0)
 
 
 def _replica() -> str:
