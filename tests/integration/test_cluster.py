@@ -134,7 +134,8 @@ def cluster() -> Iterator[Cluster]:
         "NO_COLOR": "1",
     }
     process = subprocess.Popen(
-        [SERVE, "run", file],
+        # A shell that runs this in the background ignores interrupts, and so would its children.
+        ["env", "--default-signal=INT", SERVE, "run", file],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
