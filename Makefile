@@ -171,7 +171,7 @@ bench-quick: .venv-bench/ready .venv-serve/ready ## ours alone, under three minu
 	@.venv-bench/bin/python -m tests.benchmarks --quick $(ARGS)
 
 # PyTorch with CUDA is measured beside ours where TORCH_PYTHON, or PYTHON, has it.
-bench-gpu: .venv-gpu/ready ## the GPU's path against its limits, nine minutes; ARGS="--quick": two
+bench-gpu: .venv-gpu/ready ## the GPU's path against its limits, nine minutes by estimate; ARGS="--quick": two
 	@.venv-gpu/bin/python -m tests.benchmarks.gpu --torch-python "$(or $(TORCH_PYTHON),$(PYTHON))" $(ARGS)
 
 docker: ## the CPU image, fcn-segment:cpu

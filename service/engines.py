@@ -8,8 +8,9 @@ memory than they may.
 from __future__ import annotations
 
 import asyncio
+import mmap
 import threading
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -194,7 +195,7 @@ class Engines:
 
     default: Engine
     folders: Mapping[str, Path]
-    load: Callable[[Path], Any]
+    load: Callable[[Path], Awaitable[Engine]]
     budget_bytes: int
     _loaded: dict[str, Engine] = field(default_factory=dict, init=False)
     _loading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
@@ -268,7 +269,7 @@ class Engines:
             if name not in self._loaded:
                 before = self._memory()
                 try:
-                    engine: Engine = await self.load(folder)
+                    engine = await self.load(folder)
                 except SegmentError as exc:
                     _log.warning("model unavailable", model=name, reason=str(exc))
                     raise ModelUnavailable(f"model {name} cannot be loaded") from exc
@@ -311,7 +312,7 @@ class Engines:
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
         except OSError:  # only Linux has it; elsewhere nothing is ever closed
             return 0
-        return pages * 4096
+        return pages * mmap.PAGESIZE
 
 
 def _open_lanes(model: Model, gpu: CudaDevice, settings: Settings, max_batch: int) -> list[Lane]:

@@ -33,7 +33,7 @@ def cuda(
         # The upsampling follows on the same stream without anybody waiting in between.
         "user_compute_stream": str(compute_handle),
         "enable_cuda_graph": _flag(graphs),
-        # Trying every algorithm takes seconds for each new shape; asking cuDNN takes none.
+        # The other way tries every algorithm at each new shape, while somebody waits.
         "cudnn_conv_algo_search": "HEURISTIC",
         "cudnn_conv_use_max_workspace": "1",
         # Tensor cores read channels last.
@@ -59,7 +59,7 @@ def tensorrt(
 ) -> Provider:
     """The TensorRT provider, with one profile around the listed ``shapes``.
 
-    ``cache``: folder for its engines, which take minutes to build; None builds them at each start.
+    ``cache``: folder for its engines, None builds them at each start.
     """
     options = {
         "device_id": str(ordinal),
