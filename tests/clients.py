@@ -9,10 +9,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -24,6 +26,8 @@ from service.app import create_app, with_state
 from service.routes.state import Service
 from service.session import InferenceSession
 from service.settings import Settings
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -151,3 +155,23 @@ def assert_problem(response: httpx.Response, status: int, slug: str) -> dict[str
     assert problem["instance"] == response.request.url.path
     assert problem["request_id"] == response.headers["X-Request-ID"]
     return problem
+
+
+@contextlib.contextmanager
+def under_load(clients: int, ask: Callable[[], T]) -> Iterator[list[T]]:
+    """``ask`` again and again, in so many threads at once; yields what it returned so far."""
+    outcomes: list[T] = []
+    enough = threading.Event()
+
+    def go_on() -> None:
+        while not enough.is_set():
+            outcomes.append(ask())
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(go_on) for _ in range(clients)]
+        try:
+            yield outcomes
+        finally:
+            enough.set()
+    for future in asking:
+        future.result()

@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from skimage import data
 
 from service.settings import DEFAULT_MODEL
 from tests.artefacts import build_artefact, encode
+from tests.clients import under_load
 
 ROOT = Path(__file__).parents[2]
 SERVE = Path(sys.executable).parent / "serve"
@@ -172,28 +172,17 @@ def answers(url: str) -> bool:
 @contextlib.contextmanager
 def load(url: str) -> Iterator[list[tuple[int, str]]]:
     """Photos, as fast as they are answered; yields each status and who answered, or why not."""
-    outcomes: list[tuple[int, str]] = []
-    enough = threading.Event()
+    with httpx.Client(timeout=PATIENCE_S) as client:
 
-    def ask() -> None:
-        with httpx.Client(timeout=PATIENCE_S) as client:
-            while not enough.is_set():
-                try:
-                    answer = client.post(f"{url}/segment", content=JPEG)
-                    outcomes.append(
-                        (answer.status_code, answer.headers.get("X-Model", answer.text))
-                    )
-                except httpx.TransportError as exc:
-                    outcomes.append((0, repr(exc)))
+        def ask() -> tuple[int, str]:
+            try:
+                answer = client.post(f"{url}/segment", content=JPEG)
+            except httpx.TransportError as exc:
+                return 0, repr(exc)
+            return answer.status_code, answer.headers.get("X-Model", answer.text)
 
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        asking = [pool.submit(ask) for _ in range(CLIENTS)]
-        try:
+        with under_load(CLIENTS, ask) as outcomes:
             yield outcomes
-        finally:
-            enough.set()
-    for future in asking:
-        future.result()
 
 
 def device_pids(cluster: Cluster) -> list[int]:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +18,7 @@ from skimage import data
 
 from service.settings import DEFAULT_MODEL
 from tests.artefacts import encode
-from tests.clients import command_line, environment, fails, head, receive_until
+from tests.clients import command_line, environment, fails, head, receive_until, under_load
 
 JPEG = encode(data.chelsea(), "JPEG", quality=90)  # type: ignore[no-untyped-call]
 
@@ -125,28 +124,16 @@ def supervised(model: Path, *, wait: bool = True) -> Iterator[Supervised]:
         process.stderr.close()
 
 
-@contextlib.contextmanager
-def load(url: str, clients: int) -> Iterator[list[int | str]]:
-    """Photos, as fast as they are answered; yields what became of each."""
-    outcomes: list[int | str] = []
-    enough = threading.Event()
+def load(url: str, clients: int) -> contextlib.AbstractContextManager[list[int | str]]:
+    """Photos, as fast as they are answered; gives what became of each."""
 
-    def ask() -> None:
-        while not enough.is_set():
-            try:
-                answer = httpx.post(f"{url}/segment", content=JPEG, timeout=PATIENCE_S)
-                outcomes.append(answer.status_code)
-            except httpx.TransportError as exc:
-                outcomes.append(type(exc).__name__)
-
-    with ThreadPoolExecutor(clients) as pool:
-        asking = [pool.submit(ask) for _ in range(clients)]
+    def ask() -> int | str:
         try:
-            yield outcomes
-        finally:
-            enough.set()
-    for future in asking:
-        future.result()
+            return httpx.post(f"{url}/segment", content=JPEG, timeout=PATIENCE_S).status_code
+        except httpx.TransportError as exc:
+            return type(exc).__name__
+
+    return under_load(clients, ask)
 
 
 def test_a_killed_worker_is_started_again() -> None:
