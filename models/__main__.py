@@ -1,6 +1,7 @@
-"""``python -m models STAGE``: train, export, half, quantize, evaluate, verify, manifest.
+"""``python -m models STAGE``: fetch, train, export, half, quantize, evaluate, verify, manifest.
 
-Stages meet through files: checkpoint.pt, the artefact folder, the JSON reports.
+Stages meet through files: checkpoint.pt, the artefact folder, the JSON reports. ``describe`` needs
+none of them.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from models import evaluate, export, half, manifest, quantize, train, verify
+from models import describe, evaluate, export, fetch, half, manifest, quantize, teach, train, verify
 from models.checkpoint import CheckpointError
 from models.dataset import DatasetError
 from models.network_file import GraphError
@@ -17,6 +18,8 @@ from models.recipe import RecipeError
 from service.errors import SegmentError
 
 STAGES = {
+    "fetch": fetch,
+    "teach": teach,
     "train": train,
     "export": export,
     "half": half,
@@ -24,6 +27,7 @@ STAGES = {
     "evaluate": evaluate,
     "verify": verify,
     "manifest": manifest,
+    "describe": describe,
 }
 USER_ERRORS = (
     CheckpointError,
@@ -34,7 +38,9 @@ USER_ERRORS = (
     SegmentError,
     evaluate.EvaluationError,
     export.ExportError,
+    fetch.FetchError,
     manifest.ManifestError,
+    teach.TeacherError,
     train.TrainingError,
     OSError,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.networks import FcnResNet50, build_network
+from models.networks import SegmentationNetwork, build_network
 from models.recipe import Recipe
 
-# ImageNet's classification layer is part of every torchvision-layout file and of no FCN.
-UNUSED_KEYS = frozenset({"fc.weight", "fc.bias"})
+# ImageNet's classification layer is part of every torchvision-layout file and of no FCN: a
+# ResNet's, a DenseNet's, VGG16's.
+UNUSED_LAYERS = frozenset({"fc", "classifier", "classifier.6"})
+# torchvision's own DenseNet files are older than its modules' names.
+OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")
+BACKBONE, HEAD = "backbone.", "classifier."
+"""What a network's keys start with."""
 # Files older than PyTorch 0.4.1 lack these counters, which only cumulative averaging reads.
 OPTIONAL_SUFFIX = "num_batches_tracked"
 
@@ -73,9 +79,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix in (".pth", ".pt"):
         state = load_checkpoint(path)
         if "model" in state:
-            prefix = "backbone."
             trained = state["model"].items()
-            return {k.removeprefix(prefix): v for k, v in trained if k.startswith(prefix)}
+            return {k.removeprefix(BACKBONE): v for k, v in trained if k.startswith(BACKBONE)}
         return {k: v for k, v in state.items() if isinstance(v, Tensor)}
     try:
         if path.suffix == ".npz":
@@ -96,8 +101,14 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     Raises:
         CheckpointError: lists each key that is missing, unknown or of another shape.
     """
-    weights = {k: v for k, v in read_weights(path).items() if k not in UNUSED_KEYS}
     wanted = backbone.state_dict()
+    weights = {}
+    for name, tensor in read_weights(path).items():
+        key = OLD_DENSENET_KEY.sub(r"\1\2.", name)
+        if key.rpartition(".")[0] not in UNUSED_LAYERS:
+            # A fully connected layer is a convolution with a kernel as large as its input.
+            dense = tensor.ndim == 2 and key in wanted and tensor.numel() == wanted[key].numel()
+            weights[key] = tensor.reshape(wanted[key].shape) if dense else tensor
     problems = [
         f"missing: {key}"
         for key in wanted
@@ -114,7 +125,31 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
     backbone.load_state_dict(weights, strict=False)
 
 
-def load_network(path: Path) -> tuple[FcnResNet50, Recipe]:
+def load_start(network: SegmentationNetwork, path: Path) -> int:
+    """Load starting weights into a new network: the backbone, and of the head what fits.
+
+    Only a checkpoint holds a head. Of one of the same network all of it fits; of another network
+    the layers that both have, by name and shape.
+
+    Returns:
+        How many of the head's tensors were taken.
+
+    Raises:
+        CheckpointError: the backbone's keys or shapes do not fit.
+    """
+    load_backbone(network.backbone, path)
+    trained = load_checkpoint(path).get("model", {}) if path.suffix in (".pth", ".pt") else {}
+    wanted = network.state_dict()
+    head = {
+        key: value
+        for key, value in trained.items()
+        if key.startswith(HEAD) and key in wanted and wanted[key].shape == value.shape
+    }
+    network.load_state_dict(head, strict=False)
+    return len(head)
+
+
+def load_network(path: Path) -> tuple[SegmentationNetwork, Recipe]:
     """Return a trained network in eval mode, with its averaged weights, and its recipe.
 
     Raises:

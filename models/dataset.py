@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
 
-from models.transforms import Augmentation
+from models.transforms import Augmentation, Example, paste
 from service.voc import CLASSES, IGNORE_INDEX
 
 
@@ -166,33 +166,83 @@ def repeat_factors(samples: Sequence[Sample], threshold: float) -> NDArray[np.fl
     return factors
 
 
-class TrainingSet(Dataset[tuple[Tensor, Tensor]]):
-    """Augmented crops. An item's key is ``(epoch, index)``: its randomness depends on nothing else.
+class TrainingSet:
+    """Photos decoded once and kept on the training device, from which crops are drawn there.
 
-    That makes a resumed run see exactly the crops that the killed one would have seen.
+    Args:
+        samples: the photos.
+        augmentation: how a crop is drawn.
+        seed: of every draw.
+        device: where the photos are kept and the crops made.
+        teacher: a folder of ``<name>.npy``, see `models.teach`; None for no teacher.
 
-    An item is ``(image (3, crop, crop) uint8 RGB, target (crop, crop) uint8 class ids or 255)``.
+    Raises:
+        DatasetError: an image, a mask or a teacher's file is missing or wrong.
     """
 
-    def __init__(self, samples: Sequence[Sample], augmentation: Augmentation, seed: int) -> None:
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        augmentation: Augmentation,
+        seed: int,
+        device: torch.device,
+        teacher: Path | None = None,
+    ) -> None:
         self.samples = samples
         self.augmentation = augmentation
         self.seed = seed
 
-    def __len__(self) -> int:
-        return len(self.samples)
+        def load(sample: Sample) -> Example:
+            image, mask = sample.load()
+            planes = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
+            soft = None if teacher is None else read_teacher(teacher, sample.name).to(device)
+            return Example(planes.to(device), torch.from_numpy(np.array(mask)).to(device), soft)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        epoch, index = key
+        with ThreadPoolExecutor() as pool:
+            self.photos = list(pool.map(load, samples))
+        self._holders: dict[int, list[int]] = {}
+        if augmentation.copy_paste:
+            for index, photo in enumerate(self.photos):
+                for class_id in set(photo.target.flatten().tolist()) - {0, IGNORE_INDEX}:
+                    self._holders.setdefault(class_id, []).append(index)
+
+    def batch(self, keys: Sequence[tuple[int, int]]) -> Example:
+        """Return the crops of ``(epoch, index)`` keys: each depends on its key and the seed alone.
+
+        That makes a resumed run see exactly the crops that the killed one would have seen.
+        """
+        crops = [self._crop(epoch, index) for epoch, index in keys]
+        images, targets, softs = zip(*crops, strict=True)
+        soft = None if softs[0] is None else torch.stack(softs)
+        return Example(torch.stack(images), torch.stack(targets), soft)
+
+    def _crop(self, epoch: int, index: int) -> Example:
         rng = np.random.default_rng((self.seed, epoch, index))
-        image, mask = self.augmentation(*self.samples[index].load(), rng)
-        return (
-            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-            torch.from_numpy(mask),
-        )
+        crop = self.augmentation(self.photos[index], rng)
+        if rng.random() < self.augmentation.copy_paste:
+            class_id = int(rng.choice(sorted(self._holders)))
+            other = self.photos[int(rng.choice(self._holders[class_id]))]
+            crop = paste(crop, self.augmentation(other, rng), class_id)
+        return crop
 
 
-class ResumableBatches(Sampler[list[tuple[int, int]]]):
+def read_teacher(folder: Path, name: str) -> Tensor:
+    """Return a teacher's logits over a photo, ``(21, h, w) float16``.
+
+    Raises:
+        DatasetError: the file is missing or holds anything else.
+    """
+    path = folder / f"{name}.npy"
+    try:
+        logits = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as exc:
+        raise DatasetError(f"{path}: cannot be read: {exc}") from exc
+    if logits.ndim != 3 or len(logits) != len(CLASSES) or logits.dtype != np.float16:
+        raise DatasetError(f"{path}: {logits.dtype} {logits.shape}, expected float16 (21, h, w)")
+    return torch.from_numpy(logits)
+
+
+class ResumableBatches:
     """Batches of ``(epoch, index)`` keys from iteration ``start`` to ``stop``.
 
     An epoch is a shuffle of the samples, each repeated by its factor; the fractional part is a

@@ -7,6 +7,7 @@ python -m models export --checkpoint runs/cpu/checkpoint.pt --version 1.0.0 \
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 
 from models.checkpoint import load_network
 from models.network_file import save
-from models.networks import FcnResNet50
-from models.networks.resnet import Normalize
+from models.networks import SegmentationNetwork
+from models.networks.segmentation import Normalize
 from models.prediction import SHAPES
 from models.recipe import Recipe
 from service.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
@@ -85,7 +86,8 @@ def fold(parent: nn.Module) -> None:
     """Replace convolutions by `FoldedConv2d`, each with the BatchNorm registered right after it.
 
     In place, all the way down. Registration order is the order of computation in the networks
-    here; `export` checks that no BatchNorm is left.
+    here; `export` checks that none was missed. A DenseNet's BatchNorms that come before their
+    convolutions, with a ReLU between, stay what they are.
     """
     children = [*parent.named_children(), ("", nn.Identity())]
     for (name, child), (next_name, following) in pairwise(children):
@@ -139,17 +141,30 @@ def tidy(model: onnx.ModelProto) -> None:
             dim.dim_param = name
 
 
-def export(network: FcnResNet50, contract: ModelContract) -> onnx.ModelProto:
+def unfolded(graph: onnx.GraphProto) -> bool:
+    """Whether a convolution's output is read by a BatchNorm and by nothing else."""
+    readers = Counter(name for node in graph.node for name in node.input)
+    convolved = {node.output[0] for node in graph.node if node.op_type == "Conv"}
+    return any(
+        node.op_type == "BatchNormalization"
+        and node.input[0] in convolved
+        and readers[node.input[0]] == 1
+        for node in graph.node
+    )
+
+
+def export(network: SegmentationNetwork, contract: ModelContract) -> onnx.ModelProto:
     """Return the served graph of a network, with the contract in its metadata.
 
     Raises:
-        ExportError: a BatchNorm was left, or the graph's dimensions are not the contract's.
+        ExportError: a BatchNorm was not folded into its convolution.
+        ContractError: the graph's dimensions are not the contract's.
     """
     network.eval()
     fold(network)
     model = trace(network)
     tidy(model)
-    if any(node.op_type == "BatchNormalization" for node in model.graph.node):
+    if unfolded(model.graph):
         raise ExportError("a BatchNorm was not folded into its convolution")
     helper.set_model_props(model, contract.to_metadata())
     model.producer_name = "fcn-segment"
@@ -197,7 +212,9 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_contract(name: str, version: str, network: FcnResNet50, recipe: Recipe) -> ModelContract:
+def make_contract(
+    name: str, version: str, network: SegmentationNetwork, recipe: Recipe
+) -> ModelContract:
     """Return what the exported network promises."""
     return ModelContract(
         name=name,

@@ -21,7 +21,7 @@ from service.contract import OUTPUT_NAME
 
 OPSETS = (helper.make_opsetid("", 18),)
 
-HALF_OPERATORS = {"Conv", "Relu", "MaxPool", "Add", "Concat"}
+HALF_OPERATORS = {"Conv", "Relu", "MaxPool", "Add", "Concat", "Resize"}
 FLOAT_OPERATORS = {
     *("Transpose", "Cast", "Sub", "Div"),  # normalise the image
     "Mul",  # scales the weights
@@ -48,10 +48,12 @@ def halve(network: Path) -> ModelProto:
     def as_float(name: str) -> str:
         return graph.once("Cast", [name], to=TensorProto.FLOAT) if name in halves else name
 
+    factors = {node.input[2] for node in source.graph.node if node.op_type == "Resize"}
     for tensor in source.graph.initializer:
-        # ONNX's shape inference reads integers, and cannot read them from another file.
+        # ONNX's shape inference reads integers and a Resize's factors, and not from another file.
         is_float = tensor.data_type in {TensorProto.FLOAT, TensorProto.FLOAT16}
-        graph.initializers[tensor.name] = source.refer(tensor) if is_float else tensor
+        inside = tensor.name in factors or not is_float
+        graph.initializers[tensor.name] = tensor if inside else source.refer(tensor)
     for node in source.graph.node:
         (output,) = node.output
         if node.op_type not in HALF_OPERATORS | FLOAT_OPERATORS:
@@ -59,7 +61,10 @@ def halve(network: Path) -> ModelProto:
         if node.op_type in FLOAT_OPERATORS or output == OUTPUT_NAME:
             graph.copy(node, [as_float(name) for name in node.input], output)
         else:
-            graph.copy(node, [as_half(name) for name in node.input], output)
+            # A Resize's factors are fp32 whatever it resizes.
+            data = node.input[:1] if node.op_type == "Resize" else node.input
+            rest = node.input[len(data) :]
+            graph.copy(node, [*(as_half(name) for name in data), *rest], output)
             halves.add(output)
     return source.derive(graph.make("fp16", source.graph), "fp16", OPSETS)
 

@@ -108,6 +108,7 @@ class GraphWriter:
             "Add": self._add,
             "Concat": self._concat,
             "ReduceMean": self._mean,
+            "Resize": self._resize,
         }
         for node in self._source.graph.node:
             if node.op_type in makers:
@@ -275,6 +276,17 @@ class GraphWriter:
             domain=CONTRIB,
             channels_last=1,
         )
+
+    def _resize(self, node: NodeProto) -> None:
+        x = self._tensors[node.input[0]]
+        _, _, *factors = _array(self._constants[node.input[2]])
+        step = int(factors[0])
+        if factors != [step, step] or x.stride % step:
+            raise GraphError(f"{node.output[0]}: only whole factors, the same along both axes")
+        y = Quantized(node.output[0], x.channels, x.stride // step, x.scale, x.zero_point)
+        self._tensors[node.output[0]] = y
+        scales = self._graph.constant([1, step, step, 1], np.float32)
+        self._graph.emit("Resize", [x.name, "", scales], y.name, **attributes_of(node))
 
     # ---- reading the float graph -----------------------------------------------------------------
 

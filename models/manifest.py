@@ -57,6 +57,8 @@ def make_manifest(
             raise ManifestError(f"the parity report knows no {path.name}: run verify again")
         files[path.name] = entry
         metrics[precision] = Accuracy.model_validate(by_sha256[entry.sha256]["metrics"])
+    if any(evaluation.get("protocol") != "service" for evaluation in evaluations):
+        raise ManifestError("an evaluation is of another protocol than the service's")
     sets = {(evaluation["split"], evaluation["images"]) for evaluation in evaluations}
     if len(sets) != 1:
         raise ManifestError("the evaluations are of different sets of images")

@@ -1,13 +1,21 @@
-"""The field's segmentation metrics, all from one confusion matrix over a whole set."""
+"""The field's segmentation metrics, all from confusion matrices over a whole set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from service.voc import CLASSES, IGNORE_INDEX
+
+BAND_WIDTHS: Final = (1, 2, 4, 8, 16, 32)
+"""Pixels; each twice the one before, as `boundary_rings` needs."""
+
+RESAMPLES: Final = 2000
+CONFIDENCE: Final = 0.95
+BOOTSTRAP_SEED: Final = 0
 
 
 @dataclass
@@ -27,24 +35,16 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ, or the prediction holds anything but class ids.
         """
-        if truth.shape != prediction.shape:
-            raise ValueError(f"truth is {truth.shape}, prediction {prediction.shape}")
-        if prediction.max(initial=0) >= len(CLASSES):
-            raise ValueError(f"prediction holds {int(prediction.max())}, which is no class id")
-        known = truth != IGNORE_INDEX
-        pairs = truth[known].astype(np.int64) * len(CLASSES) + prediction[known]
-        self.counts += np.bincount(pairs, minlength=self.counts.size).reshape(self.counts.shape)
+        known = _known_pixels(truth, prediction)
+        self.counts += _histogram(self.counts.shape, truth[known], prediction[known])
 
     def iou(self) -> NDArray[np.float64]:
         """Per-class intersection over union, (21,); NaN where neither side has a pixel."""
-        hits = np.diag(self.counts)
-        union = self.counts.sum(axis=0) + self.counts.sum(axis=1) - hits
-        with np.errstate(invalid="ignore"):
-            return np.asarray(hits / union, dtype=np.float64)
+        return iou(self.counts)
 
     def mean_iou(self) -> float:
         """Mean of the per-class IoU over the classes that occur."""
-        return float(np.nanmean(self.iou()))
+        return float(mean_iou(self.counts))
 
     def pixel_accuracy(self) -> float:
         """Share of the pixels that are right."""
@@ -59,3 +59,133 @@ class ConfusionMatrix:
         """Per-class IoU weighted by the share of the truth's pixels."""
         share = self.counts.sum(axis=1) / self.counts.sum()
         return float((share * np.nan_to_num(self.iou())).sum())
+
+
+def iou(counts: NDArray[np.number]) -> NDArray[np.float64]:
+    """Per-class intersection over union of each confusion matrix.
+
+    Args:
+        counts: ``(..., 21, 21)``, pixels by (truth, prediction).
+
+    Returns:
+        ``(..., 21)`` float64 in [0, 1]; NaN where neither side has a pixel.
+    """
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    union = counts.sum(axis=-2) + counts.sum(axis=-1) - hits
+    with np.errstate(invalid="ignore"):
+        return np.asarray(hits / union, dtype=np.float64)
+
+
+def mean_iou(counts: NDArray[np.number]) -> NDArray[np.float64]:
+    """Mean of the per-class IoU over the classes that occur in truth or prediction.
+
+    Args:
+        counts: ``(..., 21, 21)``, pixels by (truth, prediction).
+
+    Returns:
+        ``(...)`` float64 in [0, 1]; NaN where a matrix is empty.
+    """
+    values = iou(counts)
+    occurring = np.count_nonzero(~np.isnan(values), axis=-1)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.nansum(values, axis=-1) / occurring, dtype=np.float64)
+
+
+def boundary_rings(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return in which of `BAND_WIDTHS` each pixel lies first: how near a boundary it is.
+
+    A pixel lies in the band of width w if the square of ``2 * w + 1`` pixels around it holds
+    another label than its own; void is a label like any other, what is outside the image is none.
+    Where VOC draws void between regions, this is the trimap of Chen et al., "DeepLab" (2015),
+    as their ``MyVOCevalsegBoundary.m`` dilates void; where regions touch, as in SBD's masks, it is
+    the band around their edge (Kohli, Ladicky, Torr 2009).
+
+    Args:
+        truth: (H, W) uint8 class ids or 255.
+
+    Returns:
+        (H, W) uint8 indices into `BAND_WIDTHS`; its length for pixels farther from a boundary.
+    """
+    rings = np.full(truth.shape, len(BAND_WIDTHS), dtype=np.uint8)
+    lowest = highest = truth
+    reach = 0
+    for width in BAND_WIDTHS:
+        # Squares that overlap make up the larger one, so a few shifts do for any width.
+        lowest = _spread(lowest, width - reach, np.minimum)
+        highest = _spread(highest, width - reach, np.maximum)
+        rings -= lowest != highest
+        reach = width
+    return rings
+
+
+def confusion_by_ring(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Count one image apart by `boundary_rings`; void pixels of the truth are skipped.
+
+    Args:
+        truth: (H, W) uint8 class ids or 255.
+        prediction: (H, W) uint8 class ids.
+
+    Returns:
+        ``(len(BAND_WIDTHS) + 1, 21, 21)`` int64, pixels by (ring, truth, prediction). Their sum is
+        the whole image, the sum of the first k the band of the k-th width.
+
+    Raises:
+        ValueError: the shapes differ, or the prediction holds anything but class ids.
+    """
+    known = _known_pixels(truth, prediction)
+    shape = (len(BAND_WIDTHS) + 1, len(CLASSES), len(CLASSES))
+    return _histogram(shape, boundary_rings(truth)[known], truth[known], prediction[known])
+
+
+def bootstrap_intervals(
+    images: NDArray[np.int64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return how far mean and per-class IoU might be off because of which images were drawn.
+
+    Percentile intervals of the bootstrap (Efron, Tibshirani, "An Introduction to the Bootstrap",
+    1993, chapter 13): the images are drawn anew with replacement, as many as there are,
+    `RESAMPLES` times with a fixed seed; each time the IoU is that of the summed matrices.
+
+    Args:
+        images: ``(N, 21, 21)``, the confusion matrix of each image.
+
+    Returns:
+        ``(2,)`` and ``(2, 21)`` float64: lower and upper end for the mean IoU and for each class
+        at `CONFIDENCE`; NaN for a class that occurs nowhere.
+    """
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    # How often each image is drawn is all that a sum depends on.
+    draws = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size=RESAMPLES)
+    flat = images.reshape(len(images), -1).astype(np.float64)
+    resampled = (draws.astype(np.float64) @ flat).reshape(RESAMPLES, *images.shape[1:])
+    ends = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    occurring = ~np.isnan(iou(images.sum(axis=0)))
+    per_class = np.full((2, len(CLASSES)), np.nan)
+    per_class[:, occurring] = np.nanquantile(iou(resampled)[:, occurring], ends, axis=0)
+    return np.quantile(mean_iou(resampled), ends), per_class
+
+
+def _known_pixels(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth is {truth.shape}, prediction {prediction.shape}")
+    if prediction.max(initial=0) >= len(CLASSES):
+        raise ValueError(f"prediction holds {int(prediction.max())}, which is no class id")
+    known: NDArray[np.bool_] = truth != IGNORE_INDEX
+    return known
+
+
+def _histogram(shape: tuple[int, ...], *indices: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """How often each combination of indices occurs, as an array of that shape."""
+    flat = np.ravel_multi_index(indices, shape)
+    return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape)
+
+
+def _spread(labels: NDArray[np.uint8], by: int, extreme: np.ufunc) -> NDArray[np.uint8]:
+    """Each pixel's extreme over itself and the pixels ``by`` rows and columns around it."""
+    for axis in (0, 1):
+        lines = np.moveaxis(labels, axis, 0)
+        spread = lines.copy(order="K")
+        extreme(spread[by:], lines[:-by], out=spread[by:])
+        extreme(spread[:-by], lines[by:], out=spread[:-by])
+        labels = np.moveaxis(spread, 0, axis)
+    return labels

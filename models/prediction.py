@@ -6,7 +6,7 @@ The service has its own, faster one; tests hold the two together.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from models.dataset import Sample
 from models.graph_builder import GraphBuilder, attributes_of
 from models.metrics import ConfusionMatrix
-from models.transforms import fit, upsample
-from service.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
+from models.transforms import Geometry, fit, upsample
+from service.contract import INPUT_NAME, OUTPUT_NAME, SHAPE_MULTIPLE, ModelContract
 
 Infer = Callable[[NDArray[np.uint8]], Tensor]
 """``(N, h, w, 3) uint8 RGB`` -> ``(N, 21, h/stride, w/stride) float32`` logits."""
@@ -38,6 +38,13 @@ SHAPES: tuple[tuple[int, int], ...] = (
     (512, 512),
 )
 """(height, width) of the network inputs that exported models list: cameras' aspect ratios."""
+
+
+MMSEG_SCALE = (2048, 512)
+"""Pixels that mmsegmentation's VOC configurations fit the longer and the shorter side into."""
+
+KERAS_FCN_SIZE = 512
+"""Side in pixels of the square that Keras-FCN pads photos to."""
 
 
 class DeviceError(Exception):
@@ -77,7 +84,48 @@ def predict_photo(
     """
     padded, geometry = fit(image, working_size, shapes)
     logits = infer(padded[None])[0]
-    return upsample(logits, geometry, stride).argmax(0).to(torch.uint8).cpu().numpy()
+    return _labels(upsample(logits, geometry, stride))
+
+
+def predict_as_mmseg(image: Image.Image, infer: Infer, *, stride: int) -> NDArray[np.uint8]:
+    """Return the (H, W) uint8 class ids of a photo as mmsegmentation tests on VOC 2012.
+
+    The photo keeps its ratio and is as large as fits into `MMSEG_SCALE`; the logits are
+    interpolated to that size and from there to the photo's (``align_corners=False``). Sources:
+    ``configs/_base_/datasets/pascal_voc12.py``, ``EncoderDecoder.whole_inference``,
+    ``mmcv.rescale_size``. Two things differ: the network's input is padded at the bottom and right
+    to multiples of 32, and a photo that shrinks is antialiased (VOC's photos grow).
+    """
+    longer, shorter = max(image.size), min(image.size)
+    scale = min(MMSEG_SCALE[0] / longer, MMSEG_SCALE[1] / shorter)
+    padded, geometry = fit(image, int(longer * scale + 0.5), shapes=())
+    logits = infer(padded[None])[0]
+    resized = upsample(logits, Geometry(photo=geometry.resized, resized=geometry.resized), stride)
+    return _labels(upsample(resized, geometry, stride=1))
+
+
+def predict_as_keras_fcn(image: Image.Image, infer: Infer, *, stride: int) -> NDArray[np.uint8]:
+    """Return the (H, W) uint8 class ids of a photo as Keras-FCN's ``inference.py`` does.
+
+    The photo is not resized: it lies in the middle of a black square of `KERAS_FCN_SIZE`, from
+    whose prediction it is cut out. VOC's photos fit; around a larger one, which Keras-FCN does
+    not take, the square grows to the next multiples of 32.
+    """
+    height, width = image.height, image.width
+    size = (max(KERAS_FCN_SIZE, _round_up(height)), max(KERAS_FCN_SIZE, _round_up(width)))
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    margins = ((top, size[0] - height - top), (left, size[1] - width - left), (0, 0))
+    logits = infer(np.pad(np.asarray(image), margins)[None])[0]
+    labels = _labels(upsample(logits, Geometry(photo=size, resized=size), stride))
+    return labels[top : top + height, left : left + width]
+
+
+def _round_up(side: int) -> int:
+    return -(-side // SHAPE_MULTIPLE) * SHAPE_MULTIPLE
+
+
+def _labels(logits: Tensor) -> NDArray[np.uint8]:
+    return logits.argmax(0).to(torch.uint8).cpu().numpy()
 
 
 def torch_infer(
@@ -151,6 +199,19 @@ def with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
     return rounding
 
 
+def predictions(
+    predict: Predict, samples: Iterable[Sample]
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Yield each sample's ``(truth, prediction)``, (H, W) uint8 at the photo's own resolution.
+
+    Raises:
+        DatasetError: an image or a mask is missing or wrong.
+    """
+    for sample in samples:
+        image, mask = sample.load()
+        yield np.asarray(mask), predict(image)
+
+
 def score(predict: Predict, samples: Iterable[Sample]) -> ConfusionMatrix:
     """Score predictions at the photos' own resolution, in one confusion matrix.
 
@@ -158,7 +219,6 @@ def score(predict: Predict, samples: Iterable[Sample]) -> ConfusionMatrix:
         DatasetError: an image or a mask is missing or wrong.
     """
     matrix = ConfusionMatrix()
-    for sample in samples:
-        image, mask = sample.load()
-        matrix.update(np.asarray(mask), predict(image))
+    for truth, prediction in predictions(predict, samples):
+        matrix.update(truth, prediction)
     return matrix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +34,12 @@ class Recipe(BaseModel):
     repeat_threshold: float = Field(ge=0, le=1)
     """Classes in fewer than this share of the images are shown more often; 0 for never."""
 
+    copy_paste: float = Field(default=0, ge=0, le=1)
+    """Chance that a class, each as likely, is pasted onto a crop out of another photo."""
+    hard_share: float = Field(default=1, gt=0, le=1)
+    """Of a batch's pixels, the share with the greatest losses that counts."""
+    label_smoothing: float = Field(default=0, ge=0, lt=1)
+
     learning_rate: float = Field(gt=0)
     head_learning_rate_factor: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
@@ -41,30 +48,43 @@ class Recipe(BaseModel):
     warm_up_iterations: int = Field(ge=0)
     ema_decay: float = Field(gt=0, lt=1)
 
-    frozen: tuple[str, ...] = ()
-    """Backbone modules that keep their starting weights."""
+    teacher_weight: float = Field(default=0, ge=0)
+    """Of the distillation loss, beside the labels' cross-entropy of weight 1."""
+    temperature: float = Field(default=1, ge=1)
+    """Of the teacher's and the network's probabilities in the distillation loss."""
+
+    frozen_stages: int = Field(ge=0, le=6)
+    """Leading stages of the backbone that keep their starting weights; the stem is the first."""
     batch_norm: Literal["train", "frozen"]
     """The backbone's: ``frozen`` keeps the running statistics and trains scale and shift only."""
     precision: Literal["fp32", "bf16"]
     """The convolutions' arithmetic; weights and loss are float32 in either case."""
     compile: bool
-    workers: int = Field(ge=0)
+    """Compile the network, or where stages are frozen, these alone: on a CPU that is what gains."""
     checkpoint_every: int = Field(gt=0)
     evaluate_every: int = Field(gt=0)
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a TOML file.
 
+    Args:
+        path: the file.
+        changes: lines of TOML, such as ``label_smoothing = 0.1``, that take the place of its own.
+
     Raises:
-        RecipeError: the file is missing, is no TOML, or a value is missing, unknown or wrong.
+        RecipeError: the file is missing, a text is no TOML, or a value is missing, unknown or
+            wrong.
     """
     try:
-        return Recipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        for change in changes:
+            values.update(tomllib.loads(change))
+        return Recipe.model_validate(values)
     except OSError as exc:
         raise RecipeError(f"{path}: cannot be read: {exc}") from exc
     except tomllib.TOMLDecodeError as exc:
-        raise RecipeError(f"{path}: not TOML: {exc}") from exc
+        raise RecipeError(f"{' '.join([str(path), *changes])}: not TOML: {exc}") from exc
     except ValidationError as exc:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()]
         raise RecipeError("\n  ".join([f"{path}:", *lines])) from exc

@@ -4,7 +4,10 @@ r"""Train a network from a recipe.
         --weights resnet50.npz --out runs/cpu --device cpu
 
 The same command again resumes from ``checkpoint.pt`` in ``--out``, with the data order that the
-interrupted run would have had. TensorBoard logs lie beside it.
+interrupted run would have had. TensorBoard logs lie beside it. Under ``torchrun`` each process
+takes its share of every batch, on a device of its own:
+
+    torchrun --nproc-per-node 8 -m models train --recipe models/recipes/full.toml ...
 """
 
 from __future__ import annotations
@@ -12,22 +15,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from models.checkpoint import (
     CheckpointError,
-    load_backbone,
     load_checkpoint,
+    load_start,
     rounded_weights,
     save_checkpoint,
 )
@@ -39,14 +45,18 @@ from models.dataset import (
     read_split,
     repeat_factors,
 )
-from models.losses import upsampled_cross_entropy
-from models.networks import build_network
+from models.losses import cross_entropy, distillation
+from models.networks import SegmentationNetwork, build_network
+from models.networks.segmentation import Features
 from models.prediction import open_device, predict_photo, score, torch_infer
-from models.recipe import Recipe, load_recipe
+from models.recipe import Recipe, RecipeError, load_recipe
 from models.transforms import Augmentation
 
 LOG_EVERY = 20
 """Iterations between losses read back: each read waits for the device."""
+
+
+RANDOM = Path("random")
 
 
 class TrainingError(Exception):
@@ -83,15 +93,14 @@ def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
     ]
 
 
-def set_training_mode(network: nn.Module, recipe: Recipe) -> None:
+def set_training_mode(network: SegmentationNetwork, recipe: Recipe) -> None:
     """Put the network in training mode, but for what the recipe freezes."""
     network.train()
-    backbone = network.get_submodule("backbone")
-    frozen = [backbone.get_submodule(name) for name in recipe.frozen]
-    for module in frozen:
-        module.requires_grad_(requires_grad=False).eval()
+    for stage in network.backbone.stages()[: recipe.frozen_stages]:
+        for module in stage:
+            module.requires_grad_(requires_grad=False).eval()
     if recipe.batch_norm == "frozen":
-        for module in backbone.modules():
+        for module in network.backbone.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
 
@@ -107,20 +116,31 @@ class Run:
     """One training run: what a checkpoint holds, and how it goes on from one."""
 
     def __init__(
-        self, recipe: Recipe, device: torch.device, checkpoint: Path, weights: Path | None
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        checkpoint: Path,
+        weights: Path | None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.device = device
         self.checkpoint = checkpoint
+        self.rank, self.world = rank, world
         self.iteration = 0
         self.history: list[dict[str, float]] = []
         network = build_network(recipe.network)
         state = load_checkpoint(checkpoint) if checkpoint.exists() else None
         if state is None:
             if weights is None:
-                raise CheckpointError("a new run needs --weights to start from")
-            load_backbone(network.backbone, weights)
+                raise CheckpointError("a new run needs --weights: a file, or random")
+            if weights != RANDOM:
+                load_start(network, weights)
+        if world > 1 and device.type == "cuda":
+            # One process's share of the batch is too little for the head's statistics.
+            nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         set_training_mode(self.network, recipe)
         self.optimizer = torch.optim.SGD(
@@ -194,34 +214,50 @@ class Run:
         return matrix.mean_iou(), matrix.pixel_accuracy()
 
 
-def batches(run: Run, training: list[Sample]) -> DataLoader[Any]:
-    """Return the batches that the run has still to see."""
-    recipe = run.recipe
-    augmentation = Augmentation(
-        recipe.crop_size, recipe.working_size, recipe.scale_range, recipe.jitter
-    )
-    return DataLoader(
-        TrainingSet(training, augmentation, recipe.seed),
-        batch_sampler=ResumableBatches(
-            repeat_factors(training, recipe.repeat_threshold),
-            recipe.batch_size,
-            run.iteration,
-            recipe.iterations,
-            recipe.seed,
-        ),
-        num_workers=recipe.workers,
-        pin_memory=run.device.type == "cuda",
-        persistent_workers=recipe.workers > 0,
-    )
+def frozen_features(
+    network: SegmentationNetwork, recipe: Recipe
+) -> Callable[[Tensor], Features | None]:
+    """Return what computes the frozen stages' features of images, quicker than training could.
+
+    Nothing in them changes any more, so the compiler may fold their BatchNorms and lay their
+    weights out for the device.
+    """
+    stages = recipe.frozen_stages
+    if not stages:
+        return lambda image: None
+    copy = deepcopy(network).eval()
+    leading: Callable[[Tensor, int], Features] = copy.leading
+    if recipe.compile:
+        leading = torch.compile(leading, options={"freezing": True})
+
+    def features(image: Tensor) -> Features:
+        with torch.no_grad():
+            return leading(image, stages)
+
+    return features
 
 
-def train(run: Run, training: list[Sample], held_out: list[Sample]) -> None:
+def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
     """Run the recipe to its end, checkpointing on the way."""
     recipe, device, network = run.recipe, run.device, run.network
+    rank, world = run.rank, run.world
     autocast = make_autocast(device, recipe)
-    forward = torch.compile(network) if recipe.compile else network
+    with autocast():
+        leading = frozen_features(network, recipe)
+    forward: nn.Module = network
+    if world > 1:
+        forward = DistributedDataParallel(network)
+    if recipe.compile and not recipe.frozen_stages:
+        forward = torch.compile(forward)  # type: ignore[assignment]
     writer = SummaryWriter(run.checkpoint.parent / "tensorboard", purge_step=run.iteration)
     mean_iou = run.history[-1]["mean_iou"] if run.history else math.nan
+    batches = ResumableBatches(
+        repeat_factors(training.samples, recipe.repeat_threshold),
+        recipe.batch_size,
+        run.iteration,
+        recipe.iterations,
+        recipe.seed,
+    )
     with (
         contextlib.closing(writer),
         tqdm(
@@ -231,16 +267,27 @@ def train(run: Run, training: list[Sample], held_out: list[Sample]) -> None:
             smoothing=0.02,
             mininterval=5,
             dynamic_ncols=True,
+            disable=rank > 0,
         ) as progress,
     ):
-        for image, target in batches(run, training):
+        for keys in batches:
             factor = learning_rate_factor(run.iteration, recipe)
             for group in run.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            pixels = image.to(device, non_blocking=True).float()
+            batch = training.batch(keys[rank::world])
+            image = batch.image.contiguous(memory_format=torch.channels_last)
             with autocast():
-                logits = forward(pixels.contiguous(memory_format=torch.channels_last))
-            loss = upsampled_cross_entropy(logits, target.to(device, non_blocking=True))
+                logits = forward(image, leading(image))
+            loss = cross_entropy(
+                logits,
+                batch.target,
+                run.iteration,
+                label_smoothing=recipe.label_smoothing,
+                hard_share=recipe.hard_share,
+            )
+            if batch.soft is not None:
+                soft = distillation(logits, batch.soft, recipe.temperature)
+                loss = loss + recipe.teacher_weight * soft
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
@@ -262,6 +309,8 @@ def train(run: Run, training: list[Sample], held_out: list[Sample]) -> None:
                     refresh=False,
                 )
             progress.update(recipe.batch_size)
+            if rank > 0:
+                continue
             if run.iteration % recipe.evaluate_every == 0 or last:
                 mean_iou, accuracy = run.evaluate(held_out, autocast)
                 run.history.append(
@@ -277,26 +326,68 @@ def train(run: Run, training: list[Sample], held_out: list[Sample]) -> None:
                     f"iteration {run.iteration}: held-out mIoU {mean_iou:.4f}, "
                     f"pixel accuracy {accuracy:.4f}"
                 )
-            if run.iteration % recipe.checkpoint_every == 0:
+            if run.iteration % recipe.checkpoint_every == 0 or last:
                 run.save()
-    run.save()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's options."""
     parser.add_argument("--recipe", type=Path, required=True, help="TOML of hyper-parameters")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="in place of the recipe's value, such as label_smoothing=0.1; may be repeated",
+    )
     parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or its VOC2012")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and logs")
-    parser.add_argument("--weights", type=Path, help="torchvision-layout ResNet-50 to start from")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        help="torchvision-layout backbone or a checkpoint to start from, or the word random",
+    )
+    parser.add_argument("--teacher", type=Path, help="folder that `models teach` wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(args: argparse.Namespace) -> int:
     """Train, or go on training, as the arguments say."""
-    recipe = load_recipe(args.recipe)
-    training, held_out = hold_out(read_split(args.data, recipe.split), recipe.held_out)
-    run = Run(recipe, open_device(args.device), args.out / "checkpoint.pt", args.weights)
-    if run.iteration:
-        tqdm.write(f"resuming {run.checkpoint} at iteration {run.iteration}")
-    train(run, training, held_out)
+    recipe = load_recipe(args.recipe, args.set)
+    if bool(recipe.teacher_weight) != bool(args.teacher):
+        raise RecipeError(f"{args.recipe}: teacher_weight and --teacher go together")
+    samples, held_out = hold_out(read_split(args.data, recipe.split), recipe.held_out)
+    with processes(args.device) as (rank, world, device):
+        run = Run(recipe, device, args.out / "checkpoint.pt", args.weights, rank, world)
+        if run.iteration:
+            tqdm.write(f"resuming {run.checkpoint} at iteration {run.iteration}")
+        augmentation = Augmentation(
+            recipe.crop_size,
+            recipe.working_size,
+            recipe.scale_range,
+            recipe.jitter,
+            recipe.temperature,
+            recipe.copy_paste,
+        )
+        training = TrainingSet(samples, augmentation, recipe.seed, device, args.teacher)
+        train(run, training, held_out)
     return 0
+
+
+@contextlib.contextmanager
+def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
+    """Join the processes that ``torchrun`` started, if it did.
+
+    Yields:
+        This one's rank, their number, and its device: ``cuda`` means its own GPU.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield 0, 1, open_device(device)
+        return
+    cuda = device == "cuda"
+    own = open_device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else device)
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size(), own
+    finally:
+        dist.destroy_process_group()

@@ -5,20 +5,39 @@ Masks are resampled by nearest neighbour only, and padded with void: labels are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageEnhance
+from PIL import Image
 from torch import Tensor
 
-from models.networks.resnet import Normalize
-from service.voc import IGNORE_INDEX
+from models.losses import SOFT_STRIDE, interpolate
+from models.networks.segmentation import Normalize
+from service.voc import CLASSES, IGNORE_INDEX
 
 PADDING_COLOR = tuple(round(255 * channel) for channel in Normalize.MEAN)
 """RGB; normalises to about zero, which is what the convolutions pad with too."""
+
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of R, G and B in luminance (ITU-R BT.601)."""
+
+
+class Example(NamedTuple):
+    """One photo, or a batch of crops with a leading dimension N, on the training device."""
+
+    image: Tensor
+    """``(3, H, W) uint8`` RGB; of crops ``float32`` in [0, 255]."""
+    target: Tensor
+    """``(H, W) uint8`` class ids, or 255 for void."""
+    soft: Tensor | None
+    """A teacher's logits over the photo, ``(21, h, w) float16`` of any size; of crops its softened
+    probabilities, ``(21, H/8, W/8) float32``, zero outside the photo."""
 
 
 @dataclass(frozen=True)
@@ -30,44 +49,136 @@ class Augmentation:
         working_size: what the longest side is brought to at scale 1, in pixels.
         scale_range: smallest and largest scale, drawn log-uniformly.
         jitter: largest relative change of brightness, contrast and saturation; 0 for none.
+        temperature: of the teacher's probabilities.
+        copy_paste: chance that a class of another photo is pasted onto a crop, see `paste`.
     """
 
     crop_size: int
     working_size: int
     scale_range: tuple[float, float]
     jitter: float
+    temperature: float = 1.0
+    copy_paste: float = 0.0
 
-    def __call__(
-        self, image: Image.Image, mask: Image.Image, rng: np.random.Generator
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Return ``(crop, crop, 3) uint8 RGB`` and ``(crop, crop) uint8`` class ids or 255."""
+    def __call__(self, photo: Example, rng: np.random.Generator) -> Example:
+        """Return a random crop of a photo, on the photo's device."""
+        vertical, horizontal = self._place(photo.target.shape, rng)
+        image = _resize(photo.image, vertical, horizontal, "bilinear").clamp(0, 255)
+        if self.jitter:
+            factors = rng.uniform(1 - self.jitter, 1 + self.jitter, 3)
+            image = adjust_colors(image, *factors.tolist())
+        inside = (..., vertical.crop, horizontal.crop)
+        size = (self.crop_size, self.crop_size)
+        color = torch.tensor(PADDING_COLOR, dtype=torch.float32, device=image.device)
+        pixels = color[:, None, None].repeat(1, *size)
+        pixels[inside] = image
+        target = torch.full(size, IGNORE_INDEX, dtype=torch.uint8, device=image.device)
+        target[inside] = _resize(photo.target[None], vertical, horizontal, "nearest-exact")[0]
+        soft = None
+        if photo.soft is not None:
+            soft = self._soften(photo.soft, photo.target.shape, vertical, horizontal)
+        if rng.random() < 0.5:
+            pixels, target = pixels.flip(-1), target.flip(-1)
+            soft = None if soft is None else soft.flip(-1)
+        return Example(pixels, target, soft)
+
+    def _place(self, shape: Sequence[int], rng: np.random.Generator) -> tuple[Span, Span]:
         low, high = np.log(self.scale_range)
-        scale = float(np.exp(rng.uniform(low, high))) * self.working_size / max(image.size)
-        # What is resampled is the crop alone: a crop of the resized photo costs up to ten times
-        # as much at large scales.
+        scale = float(np.exp(rng.uniform(low, high))) * self.working_size / max(shape)
         spans = []
-        for length in image.size:
+        for length in shape:
             scaled = max(1, round(length * scale))
             covered = min(scaled, self.crop_size)
             offset = int(rng.integers(0, scaled - covered + 1))
-            spans.append((covered, offset * length / scaled, (offset + covered) * length / scaled))
-        (width, left, right), (height, top, bottom) = spans
-        box = (left, top, right, bottom)
-        image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
-        mask = mask.resize((width, height), Image.Resampling.NEAREST, box=box)
-        for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-            image = enhancer(image).enhance(rng.uniform(1 - self.jitter, 1 + self.jitter))
+            start = min(round(offset * length / scaled), length - 1)
+            stop = max(start + 1, round((offset + covered) * length / scaled))
+            at = int(rng.integers(0, self.crop_size - covered + 1))
+            spans.append(Span(slice(start, stop), slice(at, at + covered)))
+        return spans[0], spans[1]
 
-        pixels = np.empty((self.crop_size, self.crop_size, 3), dtype=np.uint8)
-        pixels[:] = PADDING_COLOR
-        labels = np.full((self.crop_size, self.crop_size), IGNORE_INDEX, dtype=np.uint8)
-        y = int(rng.integers(0, self.crop_size - height + 1))
-        x = int(rng.integers(0, self.crop_size - width + 1))
-        pixels[y : y + height, x : x + width] = np.asarray(image)
-        labels[y : y + height, x : x + width] = np.asarray(mask)
-        if rng.random() < 0.5:
-            pixels, labels = pixels[:, ::-1].copy(), labels[:, ::-1].copy()
-        return pixels, labels
+    def _soften(
+        self, logits: Tensor, photo: Sequence[int], vertical: Span, horizontal: Span
+    ) -> Tensor:
+        """The teacher's probabilities at the middles of the crop's cells that lie in the photo."""
+        count = self.crop_size // SOFT_STRIDE
+        cells, places = [], []
+        for span in (vertical, horizontal):
+            middles = torch.arange(count) * SOFT_STRIDE + (SOFT_STRIDE - 1) / 2
+            inside = (middles > span.crop.start - 0.5) & (middles < span.crop.stop - 0.5)
+            cells.append(inside.nonzero()[:, 0].to(logits.device))
+            places.append(span.photo_position(middles[inside]).to(logits.device))
+        height, width = photo
+        seen = interpolate(logits[None], places[0], places[1], (height, width))[0]
+        soft = torch.zeros(len(CLASSES), count, count, device=logits.device)
+        soft[:, cells[0][:, None], cells[1]] = (seen / self.temperature).softmax(dim=0)
+        return soft
+
+
+def paste(crop: Example, other: Example, class_id: int) -> Example:
+    """Paste what another crop holds of a class onto a crop, image, labels and teacher alike.
+
+    Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance
+    Segmentation" (2021); a class's mask stands for its objects.
+    """
+    mask = other.target == class_id
+    soft = None
+    if crop.soft is not None and other.soft is not None:
+        middle = SOFT_STRIDE // 2
+        soft = torch.where(mask[middle::SOFT_STRIDE, middle::SOFT_STRIDE], other.soft, crop.soft)
+    return Example(
+        torch.where(mask, other.image, crop.image),
+        torch.where(mask, other.target, crop.target),
+        soft,
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """Along one axis, the pixels of a photo and the pixels of the crop that they fill."""
+
+    photo: slice
+    crop: slice
+
+    @property
+    def covered(self) -> int:
+        """Pixels of the crop."""
+        return int(self.crop.stop - self.crop.start)
+
+    def photo_position(self, positions: Tensor) -> Tensor:
+        """Return where in the photo the crop's pixels lie; whole numbers are pixels' centres."""
+        scale = (self.photo.stop - self.photo.start) / self.covered
+        places: Tensor = self.photo.start + (positions + 0.5 - self.crop.start) * scale - 0.5
+        return places
+
+
+def adjust_colors(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:
+    """Scale an image's brightness, then its contrast around the mean grey, then its saturation.
+
+    Args:
+        image: ``(3, H, W)`` float RGB in [0, 255].
+        brightness: factor; 1 changes nothing, as with the other two.
+        contrast: factor.
+        saturation: factor.
+
+    Returns:
+        The same shape and range.
+    """
+    luma = torch.tensor(LUMA, device=image.device)[:, None, None]
+    image = (image * brightness).clamp(0, 255)
+    grey = (image * luma).sum(dim=0).mean()
+    image = (grey + (image - grey) * contrast).clamp(0, 255)
+    grey = (image * luma).sum(dim=0, keepdim=True)
+    return (grey + (image - grey) * saturation).clamp(0, 255)
+
+
+def _resize(planes: Tensor, vertical: Span, horizontal: Span, mode: str) -> Tensor:
+    # What is resampled is the crop alone: a crop of the resized photo costs up to ten times as
+    # much at large scales.
+    part = planes[None, :, vertical.photo, horizontal.photo]
+    size = (vertical.covered, horizontal.covered)
+    if mode == "bilinear":
+        return F.interpolate(part.float(), size=size, mode=mode, antialias=True)[0]
+    return F.interpolate(part, size=size, mode=mode)[0]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class ModelContract(BaseModel):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     version: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._+-]+$")
     network: str = Field(min_length=1)
-    stride: Literal[8, 16, 32]
+    stride: Literal[1, 2, 4, 8, 16, 32]
     classes: tuple[str, ...] = voc.CLASSES
     mean: tuple[UnitInterval, UnitInterval, UnitInterval]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]

@@ -5,21 +5,33 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from models.networks.densenet import atrous_densenet, densenet_fcn
 from models.networks.fcn_resnet50 import (
-    FcnResNet50,
     atrous_fcn_resnet50_16s,
+    context_fcn_resnet50_8s,
     context_fcn_resnet50_16s,
+    fcn_resnet50_8s,
+    fcn_resnet50_16s,
     fcn_resnet50_32s,
 )
+from models.networks.segmentation import SegmentationNetwork
+from models.networks.vgg16 import atrous_fcn_vgg16_16s, fcn_vgg16_32s
 
-NETWORKS: Final[dict[str, Callable[[], FcnResNet50]]] = {
+NETWORKS: Final[dict[str, Callable[[], SegmentationNetwork]]] = {
     "fcn_resnet50_32s": fcn_resnet50_32s,
+    "fcn_resnet50_16s": fcn_resnet50_16s,
+    "fcn_resnet50_8s": fcn_resnet50_8s,
     "atrous_fcn_resnet50_16s": atrous_fcn_resnet50_16s,
     "context_fcn_resnet50_16s": context_fcn_resnet50_16s,
+    "context_fcn_resnet50_8s": context_fcn_resnet50_8s,
+    "fcn_vgg16_32s": fcn_vgg16_32s,
+    "atrous_fcn_vgg16_16s": atrous_fcn_vgg16_16s,
+    "densenet_fcn": densenet_fcn,
+    "atrous_densenet": atrous_densenet,
 }
 
 
-def build_network(name: str) -> FcnResNet50:
+def build_network(name: str) -> SegmentationNetwork:
     """Return the network called ``name``, freshly initialised.
 
     Raises:
@@ -30,4 +42,4 @@ def build_network(name: str) -> FcnResNet50:
     return NETWORKS[name]()
 
 
-__all__ = ["NETWORKS", "FcnResNet50", "build_network"]
+__all__ = ["NETWORKS", "SegmentationNetwork", "build_network"]

@@ -7,29 +7,42 @@ stride-16 form with a 1x1 classifier is Keras-FCN's ``AtrousFCN_Resnet50_16s``.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.networks.resnet import OUT_CHANNELS, Normalize, ResNet50
-from service.voc import NUM_CLASSES
+from models.networks.resnet import CHANNELS, ResNet50
+from models.networks.segmentation import Features, LinearHead, SegmentationNetwork, classify
 
 
-class FcnResNet50(nn.Module):
-    """``image (N, 3, H, W)`` float RGB in [0, 255] -> ``logits (N, 21, H/stride, W/stride)``.
+class SkipHead(nn.Module):
+    """Features of shallower stages fused with the last one's: FCN's skips (section 4.2).
 
-    H and W are multiples of 32. The logits are upsampled bilinearly by whoever needs pixels: the
-    loss while training, the service when serving; labels are never resized.
+    Each stage is reduced by a 1x1 convolution, brought bilinearly to the shallowest one's size and
+    concatenated; a 1x1 convolution classifies. The paper sums predictions instead; that is the
+    same without the non-linearity between the two convolutions.
+
+    Args:
+        shallowest: the first stage that is fused, 3 (stride 8) or 4 (stride 16).
     """
 
-    def __init__(self, *, stride: int, classifier: nn.Module) -> None:
-        super().__init__()
-        self.stride = stride
-        self.normalize = Normalize()
-        self.backbone = ResNet50(dilate_last_stage=stride == 16)
-        self.classifier = classifier
+    WIDTH = 128
 
-    def forward(self, image: Tensor) -> Tensor:
+    def __init__(self, shallowest: int) -> None:
+        super().__init__()
+        self.shallowest = shallowest
+        fused = CHANNELS[shallowest:]
+        self.reduce = nn.ModuleList(_conv_norm_relu(channels, self.WIDTH, 1) for channels in fused)
+        self.dropout = nn.Dropout2d(0.1)
+        self.predict = classify(self.WIDTH * len(fused))
+
+    def forward(self, features: Features) -> Tensor:
         """See the class."""
-        out: Tensor = self.classifier(self.backbone(self.normalize(image)))
+        reduced = [
+            reduce(stage)
+            for reduce, stage in zip(self.reduce, features[self.shallowest :], strict=True)
+        ]
+        fused = torch.cat([_upsample(x, 2**i) for i, x in enumerate(reduced)], dim=1)
+        out: Tensor = self.predict(self.dropout(fused))
         return out
 
 
@@ -37,32 +50,52 @@ class ContextHead(nn.Module):
     """What surrounds each cell, near, far and in the whole image, before it is classified.
 
     A light form of DeepLabv3's ASPP (Chen et al. 2017): the branches read 256 reduced channels
-    instead of 2048. ``(N, 2048, h, w)`` -> ``(N, 21, h, w)``.
+    instead of 2048. With ``edges``, the second stage's features are joined at stride 8 before the
+    classifier, as in DeepLabv3+ (Chen et al. 2018), so that outlines follow the photo.
+
+    ``(..., (N, 512, 2h, 2w), ..., (N, 2048, h, w))`` -> ``(N, 21, h, w)``, with ``edges``
+    ``(N, 21, 2h, 2w)``.
     """
 
     CHANNELS = 256
     DILATIONS = (4, 8)
     """In cells of 16 pixels: windows of 9 and 17 cells, of the 32 that the longest side has."""
+    EDGE_STAGE = 3
+    EDGE_CHANNELS = 48
+    JOINED_CHANNELS = 128
 
-    def __init__(self) -> None:
+    def __init__(self, *, edges: bool) -> None:
         super().__init__()
         width = self.CHANNELS
-        self.reduce = _conv_norm_relu(OUT_CHANNELS, width, 1)
+        self.reduce = _conv_norm_relu(CHANNELS[-1], width, 1)
         self.near = _conv_norm_relu(width, width, 3, self.DILATIONS[0])
         self.far = _conv_norm_relu(width, width, 3, self.DILATIONS[1])
         # Without BatchNorm: one value per image and channel is too little to normalise by.
         self.whole = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(inplace=True))
         self.fuse = _conv_norm_relu(3 * width, width, 1)
+        if edges:
+            self.edge = _conv_norm_relu(CHANNELS[self.EDGE_STAGE], self.EDGE_CHANNELS, 1)
+            self.join = _conv_norm_relu(width + self.EDGE_CHANNELS, self.JOINED_CHANNELS, 3)
+        self.edges = edges
         self.dropout = nn.Dropout2d(0.1)
-        self.predict = _linear(width)
+        self.predict = classify(self.JOINED_CHANNELS if edges else width)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Features) -> Tensor:
         """See the class."""
-        reduced = self.reduce(features)
+        reduced = self.reduce(features[-1])
         fused = self.fuse(torch.cat((reduced, self.near(reduced), self.far(reduced)), dim=1))
-        whole = self.whole(reduced.mean(dim=(2, 3), keepdim=True))
-        out: Tensor = self.predict(self.dropout(fused + whole))
+        context = fused + self.whole(reduced.mean(dim=(2, 3), keepdim=True))
+        if self.edges:
+            edge = self.edge(features[self.EDGE_STAGE])
+            context = self.join(torch.cat((_upsample(context, 2), edge), dim=1))
+        out: Tensor = self.predict(self.dropout(context))
         return out
+
+
+def _upsample(x: Tensor, factor: int) -> Tensor:
+    if factor == 1:
+        return x
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def _conv_norm_relu(
@@ -75,24 +108,37 @@ def _conv_norm_relu(
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
-def _linear(in_channels: int) -> nn.Conv2d:
-    """A 1x1 classifier that starts close to undecided."""
-    classifier = nn.Conv2d(in_channels, NUM_CLASSES, 1)
-    nn.init.normal_(classifier.weight, std=0.01)
-    nn.init.constant_(classifier.get_parameter("bias"), 0.0)
-    return classifier
+def _fcn(stride: int, head: nn.Module, *, dilate: bool) -> SegmentationNetwork:
+    return SegmentationNetwork(
+        stride=stride, backbone=ResNet50(dilate_last_stage=dilate), classifier=head
+    )
 
 
-def fcn_resnet50_32s() -> FcnResNet50:
+def fcn_resnet50_32s() -> SegmentationNetwork:
     """Stride 32: 23,551,061 parameters, 21.36 G multiply-adds at 512x512."""
-    return FcnResNet50(stride=32, classifier=_linear(OUT_CHANNELS))
+    return _fcn(32, LinearHead(CHANNELS[-1]), dilate=False)
 
 
-def atrous_fcn_resnet50_16s() -> FcnResNet50:
+def fcn_resnet50_16s() -> SegmentationNetwork:
+    """Stride 16 by one skip: 23,907,157 parameters, 21.56 G multiply-adds at 512x512."""
+    return _fcn(16, SkipHead(4), dilate=False)
+
+
+def fcn_resnet50_8s() -> SegmentationNetwork:
+    """Stride 8 by two skips: 23,975,637 parameters, 21.86 G multiply-adds at 512x512."""
+    return _fcn(8, SkipHead(3), dilate=False)
+
+
+def atrous_fcn_resnet50_16s() -> SegmentationNetwork:
     """Stride 16 by dilation: 23,551,061 parameters, 32.47 G multiply-adds at 512x512."""
-    return FcnResNet50(stride=16, classifier=_linear(OUT_CHANNELS))
+    return _fcn(16, LinearHead(CHANNELS[-1]), dilate=True)
 
 
-def context_fcn_resnet50_16s() -> FcnResNet50:
+def context_fcn_resnet50_16s() -> SegmentationNetwork:
     """Stride 16 under `ContextHead`: 25,481,813 parameters, 34.38 G multiply-adds at 512x512."""
-    return FcnResNet50(stride=16, classifier=ContextHead())
+    return _fcn(16, ContextHead(edges=False), dilate=True)
+
+
+def context_fcn_resnet50_8s() -> SegmentationNetwork:
+    """Stride 8, with edges too: 25,854,261 parameters, 35.92 G multiply-adds at 512x512."""
+    return _fcn(8, ContextHead(edges=True), dilate=True)

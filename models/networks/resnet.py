@@ -6,11 +6,15 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2015), in t
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
+from models.networks.segmentation import Backbone
+
 EXPANSION = 4
-OUT_CHANNELS = 512 * EXPANSION
+CHANNELS = (3, 64, 64 * EXPANSION, 128 * EXPANSION, 256 * EXPANSION, 512 * EXPANSION)
+"""Of the image and of what each stage puts out."""
 
 
 class Bottleneck(nn.Module):
@@ -60,14 +64,14 @@ def _stage(in_channels: int, width: int, blocks: int, *, stride: int, dilation: 
     return nn.Sequential(first, *rest)
 
 
-class ResNet50(nn.Module):
+class ResNet50(Backbone):
     """ResNet-50 without its classification layer.
 
     Args:
         dilate_last_stage: replace the stride of ``layer4`` by dilation 2, which gives stride 16
             instead of 32 with the same weights ("a trous", Chen et al. 2015).
 
-    ``forward`` takes ``(N, 3, H, W)`` float, normalised, and returns ``(N, 2048, H/s, W/s)``.
+    There are five stages: the stem and ``layer1`` to ``layer4``.
     """
 
     def __init__(self, *, dilate_last_stage: bool) -> None:
@@ -85,31 +89,7 @@ class ResNet50(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer2(self.layer1(x))
-        out: Tensor = self.layer4(self.layer3(x))
-        return out
-
-
-class Normalize(nn.Module):
-    """RGB in [0, 255] to the zero mean and unit variance of ImageNet.
-
-    The statistics are buffers, so that normalisation travels with the exported graph.
-    """
-
-    MEAN = (0.485, 0.456, 0.406)
-    STD = (0.229, 0.224, 0.225)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean: Tensor
-        self.std: Tensor
-        scale = 255.0
-        self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 3, 1, 1) * scale)
-        self.register_buffer("std", torch.tensor(self.STD).view(1, 3, 1, 1) * scale)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """See the class."""
-        return (image - self.mean) / self.std
+    def stages(self) -> Sequence[Sequence[nn.Module]]:
+        """See `Backbone`."""
+        stem = (self.conv1, self.bn1, self.relu, self.maxpool)
+        return (stem, (self.layer1,), (self.layer2,), (self.layer3,), (self.layer4,))

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-from tests.benchmarks.servers import ROOT
+from typing import Any, Final
 
 Row = dict[str, Any]
+
+_CHECKOUT: Final = Path(__file__).resolve().parents[2]
+"""Not that of `servers`, which needs psutil."""
 
 
 @dataclass(slots=True)
@@ -127,7 +128,7 @@ def _git(*arguments: str) -> str:
     """What git says of this checkout; nothing where there is no git, or no checkout."""
     try:
         done = subprocess.run(
-            ("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, check=False
+            ("git", "-C", str(_CHECKOUT), *arguments), capture_output=True, text=True, check=False
         )
     except OSError:
         return ""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from models.networks.resnet import Normalize
+from models.networks.segmentation import Normalize
 from models.prediction import SHAPES, predict_photo
 from models.transforms import PADDING_COLOR, Geometry, fit, upsample
 from service import preprocessing, upsampling

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from models.networks import build_network
-from models.networks.resnet import EXPANSION, OUT_CHANNELS, Bottleneck, Normalize
+from models.networks.resnet import CHANNELS, EXPANSION, Bottleneck
+from models.networks.segmentation import Normalize
 from service.voc import NUM_CLASSES
 from tests.benchmarks.peers.pipeline import Network
 
@@ -33,9 +34,9 @@ class TorchvisionFcn(nn.Module):
             _stage(512, 256, 6, stride=1, dilations=(1, 2)),
             _stage(1024, 512, 3, stride=1, dilations=(2, 4)),
         )
-        width = OUT_CHANNELS // 4
+        width = CHANNELS[-1] // 4
         self.classifier = nn.Sequential(
-            nn.Conv2d(OUT_CHANNELS, width, 3, padding=1, bias=False),
+            nn.Conv2d(CHANNELS[-1], width, 3, padding=1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.Dropout(0.1),

@@ -17,9 +17,11 @@ from models.checkpoint import (
     load_backbone,
     load_checkpoint,
     load_network,
+    load_start,
     rounded_weights,
     save_checkpoint,
 )
+from models.networks import build_network
 
 
 def small_backbone() -> nn.Module:
@@ -50,6 +52,21 @@ def test_every_format_loads(tmp_path: Path, suffix: str) -> None:
     load_backbone(backbone, path)
     for key, value in weights.items():
         assert backbone.state_dict()[key].equal(value)
+
+
+def test_a_former_runs_head_is_taken_where_it_fits(tmp_path: Path) -> None:
+    """The context head without edges starts the one with them, but for its classifier."""
+    former, network = (
+        build_network("context_fcn_resnet50_16s"),
+        build_network("context_fcn_resnet50_8s"),
+    )
+    save_checkpoint(tmp_path / "checkpoint.pt", {"model": former.state_dict()})
+    taken = load_start(network, tmp_path / "checkpoint.pt")
+    state = network.state_dict()
+    assert taken == sum(key.startswith("classifier.") for key in former.state_dict()) - 1
+    for key, value in former.state_dict().items():
+        if key != "classifier.predict.weight":
+            assert state[key].equal(value)
 
 
 def test_a_former_runs_backbone_is_taken(tmp_path: Path) -> None:

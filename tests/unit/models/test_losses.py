@@ -1,9 +1,50 @@
-"""The training loss."""
+"""The training losses."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from models.losses import upsampled_cross_entropy
+from models.losses import cross_entropy, distillation, interpolate
+
+RNG = torch.Generator().manual_seed(0)
+
+
+def test_interpolate_is_a_part_of_the_full_upsampling() -> None:
+    """The same values as F.interpolate at the pixels asked for."""
+    logits = torch.randn(2, 21, 5, 7, generator=RNG)
+    full = F.interpolate(logits, size=(80, 112), mode="bilinear", align_corners=False)
+    rows, columns = torch.tensor([0.0, 3, 40, 79]), torch.tensor([0.0, 8, 9, 111])
+    part = interpolate(logits, rows, columns, (80, 112))
+    torch.testing.assert_close(part, full[:, :, rows.long()][..., columns.long()])
+
+
+def test_the_phases_together_are_the_loss_over_every_pixel() -> None:
+    """Sixteen grids in turn count each pixel once: their mean is the full cross-entropy."""
+    logits = torch.randn(2, 21, 4, 4, generator=RNG)
+    target = torch.randint(0, 21, (2, 64, 64), generator=RNG).byte()
+    phases = [cross_entropy(logits, target, phase).item() for phase in range(16)]
+    full = F.interpolate(logits, size=(64, 64), mode="bilinear", align_corners=False)
+    assert len({round(loss, 6) for loss in phases}) == 16
+    assert sum(phases) / 16 == pytest.approx(F.cross_entropy(full, target.long()).item())
+
+
+def test_only_the_hardest_pixels_count() -> None:
+    """Half the pixels are right: their share left out doubles the mean."""
+    logits = torch.zeros(1, 21, 2, 2)
+    logits[:, 3, 0] = 40
+    target = torch.full((1, 8, 8), 3, dtype=torch.uint8)
+    whole = cross_entropy(logits, target, 0, hard_share=1.0)
+    half = cross_entropy(logits, target, 0, hard_share=0.5)
+    assert half.item() == pytest.approx(2 * whole.item())
+
+
+def test_smoothing_keeps_certainty_in_check() -> None:
+    """Being surer of the right class costs more in the end."""
+    target = torch.full((1, 8, 8), 3, dtype=torch.uint8)
+    sure, surer = (torch.zeros(1, 21, 2, 2).index_fill(1, torch.tensor([3]), v) for v in (6, 60))
+    assert cross_entropy(sure, target, 0, label_smoothing=0.1) < cross_entropy(
+        surer, target, 0, label_smoothing=0.1
+    )
 
 
 def test_void_is_ignored() -> None:
@@ -12,20 +53,45 @@ def test_void_is_ignored() -> None:
     logits[:, 8] = 30
     target = torch.full((1, 8, 8), 255, dtype=torch.uint8)
     target[:, :4, :4] = 8
-    assert upsampled_cross_entropy(logits, target).item() == pytest.approx(0, abs=1e-6)
+    assert cross_entropy(logits, target, 0).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_uniform_logits_cost_log_21() -> None:
     """The mean is over pixels, not over cells."""
-    loss = upsampled_cross_entropy(torch.zeros(2, 21, 2, 2), torch.ones(2, 32, 32).byte())
+    loss = cross_entropy(torch.zeros(2, 21, 2, 2), torch.ones(2, 32, 32).byte(), 5)
     assert loss.item() == pytest.approx(3.0445, abs=1e-3)
 
 
 def test_all_void_is_zero_and_has_a_gradient() -> None:
     """A crop of nothing but void must not poison the weights with NaN."""
     logits = torch.randn(1, 21, 2, 2, requires_grad=True)
-    loss = upsampled_cross_entropy(logits, torch.full((1, 8, 8), 255, dtype=torch.uint8))
+    loss = cross_entropy(logits, torch.full((1, 8, 8), 255, dtype=torch.uint8), 0)
     loss.backward()  # type: ignore[no-untyped-call]
     assert loss.item() == 0
     assert logits.grad is not None
     assert logits.grad.abs().sum().item() == 0
+
+
+def test_distillation_is_least_where_the_teacher_is_met() -> None:
+    """There the gradient vanishes, at any temperature; elsewhere it does not."""
+    teacher = torch.randn(1, 21, 3, 3, generator=RNG)
+    for temperature in (1.0, 4.0):
+        soft = (teacher / temperature).softmax(dim=1)
+        same = teacher.clone().requires_grad_()
+        other = (teacher * 0.5).requires_grad_()
+        for logits in (same, other):
+            distillation(logits, soft, temperature).backward()  # type: ignore[no-untyped-call]
+        assert same.grad is not None
+        assert other.grad is not None
+        assert same.grad.abs().max() < 1e-6
+        assert other.grad.abs().max() > 1e-4
+
+
+def test_what_the_teacher_did_not_see_does_not_count() -> None:
+    """Cells of zeros change neither the sum nor the mean."""
+    logits = torch.randn(1, 21, 4, 4, generator=RNG)
+    soft = torch.randn(1, 21, 4, 4, generator=RNG).softmax(dim=1)
+    soft[:, :, 2:] = 0
+    expected = -(soft * logits.log_softmax(dim=1)).sum() / 8
+    torch.testing.assert_close(distillation(logits, soft, 1.0), expected)
+    assert distillation(logits, torch.zeros_like(soft), 1.0).item() == 0

@@ -2,9 +2,28 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
-from models.metrics import ConfusionMatrix
-from service.voc import CLASSES
+from models.metrics import (
+    BAND_WIDTHS,
+    ConfusionMatrix,
+    bootstrap_intervals,
+    boundary_rings,
+    confusion_by_ring,
+    mean_iou,
+)
+from service.voc import CLASSES, IGNORE_INDEX
+
+MASKS = hnp.arrays(
+    np.uint8,
+    st.tuples(st.integers(1, 6), st.integers(1, 40)),
+    elements=st.sampled_from([0, 8, IGNORE_INDEX]),
+    fill=st.just(0),
+)
+"""Mostly background, so that bands of every width occur."""
 
 
 def matrix_of(truth: list[int], prediction: list[int]) -> ConfusionMatrix:
@@ -52,3 +71,80 @@ def test_shapes_and_ids_are_checked() -> None:
         ConfusionMatrix().update(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
     with pytest.raises(ValueError, match="no class id"):
         matrix_of([0], [len(CLASSES)])
+
+
+def image_of(right: int, as_cat: int) -> NDArray[np.int64]:
+    """(21, 21): the confusion matrix of a background image, part of it taken for cat."""
+    counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    counts[0, 0], counts[0, 8] = right, as_cat
+    return counts
+
+
+def test_equal_images_leave_nothing_to_chance() -> None:
+    """Whichever are drawn, the IoU is the same: no width, and no class that is not there."""
+    mean, per_class = bootstrap_intervals(np.stack([image_of(3, 1)] * 5))
+    assert mean == pytest.approx(3 / 8)
+    assert per_class[:, 0] == pytest.approx(3 / 4)
+    assert per_class[:, 8] == pytest.approx(0)
+    assert np.isnan(np.delete(per_class, [0, 8], axis=1)).all()
+
+
+def test_the_interval_is_that_of_the_draws() -> None:
+    """60 of 100 one-pixel images are right: the sum is binomial, 60 +- 1.96 * sqrt(24)."""
+    images = np.stack([image_of(1, 0)] * 60 + [image_of(0, 1)] * 40)
+    mean, per_class = bootstrap_intervals(images)
+    expected = (60 + np.array([-1, 1]) * 1.96 * np.sqrt(24)) / 100
+    assert per_class[:, 0] == pytest.approx(expected, abs=0.015)
+    assert mean == pytest.approx(expected / 2, abs=0.0075)
+
+
+def test_the_interval_holds_the_estimate_and_stays_the_same() -> None:
+    """The seed is fixed: a report can be made again to the bit."""
+    images = np.random.default_rng(0).integers(0, 100, (30, len(CLASSES), len(CLASSES)))
+    (low, high), _ = bootstrap_intervals(images)
+    assert low < mean_iou(images.sum(axis=0)) < high
+    assert bootstrap_intervals(images)[0].tolist() == [low, high]
+
+
+@settings(deadline=None)
+@given(MASKS)
+def test_rings_as_by_the_distance_to_another_label(truth: NDArray[np.uint8]) -> None:
+    """The larger of rows and columns to the nearest pixel of another label, void among them."""
+    rows, columns = np.indices(truth.shape).reshape(2, -1, 1)
+    distance = np.maximum(abs(rows - rows.T), abs(columns - columns.T)).astype(float)
+    distance[truth.reshape(-1, 1) == truth.reshape(-1)] = np.inf
+    expected = np.searchsorted(BAND_WIDTHS, distance.min(axis=1)).reshape(truth.shape)
+    assert np.array_equal(boundary_rings(truth), expected)
+    assert np.array_equal(boundary_rings(truth.T), expected.T)
+
+
+@settings(deadline=None)
+@given(MASKS, st.integers(0, len(CLASSES) - 1))
+def test_rings_add_up_to_the_image(truth: NDArray[np.uint8], predicted: int) -> None:
+    """Void pixels left out, every other pixel once."""
+    prediction = np.full_like(truth, predicted)
+    matrix = ConfusionMatrix()
+    matrix.update(truth, prediction)
+    assert np.array_equal(confusion_by_ring(truth, prediction).sum(axis=0), matrix.counts)
+
+
+def test_bands_of_a_straight_edge() -> None:
+    """Cat beside a void line of 2: a band of w columns on either side, void in none of them."""
+    truth = np.full((50, 102), 8, dtype=np.uint8)
+    truth[:, :50], truth[:, 50:52] = 0, IGNORE_INDEX
+    # Wrong in the 4 columns left of the line.
+    prediction = np.where(np.arange(102) < 46, 0, 8)[None].repeat(50, axis=0).astype(np.uint8)
+    bands = confusion_by_ring(truth, prediction).cumsum(axis=0)
+    for band, width in zip(bands, (*BAND_WIDTHS, 50), strict=True):
+        wrong = min(4, width)
+        assert band.sum() == 50 * 2 * width
+        iou = ((width - wrong) / width, width / (width + wrong))
+        assert mean_iou(band) == pytest.approx(np.mean(iou))
+
+
+def test_shapes_and_ids_are_checked_by_ring_too() -> None:
+    """As for the whole image."""
+    with pytest.raises(ValueError, match="truth is"):
+        confusion_by_ring(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
+    with pytest.raises(ValueError, match="no class id"):
+        confusion_by_ring(np.zeros((1, 1), np.uint8), np.full((1, 1), 255, np.uint8))

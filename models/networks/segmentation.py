@@ -1,0 +1,113 @@
+"""What every network here is: normalisation, a backbone in stages, and a head that classifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from service.voc import NUM_CLASSES
+
+Features = tuple[Tensor, ...]
+"""The normalised image and the outputs of leading stages."""
+
+
+class Normalize(nn.Module):
+    """RGB in [0, 255] to the zero mean and unit variance of ImageNet.
+
+    The statistics are buffers, so that normalisation travels with the exported graph.
+    """
+
+    MEAN = (0.485, 0.456, 0.406)
+    STD = (0.229, 0.224, 0.225)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        scale = 255.0
+        self.register_buffer("mean", torch.tensor(self.MEAN).view(1, 3, 1, 1) * scale)
+        self.register_buffer("std", torch.tensor(self.STD).view(1, 3, 1, 1) * scale)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See the class."""
+        return (image - self.mean) / self.std
+
+
+class Backbone(nn.Module):
+    """Stages in sequence, each handing its output to the next and to the head."""
+
+    def stages(self) -> Sequence[Sequence[nn.Module]]:
+        """Return each stage's modules, in the order in which they are applied."""
+        raise NotImplementedError
+
+    def forward(self, features: Features, stop: int | None = None) -> Features:
+        """Extend the features by those of the stages that follow, up to ``stop`` of them.
+
+        Args:
+            features: the normalised image, ``(N, 3, H, W)`` float, and the outputs of as many
+                leading stages as were already computed.
+            stop: the number of stages that the result holds at most; None for all.
+
+        Returns:
+            The image and the stages' outputs: ``features[i]`` is stage i's.
+        """
+        for modules in self.stages()[len(features) - 1 : stop]:
+            x = features[-1]
+            for module in modules:
+                x = module(x)
+            features = (*features, x)
+        return features
+
+
+class SegmentationNetwork(nn.Module):
+    """``image (N, 3, H, W)`` float RGB in [0, 255] -> ``logits (N, 21, H/stride, W/stride)``.
+
+    H and W are multiples of 32. The logits are upsampled bilinearly by whoever needs pixels: the
+    loss while training, the service when serving; labels are never resized.
+
+    Args:
+        stride: of the logits.
+        backbone: ``Features -> Features``, see `Backbone.forward`.
+        classifier: the head, ``Features -> logits``.
+    """
+
+    def __init__(self, *, stride: int, backbone: Backbone, classifier: nn.Module) -> None:
+        super().__init__()
+        self.stride = stride
+        self.normalize = Normalize()
+        self.backbone = backbone
+        self.classifier = classifier
+
+    def leading(self, image: Tensor, stages: int) -> Features:
+        """Return the normalised image and the outputs of that many leading stages."""
+        out: Features = self.backbone((self.normalize(image),), stages)
+        return out
+
+    def forward(self, image: Tensor, features: Features | None = None) -> Tensor:
+        """See the class; ``features``, where given, are those of `leading`."""
+        start = (self.normalize(image),) if features is None else features
+        out: Tensor = self.classifier(self.backbone(start))
+        return out
+
+
+class LinearHead(nn.Module):
+    """A 1x1 classifier of the last stage: ``(..., (N, C, h, w))`` -> ``(N, 21, h, w)``."""
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.predict = classify(in_channels)
+
+    def forward(self, features: Features) -> Tensor:
+        """See the class."""
+        out: Tensor = self.predict(features[-1])
+        return out
+
+
+def classify(in_channels: int) -> nn.Conv2d:
+    """Return a 1x1 convolution to the classes that starts close to undecided."""
+    convolution = nn.Conv2d(in_channels, NUM_CLASSES, 1)
+    nn.init.normal_(convolution.weight, std=0.01)
+    nn.init.zeros_(convolution.get_parameter("bias"))
+    return convolution

@@ -1,0 +1,462 @@
+r"""Accuracy against CPU time, ours beside Google Coral's DeepLabv3, in one run.
+
+    python -m tests.benchmarks.front --data VOCdevkit --artifact DIR --coral FILE.tflite
+
+Every artefact in each CPU precision it has, at each working size, as the service does it; a peer
+at the size that its file has. Prints the table, and writes ``front.json`` and ``front.png`` into
+``--out``. Accuracy does not depend on what else the machine does: it is counted once and kept in
+``accuracy.json``, so that an interrupted run goes on, and `--accuracy-only` leaves the times for
+when the machine is quiet. All times are taken anew, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import inspect
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-untyped]
+from PIL import Image
+
+mpl.use("Agg")  # before pyplot
+
+from matplotlib import patheffects
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator
+
+from models.dataset import Sample, read_split
+from models.metrics import ConfusionMatrix
+from service import decoding, preprocessing, session, upsampling
+from service.contract import SHAPE_MULTIPLE, ModelContract, Precision
+from service.decoding import Photo, decode
+from service.manifest import load_manifest, sha256_of
+from service.preprocessing import Geometry, preprocess
+from service.session import Model, available_cores, load_model
+from service.settings import DEFAULT_MODEL
+from service.upsampling import upsample
+from tests.benchmarks.bench import environment, markdown_table, short, spread
+from tests.benchmarks.components import MAX_PIXELS
+
+Bytes = npt.NDArray[np.uint8]
+"""A photo ``(H, W, 3)`` in RGB, or a mask ``(H, W)`` of class ids."""
+
+Role = Literal["default", "artefact", "peer"]
+
+SIZES: Final = (256, 384, 512, 640)
+PRECISIONS: Final[tuple[Precision, ...]] = ("fp32", "int8")
+TIMED_PHOTOS: Final = 8
+ROUNDS: Final = 7
+
+PACKAGES: Final = (
+    *("onnxruntime", "ai-edge-litert", "numpy", "pillow", "simplejpeg", "cykooz-resizer"),
+)
+"""What the masks may depend on beside the networks and `DATA_PATH`."""
+
+DATA_PATH: Final = (decoding, preprocessing, session, upsampling)
+
+DEFAULT_COLOR: Final = "#c2185b"
+COLORS: Final = ("#1f77b4", "#e08214", "#1b9e77", "#6a51a3", "#8c564b")
+
+STYLES: Final[dict[str, dict[str, Any]]] = {
+    "fp32": {"linestyle": "--", "marker": "s"},
+    "int8": {"linestyle": "-", "marker": "o"},
+}
+
+CORAL_PADDING: Final = (128, 128, 128)
+"""Zero in the quantisation of the input. Source: the file's own zero point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A network in one precision at one working size, in pixels of the longest side.
+
+    ``files`` are the sha256 of all that it is loaded from.
+    """
+
+    network: str
+    precision: str
+    size: int
+    role: Role
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Side(Candidate):
+    """One that is loaded; ``label`` makes a photo its ``(H, W) uint8`` class ids, on all cores."""
+
+    label: Callable[[Photo], Bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Point(Candidate):
+    """What was found; ``rounds_ms`` are the milliseconds a photo in each round."""
+
+    miou: float
+    pixel_accuracy: float
+    rounds_ms: tuple[float, ...]
+
+    @property
+    def ms(self) -> float:
+        """Median over the rounds."""
+        return statistics.median(self.rounds_ms)
+
+    def over(self, other: Point) -> list[float]:
+        """Its time over another's, in each round."""
+        pairs = zip(self.rounds_ms, other.rounds_ms, strict=True)
+        return [ours / theirs for ours, theirs in pairs]
+
+    def beats(self, other: Point) -> bool:
+        """Whether it is as fast and as accurate, and better in one of them."""
+        no_worse = self.ms <= other.ms and self.miou >= other.miou
+        return no_worse and (self.ms < other.ms or self.miou > other.miou)
+
+
+def pareto_front(points: Iterable[Point]) -> list[Point]:
+    """Those that no other one beats, the fastest first."""
+    all_points = list(points)
+    kept = [one for one in all_points if not any(other.beats(one) for other in all_points)]
+    return sorted(kept, key=lambda point: point.ms)
+
+
+def at_size(contract: ModelContract, size: int) -> ModelContract:
+    """The contract with another working size, its listed shapes scaled along and rounded up.
+
+    Raises pydantic's ``ValidationError`` for a size that no contract may have.
+    """
+    shapes = {
+        tuple(_scaled(side, size, contract.working_size) for side in shape)
+        for shape in contract.shapes
+    }
+    ascending = sorted(shapes, key=lambda shape: (math.prod(shape), shape))
+    changes = {"working_size": size, "shapes": ascending}
+    return ModelContract.model_validate({**contract.model_dump(), **changes})
+
+
+def _scaled(side: int, size: int, working_size: int) -> int:
+    return -(-side * size // (working_size * SHAPE_MULTIPLE)) * SHAPE_MULTIPLE
+
+
+def artefact_sides(folder: Path, sizes: Iterable[int]) -> Iterator[Side]:
+    """Ours: what the service opens and does, without its queue.
+
+    Raises `ArtefactError` if the folder cannot be served.
+    """
+    role: Role = "default" if folder.resolve() == DEFAULT_MODEL.resolve() else "artefact"
+    manifest = load_manifest(folder)
+    by_precision = {entry.precision: entry.sha256 for entry in manifest.files.values()}
+    for precision in PRECISIONS:
+        if precision not in by_precision:
+            continue
+        # An int8 network reads its weights out of the fp32 file.
+        files = tuple(dict.fromkeys((by_precision[precision], by_precision["fp32"])))
+        model = load_model(folder, "cpu", precision=precision)
+        for size in sizes:
+            sized = replace(model, contract=at_size(model.contract, size))
+            label = partial(label_as_served, sized)
+            yield Side(folder.name, precision, size, role, files, label)
+
+
+def label_as_served(model: Model, photo: Photo) -> Bytes:
+    """The service's data path between decoding and encoding: see `service.segmenter`."""
+    contract = model.contract
+    geometry = Geometry.plan(photo.size, contract.working_size, contract.shapes)
+    image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
+    return upsample(model.run(image[None])[0], geometry).mask
+
+
+def coral_side(path: Path) -> Side:
+    """A DeepLabv3 of Google Coral's model zoo in TensorFlow Lite's own runtime, on all cores.
+
+    Input ``(1, side, side, 3) uint8`` RGB, output ``(1, side, side)`` class ids.
+    """
+    interpreter = Interpreter(str(path), num_threads=available_cores())
+    interpreter.allocate_tensors()
+    (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def infer(image: Bytes) -> Bytes:
+        interpreter.set_tensor(source["index"], image[None])
+        interpreter.invoke()
+        ids: Bytes = interpreter.get_tensor(target["index"])[0].astype(np.uint8)
+        return ids
+
+    size = int(source["shape"][1])
+    label = partial(label_as_coral, infer, size)
+    return Side(path.stem, "int8", size, "peer", (sha256_of(path),), label)
+
+
+def label_as_coral(infer: Callable[[Bytes], Bytes], size: int, photo: Photo) -> Bytes:
+    """Longest side to the input's, the rest mid-grey; the ids come back by nearest neighbour.
+
+    ``infer``: ``(size, size, 3) uint8`` RGB to ``(size, size) uint8`` class ids. The same code as
+    for ours resizes the photo.
+    """
+    geometry = Geometry.plan(photo.size, size, [(size, size)])
+    ids = infer(preprocess(photo.pixels, geometry, CORAL_PADDING, photo.box))
+    height, width = geometry.resized
+    back = Image.fromarray(ids[:height, :width]).resize(photo.size[::-1], Image.Resampling.NEAREST)
+    return np.asarray(back)
+
+
+def cache_key(candidate: Candidate, names: Sequence[str], code: str) -> str:
+    """What the accuracy of a candidate depends on, in one word.
+
+    ``names`` are those of the photos; ``code`` stands for the data path, see `code_digest`.
+    """
+    parts = (candidate.files, candidate.precision, candidate.size, names, code)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def code_digest() -> str:
+    """The sources of both data paths and the versions of what they call, in one word."""
+    versions = []
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    here = (at_size, label_as_served, coral_side, label_as_coral)
+    sources = [inspect.getsource(one) for one in (*DATA_PATH, *here)]
+    return hashlib.sha256("\n".join((*versions, *sources)).encode()).hexdigest()
+
+
+def count(side: Side, samples: Iterable[Sample]) -> npt.NDArray[np.int64]:
+    """The confusion matrix over photos at their own resolution, ``(21, 21) int64``.
+
+    Raises `DatasetError` or `ImageError` if a photo or a mask is missing or wrong.
+    """
+    matrix = ConfusionMatrix()
+    for sample in samples:
+        photo = decode(sample.image_path.read_bytes(), MAX_PIXELS, side.size)
+        matrix.update(np.asarray(sample.load_mask()), side.label(photo))
+    return matrix.counts
+
+
+def count_all(
+    sides: Iterable[Side], samples: Sequence[Sample], cache: Path
+) -> list[ConfusionMatrix]:
+    """The confusion matrix of every side; what ``cache`` lacks is counted and kept there."""
+    names, code = [sample.name for sample in samples], code_digest()
+    kept: dict[str, Any] = json.loads(cache.read_text("utf-8")) if cache.exists() else {}
+    matrices = []
+    for side in sides:
+        key = cache_key(side, names, code)
+        if key not in kept:
+            counts = count(side, samples).tolist()
+            kept[key] = {**about(side), "images": len(samples), "counts": counts}
+            write_json(cache, kept)
+        matrix = ConfusionMatrix(np.array(kept[key]["counts"], dtype=np.int64))
+        found = f"mIoU {matrix.mean_iou():.4f}"
+        print(f"{side.network} {side.precision} {side.size}: {found}", flush=True)
+        matrices.append(matrix)
+    return matrices
+
+
+def about(candidate: Candidate) -> dict[str, Any]:
+    """What it is, without its figures."""
+    return {field.name: getattr(candidate, field.name) for field in fields(Candidate)}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def time_all(
+    sides: Sequence[Side], photos: Sequence[Photo], rounds: int = ROUNDS
+) -> list[tuple[float, ...]]:
+    """Milliseconds a photo of each side in each round, the sides in turns, one photo at a time."""
+    for side in sides:  # the first run of a shape allocates
+        for photo in photos:
+            side.label(photo)
+    figures: list[list[float]] = [[] for _ in sides]
+    for _ in range(rounds):
+        for side, found in zip(sides, figures, strict=True):
+            # Uncounted: meanwhile the threads of the side before stop spinning.
+            side.label(photos[-1])
+            started = time.perf_counter()
+            for photo in photos:
+                side.label(photo)
+            found.append((time.perf_counter() - started) * 1000 / len(photos))
+    return [tuple(found) for found in figures]
+
+
+def evenly(samples: Sequence[Sample], wanted: int) -> list[Photo]:
+    """At most so many decoded photos from all over the list, the same ones every time."""
+    chosen = samples[:: max(1, len(samples) // wanted)][:wanted]
+    return [decode(sample.image_path.read_bytes(), MAX_PIXELS) for sample in chosen]
+
+
+def table(points: Sequence[Point]) -> str:
+    """Every point's figures as Markdown, its times over each peer's by rounds."""
+    peers = [point for point in points if point.role == "peer"]
+    header = ["", "precision", "size", "mIoU", "pixel accuracy", "ms a photo"]
+    header += [f"time over {peer.network}'s" for peer in peers]
+    lines = [
+        [
+            *(point.network, point.precision, str(point.size)),
+            *(f"{point.miou:.4f}", f"{point.pixel_accuracy:.4f}", short(point.ms)),
+            *(spread(point.over(peer)) for peer in peers),
+        ]
+        for point in points
+    ]
+    return markdown_table(header, lines)
+
+
+def draw(points: Sequence[Point], title: str, path: Path) -> None:
+    """Draw accuracy over time: a line for each network and precision, and the peers' front."""
+    figure, axes = plt.subplots(figsize=(11, 7.5), layout="constrained")
+    peers = [point for point in points if point.role == "peer"]
+    ours = [point for point in points if point.role != "peer"]
+    _set_axes(axes, points)
+    _draw_front(axes, pareto_front(peers))
+    legend = [Line2D([], [], color="0.3", label=name, **style) for name, style in STYLES.items()]
+    legend += _draw_ours(axes, ours)
+    for peer, marker in zip(peers, cycle("*DP"), strict=False):
+        look: dict[str, Any] = {"color": "black", "marker": marker, "linestyle": "none"}
+        axes.plot(peer.ms, peer.miou, **look, markersize=18, zorder=5)
+        legend.append(Line2D([], [], **look, label=f"{peer.network} ({peer.size})"))
+    axes.set_title(title, fontsize="medium")
+    figure.legend(handles=legend, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _set_axes(axes: Axes, points: Sequence[Point]) -> None:
+    times, accuracies = [p.ms for p in points], [p.miou for p in points]
+    margin = max(0.01, 0.08 * (max(accuracies) - min(accuracies)))
+    axes.set(
+        xscale="log",
+        xlim=(min(times) / 1.3, max(times) * 1.3),
+        ylim=(min(accuracies) - margin, max(accuracies) + margin),
+        xlabel="milliseconds a photo, from its pixels to its mask",
+        ylabel="mean IoU; at the points, pixels of the longest side",
+    )
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.grid(visible=True, alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_front(axes: Axes, front: Sequence[Point]) -> None:
+    """The peers' front as a staircase, up to the edges of the axes."""
+    if not front:
+        return
+    bottom, right = axes.get_ylim()[0], axes.get_xlim()[1]
+    accuracies = [point.miou for point in front]
+    across = [front[0].ms, *(point.ms for point in front), right]
+    up = [bottom, *accuracies, accuracies[-1]]
+    axes.step(across, up, where="post", color="0.45", linewidth=1.2)
+    axes.fill_between(across, up, bottom, step="post", color="0.5", alpha=0.12)
+    axes.text(
+        *(0.985, 0.02, "here a peer is at least as fast and as accurate"),
+        transform=axes.transAxes,
+        ha="right",
+        color="0.35",
+    )
+
+
+def _draw_ours(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
+    """A colour for each network, a style for each precision; returns the colours' legend."""
+    others = cycle(COLORS)
+    legend = []
+    for number, network in enumerate(dict.fromkeys(point.network for point in points)):
+        mine = sorted((p for p in points if p.network == network), key=lambda point: point.size)
+        default = mine[0].role == "default"
+        look: dict[str, Any] = {"color": DEFAULT_COLOR if default else next(others)}
+        look |= {"linewidth": 3.2, "zorder": 4} if default else {"linewidth": 1.6, "zorder": 3}
+        legend.append(Line2D([], [], **look, label=network + " (default)" * default))
+        for precision, style in STYLES.items():
+            line = [point for point in mine if point.precision == precision]
+            axes.plot([p.ms for p in line], [p.miou for p in line], **look, **style)
+            for point in line:
+                _write_size(axes, point, look["color"], below=number % 2 == 1)
+    return legend
+
+
+def _write_size(axes: Axes, point: Point, color: str, *, below: bool) -> None:
+    """Beside a point where its own line, which rises, does not run: right below or left above."""
+    axes.annotate(
+        str(point.size),
+        (point.ms, point.miou),
+        xytext=(7, -13) if below else (-6, 6),
+        textcoords="offset points",
+        ha="left" if below else "right",
+        color=color,
+        fontsize=9,
+        path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
+        zorder=2,  # under lines and markers
+    )
+
+
+def main() -> int:
+    """Count, measure, print, write."""
+    given = _parser().parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    samples = read_split(given.data, given.split)[: given.images]
+    sides = [side for folder in given.artifact for side in artefact_sides(folder, given.sizes)]
+    sides += [coral_side(path) for path in given.coral]
+    matrices = count_all(sides, samples, given.out / "accuracy.json")
+    if given.accuracy_only:
+        return 0
+
+    met = environment(PACKAGES)
+    met |= {"split": given.split, "images": len(samples), "rounds": ROUNDS}
+    photos = evenly(samples, TIMED_PHOTOS)
+    points = [
+        Point(**about(side), miou=m.mean_iou(), pixel_accuracy=m.pixel_accuracy(), rounds_ms=found)
+        for side, m, found in zip(sides, matrices, time_all(sides, photos), strict=True)
+    ]
+    write_json(
+        given.out / "front.json",
+        {"environment": met, "timed": len(photos), "points": [asdict(point) for point in points]},
+    )
+    title = f"{len(samples)} photos of {given.split}; {met['cores']} cores of {met['cpu']}"
+    draw(points, title, given.out / "front.png")
+    print(f"\n{table(points)}\n\nwritten to {given.out}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tests.benchmarks.front",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="VOCdevkit", help="or its VOC2012"
+    )
+    several: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend"}
+    parser.add_argument("--artifact", **several, required=True, metavar="DIR")
+    parser.add_argument("--coral", **several, default=[], metavar="FILE.tflite")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=SIZES, help="pixels of the longest side"
+    )
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--images", type=int, help="only the first so many of the split")
+    parser.add_argument("--accuracy-only", action="store_true", help="take no times")
+    parser.add_argument("--out", type=Path, default=Path("runs/front"), help="folder")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What the evaluation reports of given confusion matrices."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from models.evaluate import (
+    EvaluationError,
+    add_arguments,
+    caption,
+    describe_image,
+    format_table,
+    open_predictor,
+    summarise,
+    worst_first,
+)
+from models.metrics import BAND_WIDTHS, confusion_by_ring
+from service.manifest import Accuracy
+from service.voc import CLASSES
+
+CAT, DOG, SHEEP = (CLASSES.index(name) for name in ("cat", "dog", "sheep"))
+
+
+def counts_of(**pairs: int) -> NDArray[np.int64]:
+    """(21, 21): ``cat_dog=3`` is three pixels of cat taken for dog."""
+    counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+    for pair, pixels in pairs.items():
+        truth, prediction = pair.split("_")
+        counts[CLASSES.index(truth), CLASSES.index(prediction)] = pixels
+    return counts
+
+
+def test_the_worst_image_comes_first() -> None:
+    """By the mean over the classes in truth or prediction; an all-void image has no place."""
+    images = np.stack(
+        [
+            counts_of(cat_cat=100),
+            counts_of(),
+            # As many right pixels as the next, but a class that is not there.
+            counts_of(cat_cat=90, cat_dog=5, cat_sheep=5),
+            counts_of(cat_cat=90, cat_dog=10),
+            counts_of(cat_dog=1),
+        ]
+    )
+    assert worst_first(images) == [4, 2, 3, 0]
+
+
+def test_confusions_are_named_by_their_pixels() -> None:
+    """The three most frequent, as fractions of the known pixels; what is right is none."""
+    counts = counts_of(cat_cat=50, cat_dog=30, background_cat=10, dog_dog=6, cat_sheep=3, dog_cat=1)
+    described = describe_image("2007_000001", counts)
+    assert described["confused"] == [
+        {"truth": "cat", "prediction": "dog", "fraction": 0.3},
+        {"truth": "background", "prediction": "cat", "fraction": 0.1},
+        {"truth": "cat", "prediction": "sheep", "fraction": 0.03},
+    ]
+    assert described["miou"] == pytest.approx((0 + 50 / 94 + 6 / 37 + 0) / 4)
+    assert caption(described) == (
+        "2007_000001, mean IoU 0.17. "
+        "Truth → prediction: cat → dog 30%, background → cat 10%, cat → sheep 3%"
+    )
+
+
+def test_an_image_without_a_mistake_names_none() -> None:
+    """Nor does its caption."""
+    described = describe_image("2007_000001", counts_of(cat_cat=5))
+    assert described == {"name": "2007_000001", "miou": 1.0, "confused": []}
+    assert caption(described) == "2007_000001, mean IoU 1.00."
+
+
+def summary() -> dict[str, object]:
+    """Of two images: a cat on background, seen too wide, and background alone."""
+    truth = np.zeros((40, 100), dtype=np.uint8)
+    truth[:, 50:] = CAT
+    wide = np.where(np.arange(100) < 47, 0, CAT)[None].repeat(40, axis=0).astype(np.uint8)
+    empty = np.zeros_like(truth)
+    return summarise(np.stack([confusion_by_ring(truth, wide), confusion_by_ring(empty, empty)]))
+
+
+def test_the_summary_is_json_and_the_manifests_accuracy() -> None:
+    """Classes that occur nowhere have neither IoU nor interval."""
+    found = json.loads(json.dumps(summary(), allow_nan=False))
+    accuracy = Accuracy.model_validate(found["metrics"])
+    assert accuracy.per_class_iou["cat"] == pytest.approx(50 / 53)
+    assert accuracy.per_class_iou["dog"] is found["per_class_iou_interval"]["dog"] is None
+    assert accuracy.miou == pytest.approx((147 / 150 + 50 / 53) / 2)
+    low, high = found["miou_interval"]
+    assert low < accuracy.miou < high == 1
+
+
+def test_the_summary_holds_the_boundary_curve() -> None:
+    """Three columns are wrong: less and less of a band that grows."""
+    found = summary()
+    curve = found["boundary_miou_by_width"]
+    assert isinstance(curve, dict)
+    assert list(curve) == list(BAND_WIDTHS)
+    assert curve[4] == pytest.approx((1 / 4 + 4 / 7) / 2)
+    assert found["boundary_miou"] == curve[8] == pytest.approx((5 / 8 + 8 / 11) / 2)
+
+
+def test_without_a_boundary_there_is_no_curve() -> None:
+    """Rather than a NaN, which JSON does not have."""
+    empty = np.zeros((4, 4), dtype=np.uint8)
+    found = summarise(confusion_by_ring(empty, empty)[None])
+    assert found["boundary_miou"] is None
+    assert set(found["boundary_miou_by_width"].values()) == {None}
+
+
+def test_the_table_shows_interval_and_boundaries() -> None:
+    """Beside the IoU of each class, of all, and of the bands."""
+    report = {**summary(), "split": "val", "images": 2, "protocol": "mmseg"}
+    lines = format_table(report).splitlines()
+    shown = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert shown["cat"] == ["0.9434", "0.9434", "to", "0.9434"]
+    assert shown["dog"] == ["-", "-"]
+    assert shown["miou"][0] == "0.9617"
+    assert shown["miou"][2:] == ["to", "1.0000"]
+    assert shown["boundary_miou"] == ["0.6761"]
+    assert any(line.startswith("mIoU within them") and "0.6761" in line for line in lines)
+    assert any(line.startswith("this, on 2 images of val, mmseg") for line in lines)
+
+
+@pytest.mark.parametrize("protocol", ["mmseg", "keras-fcn"])
+def test_a_service_has_its_own_protocol_only(protocol: str) -> None:
+    """What it was asked for is named, and what would do."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(["--url", "http://x", "--data", "x", "--protocol", protocol])
+    with pytest.raises(EvaluationError, match=rf"{protocol} needs --checkpoint or --artifact"):
+        open_predictor(args)
