@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from models import describe, evaluate, export, fetch, half, manifest, quantize, teach, train, verify
+from models import describe, evaluate, export, fetch, half, manifest, quantize, train, verify
 from models.checkpoint import CheckpointError
 from models.dataset import DatasetError
 from models.network_file import GraphError
@@ -19,7 +19,6 @@ from service.errors import SegmentError
 
 STAGES = {
     "fetch": fetch,
-    "teach": teach,
     "train": train,
     "export": export,
     "half": half,
@@ -40,7 +39,6 @@ USER_ERRORS = (
     export.ExportError,
     fetch.FetchError,
     manifest.ManifestError,
-    teach.TeacherError,
     train.TrainingError,
     OSError,
 )

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from models.transforms import Augmentation, Example, paste
 from service.voc import CLASSES, IGNORE_INDEX
@@ -174,10 +173,9 @@ class TrainingSet:
         augmentation: how a crop is drawn.
         seed: of every draw.
         device: where the photos are kept and the crops made.
-        teacher: a folder of ``<name>.npy``, see `models.teach`; None for no teacher.
 
     Raises:
-        DatasetError: an image, a mask or a teacher's file is missing or wrong.
+        DatasetError: an image or a mask is missing or wrong.
     """
 
     def __init__(
@@ -186,7 +184,6 @@ class TrainingSet:
         augmentation: Augmentation,
         seed: int,
         device: torch.device,
-        teacher: Path | None = None,
     ) -> None:
         self.samples = samples
         self.augmentation = augmentation
@@ -195,8 +192,7 @@ class TrainingSet:
         def load(sample: Sample) -> Example:
             image, mask = sample.load()
             planes = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-            soft = None if teacher is None else read_teacher(teacher, sample.name).to(device)
-            return Example(planes.to(device), torch.from_numpy(np.array(mask)).to(device), soft)
+            return Example(planes.to(device), torch.from_numpy(np.array(mask)).to(device))
 
         with ThreadPoolExecutor() as pool:
             self.photos = list(pool.map(load, samples))
@@ -212,9 +208,8 @@ class TrainingSet:
         That makes a resumed run see exactly the crops that the killed one would have seen.
         """
         crops = [self._crop(epoch, index) for epoch, index in keys]
-        images, targets, softs = zip(*crops, strict=True)
-        soft = None if softs[0] is None else torch.stack(softs)
-        return Example(torch.stack(images), torch.stack(targets), soft)
+        images, targets = zip(*crops, strict=True)
+        return Example(torch.stack(images), torch.stack(targets))
 
     def _crop(self, epoch: int, index: int) -> Example:
         rng = np.random.default_rng((self.seed, epoch, index))
@@ -224,22 +219,6 @@ class TrainingSet:
             other = self.photos[int(rng.choice(self._holders[class_id]))]
             crop = paste(crop, self.augmentation(other, rng), class_id)
         return crop
-
-
-def read_teacher(folder: Path, name: str) -> Tensor:
-    """Return a teacher's logits over a photo, ``(21, h, w) float16``.
-
-    Raises:
-        DatasetError: the file is missing or holds anything else.
-    """
-    path = folder / f"{name}.npy"
-    try:
-        logits = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as exc:
-        raise DatasetError(f"{path}: cannot be read: {exc}") from exc
-    if logits.ndim != 3 or len(logits) != len(CLASSES) or logits.dtype != np.float16:
-        raise DatasetError(f"{path}: {logits.dtype} {logits.shape}, expected float16 (21, h, w)")
-    return torch.from_numpy(logits)
 
 
 class ResumableBatches:

@@ -12,9 +12,6 @@ STEP = 4
 """Pixels between two that the loss is taken at, along either axis. Neighbouring pixels say nearly
 the same; on a CPU all of them would cost a third of the whole step."""
 
-SOFT_STRIDE = 8
-"""Pixels of the crop per cell of a teacher's probabilities."""
-
 
 def interpolate(logits: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear interpolation of logits at some of the pixels alone.
@@ -82,31 +79,3 @@ def cross_entropy(
         losses = losses.topk(int(hard_share * len(losses))).values
         count = count.clamp(max=len(losses))
     return losses.sum() / count
-
-
-def distillation(logits: Tensor, soft: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy with a teacher's softened probabilities, times the temperature squared.
-
-    Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network" (2015), per cell of 8
-    pixels. The square keeps the gradient's size when the temperature changes.
-
-    Args:
-        logits: ``(N, C, h, w)`` float of any precision.
-        soft: ``(N, C, H/8, W/8)`` float, the teacher's probabilities at ``temperature``; all zero
-            where it saw nothing.
-        temperature: at least 1.
-
-    Returns:
-        A scalar, the mean over the cells that the teacher saw; 0 where there are none.
-    """
-    height, width = (cells * SOFT_STRIDE for cells in soft.shape[2:])
-    middle = (SOFT_STRIDE - 1) / 2
-    rows, columns = (
-        torch.arange(middle, length, SOFT_STRIDE, device=logits.device)
-        for length in (height, width)
-    )
-    student = interpolate(logits, rows, columns, (height, width)) / temperature
-    soft = soft.float()
-    seen = soft.sum(dim=1)
-    total = -(soft * student.log_softmax(dim=1)).sum()
-    return temperature**2 * total / seen.sum().clamp(min=1)

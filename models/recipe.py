@@ -48,11 +48,6 @@ class Recipe(BaseModel):
     warm_up_iterations: int = Field(ge=0)
     ema_decay: float = Field(gt=0, lt=1)
 
-    teacher_weight: float = Field(default=0, ge=0)
-    """Of the distillation loss, beside the labels' cross-entropy of weight 1."""
-    temperature: float = Field(default=1, ge=1)
-    """Of the teacher's and the network's probabilities in the distillation loss."""
-
     frozen_stages: int = Field(ge=0, le=6)
     """Leading stages of the backbone that keep their starting weights; the stem is the first."""
     batch_norm: Literal["train", "frozen"]

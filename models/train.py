@@ -45,11 +45,11 @@ from models.dataset import (
     read_split,
     repeat_factors,
 )
-from models.losses import cross_entropy, distillation
+from models.losses import cross_entropy
 from models.networks import SegmentationNetwork, build_network
 from models.networks.segmentation import Features
 from models.prediction import open_device, predict_photo, score, torch_infer
-from models.recipe import Recipe, RecipeError, load_recipe
+from models.recipe import Recipe, load_recipe
 from models.transforms import Augmentation
 
 LOG_EVERY = 20
@@ -285,9 +285,6 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
                 label_smoothing=recipe.label_smoothing,
                 hard_share=recipe.hard_share,
             )
-            if batch.soft is not None:
-                soft = distillation(logits, batch.soft, recipe.temperature)
-                loss = loss + recipe.teacher_weight * soft
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
@@ -347,15 +344,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="torchvision-layout backbone or a checkpoint to start from, or the word random",
     )
-    parser.add_argument("--teacher", type=Path, help="folder that `models teach` wrote")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main(args: argparse.Namespace) -> int:
     """Train, or go on training, as the arguments say."""
     recipe = load_recipe(args.recipe, args.set)
-    if bool(recipe.teacher_weight) != bool(args.teacher):
-        raise RecipeError(f"{args.recipe}: teacher_weight and --teacher go together")
     samples, held_out = hold_out(read_split(args.data, recipe.split), recipe.held_out)
     with processes(args.device) as (rank, world, device):
         run = Run(recipe, device, args.out / "checkpoint.pt", args.weights, rank, world)
@@ -366,10 +360,9 @@ def main(args: argparse.Namespace) -> int:
             recipe.working_size,
             recipe.scale_range,
             recipe.jitter,
-            recipe.temperature,
             recipe.copy_paste,
         )
-        training = TrainingSet(samples, augmentation, recipe.seed, device, args.teacher)
+        training = TrainingSet(samples, augmentation, recipe.seed, device)
         train(run, training, held_out)
     return 0
 

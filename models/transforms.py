@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from models.losses import SOFT_STRIDE, interpolate
 from models.networks.segmentation import Normalize
-from service.voc import CLASSES, IGNORE_INDEX
+from service.voc import IGNORE_INDEX
 
 PADDING_COLOR = tuple(round(255 * channel) for channel in Normalize.MEAN)
 """RGB; normalises to about zero, which is what the convolutions pad with too."""
@@ -35,9 +34,6 @@ class Example(NamedTuple):
     """``(3, H, W) uint8`` RGB; of crops ``float32`` in [0, 255]."""
     target: Tensor
     """``(H, W) uint8`` class ids, or 255 for void."""
-    soft: Tensor | None
-    """A teacher's logits over the photo, ``(21, h, w) float16`` of any size; of crops its softened
-    probabilities, ``(21, H/8, W/8) float32``, zero outside the photo."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,6 @@ class Augmentation:
         working_size: what the longest side is brought to at scale 1, in pixels.
         scale_range: smallest and largest scale, drawn log-uniformly.
         jitter: largest relative change of brightness, contrast and saturation; 0 for none.
-        temperature: of the teacher's probabilities.
         copy_paste: chance that a class of another photo is pasted onto a crop, see `paste`.
     """
 
@@ -57,7 +52,6 @@ class Augmentation:
     working_size: int
     scale_range: tuple[float, float]
     jitter: float
-    temperature: float = 1.0
     copy_paste: float = 0.0
 
     def __call__(self, photo: Example, rng: np.random.Generator) -> Example:
@@ -74,13 +68,9 @@ class Augmentation:
         pixels[inside] = image
         target = torch.full(size, IGNORE_INDEX, dtype=torch.uint8, device=image.device)
         target[inside] = _resize(photo.target[None], vertical, horizontal, "nearest-exact")[0]
-        soft = None
-        if photo.soft is not None:
-            soft = self._soften(photo.soft, photo.target.shape, vertical, horizontal)
         if rng.random() < 0.5:
             pixels, target = pixels.flip(-1), target.flip(-1)
-            soft = None if soft is None else soft.flip(-1)
-        return Example(pixels, target, soft)
+        return Example(pixels, target)
 
     def _place(self, shape: Sequence[int], rng: np.random.Generator) -> tuple[Span, Span]:
         low, high = np.log(self.scale_range)
@@ -96,39 +86,17 @@ class Augmentation:
             spans.append(Span(slice(start, stop), slice(at, at + covered)))
         return spans[0], spans[1]
 
-    def _soften(
-        self, logits: Tensor, photo: Sequence[int], vertical: Span, horizontal: Span
-    ) -> Tensor:
-        """The teacher's probabilities at the middles of the crop's cells that lie in the photo."""
-        count = self.crop_size // SOFT_STRIDE
-        cells, places = [], []
-        for span in (vertical, horizontal):
-            middles = torch.arange(count) * SOFT_STRIDE + (SOFT_STRIDE - 1) / 2
-            inside = (middles > span.crop.start - 0.5) & (middles < span.crop.stop - 0.5)
-            cells.append(inside.nonzero()[:, 0].to(logits.device))
-            places.append(span.photo_position(middles[inside]).to(logits.device))
-        height, width = photo
-        seen = interpolate(logits[None], places[0], places[1], (height, width))[0]
-        soft = torch.zeros(len(CLASSES), count, count, device=logits.device)
-        soft[:, cells[0][:, None], cells[1]] = (seen / self.temperature).softmax(dim=0)
-        return soft
-
 
 def paste(crop: Example, other: Example, class_id: int) -> Example:
-    """Paste what another crop holds of a class onto a crop, image, labels and teacher alike.
+    """Paste what another crop holds of a class onto a crop, image and labels alike.
 
     Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance
     Segmentation" (2021); a class's mask stands for its objects.
     """
     mask = other.target == class_id
-    soft = None
-    if crop.soft is not None and other.soft is not None:
-        middle = SOFT_STRIDE // 2
-        soft = torch.where(mask[middle::SOFT_STRIDE, middle::SOFT_STRIDE], other.soft, crop.soft)
     return Example(
         torch.where(mask, other.image, crop.image),
         torch.where(mask, other.target, crop.target),
-        soft,
     )
 
 
@@ -143,12 +111,6 @@ class Span:
     def covered(self) -> int:
         """Pixels of the crop."""
         return int(self.crop.stop - self.crop.start)
-
-    def photo_position(self, positions: Tensor) -> Tensor:
-        """Return where in the photo the crop's pixels lie; whole numbers are pixels' centres."""
-        scale = (self.photo.stop - self.photo.start) / self.covered
-        places: Tensor = self.photo.start + (positions + 0.5 - self.crop.start) * scale - 0.5
-        return places
 
 
 def adjust_colors(image: Tensor, brightness: float, contrast: float, saturation: float) -> Tensor:

@@ -31,7 +31,6 @@ from typing import Any, Final, Literal
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
-from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-untyped]
 from PIL import Image
 
 mpl.use("Agg")  # before pyplot
@@ -187,6 +186,10 @@ def coral_side(path: Path) -> Side:
 
     Input ``(1, side, side, 3) uint8`` RGB, output ``(1, side, side)`` class ids.
     """
+    from ai_edge_litert.interpreter import (  # type: ignore[import-not-found]
+        Interpreter,  # the peers' environment has it, the tests' has not
+    )
+
     interpreter = Interpreter(str(path), num_threads=available_cores())
     interpreter.allocate_tensors()
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()

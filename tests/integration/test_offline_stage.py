@@ -320,7 +320,7 @@ def test_checkpoint_artefact_and_service_score_alike(
 ) -> None:
     """Within 0.05 points of mean IoU, on photos that have to be resized."""
     checkpoint, folder = undecided
-    data = make_voc(tmp_path, images=8, size=(120, 160))
+    data = make_voc(tmp_path, images=4, size=(120, 160))
     with serving(folder, precision="fp32") as server:
         for option in ({"checkpoint": checkpoint}, {"artifact": folder}, {"url": server.url}):
             (name,) = option

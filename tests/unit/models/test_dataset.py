@@ -142,10 +142,10 @@ def test_an_epoch_shows_every_image_and_each_crop_once() -> None:
     assert sorted(index for _, index in keys[:4]) == [0, 1, 1, 1]
 
 
-def training_set(voc: Path, teacher: Path | None = None) -> TrainingSet:
+def training_set(voc: Path) -> TrainingSet:
     """Crops of 64 pixels of the training list."""
     augmentation = Augmentation(64, 128, (0.5, 2.0), 0.3)
-    return TrainingSet(read_split(voc, "train"), augmentation, 1, torch.device("cpu"), teacher)
+    return TrainingSet(read_split(voc, "train"), augmentation, 1, torch.device("cpu"))
 
 
 def test_a_crop_depends_on_its_key_alone(voc: Path) -> None:
@@ -155,29 +155,9 @@ def test_a_crop_depends_on_its_key_alone(voc: Path) -> None:
     again = crops.batch([(0, 7), (0, 5)])
     assert batch.image.shape == (3, 3, 64, 64)
     assert batch.target.shape == (3, 64, 64)
-    assert batch.soft is None
     assert batch.image[0].equal(again.image[1])
     assert batch.target[0].equal(again.target[1])
     assert not batch.image[0].equal(batch.image[1])
-
-
-def test_a_teacher_goes_with_the_crops(voc: Path, tmp_path: Path) -> None:
-    """Its files are found by the photos' names."""
-    for sample in read_split(voc, "train"):
-        np.save(tmp_path / f"{sample.name}.npy", np.zeros((21, 6, 8), dtype=np.float16))
-    soft = training_set(voc, tmp_path).batch([(0, 5), (1, 5)]).soft
-    assert soft is not None
-    assert soft.shape == (2, 21, 8, 8)
-
-
-def test_a_missing_or_wrong_teacher_is_named(voc: Path, tmp_path: Path) -> None:
-    """The first photo without its file, and a file of another shape."""
-    with pytest.raises(DatasetError, match=r"\.npy: cannot be read"):
-        training_set(voc, tmp_path)
-    for sample in read_split(voc, "train"):
-        np.save(tmp_path / f"{sample.name}.npy", np.zeros((6, 8), dtype=np.uint8))
-    with pytest.raises(DatasetError, match=r"uint8 \(6, 8\), expected float16"):
-        training_set(voc, tmp_path)
 
 
 def test_every_class_is_as_likely_to_be_pasted(voc: Path) -> None:
