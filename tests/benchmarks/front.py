@@ -186,11 +186,10 @@ def coral_side(path: Path) -> Side:
 
     Input ``(1, side, side, 3) uint8`` RGB, output ``(1, side, side)`` class ids.
     """
-    from ai_edge_litert.interpreter import (  # type: ignore[import-not-found]
-        Interpreter,  # the peers' environment has it, the tests' has not
-    )
+    # The peers' environment has it, the tests' has not.
+    from ai_edge_litert import interpreter as litert
 
-    interpreter = Interpreter(str(path), num_threads=available_cores())
+    interpreter = litert.Interpreter(str(path), num_threads=available_cores())
     interpreter.allocate_tensors()
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
 
