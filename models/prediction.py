@@ -1,6 +1,7 @@
 """From a photo to its mask through any network that gives logits: the offline data path.
 
-The service has its own, faster one; tests hold the two together.
+The service's preprocessing, and PyTorch's upsampling, which tests hold together with the service's
+own, faster one.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from models.dataset import Sample
 from models.graph_builder import GraphBuilder, attributes_of
 from models.metrics import ConfusionMatrix
-from models.transforms import Geometry, fit, upsample
+from models.transforms import fit, upsample
 from service.contract import INPUT_NAME, OUTPUT_NAME, SHAPE_MULTIPLE, ModelContract
+from service.preprocessing import Geometry
 
 Infer = Callable[[NDArray[np.uint8]], Tensor]
 """``(N, h, w, 3) uint8 RGB`` -> ``(N, 21, h/stride, w/stride) float32`` logits."""
@@ -100,7 +102,8 @@ def predict_as_mmseg(image: Image.Image, infer: Infer, *, stride: int) -> NDArra
     scale = min(MMSEG_SCALE[0] / longer, MMSEG_SCALE[1] / shorter)
     padded, geometry = fit(image, int(longer * scale + 0.5), shapes=())
     logits = infer(padded[None])[0]
-    resized = upsample(logits, Geometry(photo=geometry.resized, resized=geometry.resized), stride)
+    unscaled = Geometry(geometry.resized, geometry.resized, geometry.padded)
+    resized = upsample(logits, unscaled, stride)
     return _labels(upsample(resized, geometry, stride=1))
 
 
@@ -116,7 +119,7 @@ def predict_as_keras_fcn(image: Image.Image, infer: Infer, *, stride: int) -> ND
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     margins = ((top, size[0] - height - top), (left, size[1] - width - left), (0, 0))
     logits = infer(np.pad(np.asarray(image), margins)[None])[0]
-    labels = _labels(upsample(logits, Geometry(photo=size, resized=size), stride))
+    labels = _labels(upsample(logits, Geometry(size, size, size), stride))
     return labels[top : top + height, left : left + width]
 
 

@@ -17,9 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from models.networks.segmentation import Normalize
+from service.preprocessing import Geometry, preprocess
 from service.voc import IGNORE_INDEX
 
-PADDING_COLOR = tuple(round(255 * channel) for channel in Normalize.MEAN)
+_RED, _GREEN, _BLUE = (round(255 * channel) for channel in Normalize.MEAN)
+PADDING_COLOR = (_RED, _GREEN, _BLUE)
 """RGB; normalises to about zero, which is what the convolutions pad with too."""
 
 
@@ -143,42 +145,22 @@ def _resize(planes: Tensor, vertical: Span, horizontal: Span, mode: str) -> Tens
     return F.interpolate(part, size=size, mode=mode)[0]
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a photo was brought to a network input; what undoes it.
-
-    ``photo`` and ``resized`` are (height, width) in pixels.
-    """
-
-    photo: tuple[int, int]
-    resized: tuple[int, int]
-
-
 def fit(
     image: Image.Image, working_size: int, shapes: tuple[tuple[int, int], ...]
 ) -> tuple[NDArray[np.uint8], Geometry]:
-    """Bring the longest side to ``working_size`` and pad to a listed shape, as the service does.
+    """Bring a photo to a network's input by the service's own preprocessing.
 
-    The smallest of ``shapes`` (height, width) that holds the resized image is taken, or else the
-    next multiples of 32.
+    Args:
+        image: RGB.
+        working_size: what the longest side is brought to, in pixels.
+        shapes: the listed inputs, (height, width), ascending by area; beyond them, the next
+            multiples of 32.
 
     Returns:
         ``(h, w, 3) uint8 RGB``, padded at the bottom and right, and the geometry.
     """
-    width, height = image.size
-    scale = working_size / max(width, height)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    resized = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))
-    fitting = [s for s in shapes if s[0] >= size[0] and s[1] >= size[1]]
-    shape = min(
-        fitting,
-        key=lambda s: s[0] * s[1],
-        default=(-(-size[0] // 32) * 32, -(-size[1] // 32) * 32),
-    )
-    padded = np.empty((*shape, 3), dtype=np.uint8)
-    padded[:] = PADDING_COLOR
-    padded[: size[0], : size[1]] = resized
-    return padded, Geometry(photo=(height, width), resized=size)
+    geometry = Geometry.plan((image.height, image.width), working_size, shapes)
+    return preprocess(np.asarray(image), geometry, PADDING_COLOR), geometry
 
 
 def upsample(logits: Tensor, geometry: Geometry, stride: int) -> Tensor:

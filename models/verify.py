@@ -22,7 +22,8 @@ from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
 from models.network_file import FILES
 from models.prediction import Infer, onnx_infer, predict_photo, torch_infer
-from models.transforms import Geometry, fit, upsample
+from models.transforms import fit, upsample
+from service.preprocessing import Geometry
 
 MIN_PIXEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98}
 MAX_MEAN_IOU_LOSS = {"fp32": 0.0005, "fp16": 0.0005, "int8": 0.005}

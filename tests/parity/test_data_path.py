@@ -1,4 +1,4 @@
-"""The offline data path and the service's give the same network input and the same mask.
+"""The offline data path and the service's give the same mask.
 
 And so do the ways of the service's own to decode a large photo.
 """
@@ -13,7 +13,7 @@ from skimage import data
 
 from models.networks.segmentation import Normalize
 from models.prediction import SHAPES, predict_photo
-from models.transforms import PADDING_COLOR, Geometry, fit, upsample
+from models.transforms import PADDING_COLOR, upsample
 from service import preprocessing, upsampling
 from service.contract import ModelContract
 from service.decoding import decode
@@ -40,21 +40,9 @@ def photo(height: int, width: int) -> Image.Image:
     return cat.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def plan(size: tuple[int, int], working_size: int = 512) -> preprocessing.Geometry:
-    """The service's geometry for a photo's (height, width)."""
-    return preprocessing.Geometry.plan(size, working_size, CONTRACT.shapes)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("working_size", [256, 512, 768])
-def test_the_network_sees_the_same_pixels(size: tuple[int, int], working_size: int) -> None:
-    """Training's fit and the service's preprocessing: equal to a level of 255, equal geometry."""
-    image = photo(*size)
-    ours, geometry = fit(image, working_size, SHAPES)
-    theirs_geometry = plan(size, working_size)
-    theirs = preprocessing.preprocess(np.asarray(image), theirs_geometry, CONTRACT.padding_color)
-    assert np.abs(ours.astype(int) - theirs).max() <= 1
-    assert geometry == Geometry(theirs_geometry.photo, theirs_geometry.resized)
+def plan(size: tuple[int, int]) -> preprocessing.Geometry:
+    """The geometry for a photo's (height, width)."""
+    return preprocessing.Geometry.plan(size, CONTRACT.working_size, CONTRACT.shapes)
 
 
 def test_the_padding_is_the_contracts() -> None:
@@ -69,7 +57,7 @@ def test_logits_become_the_same_mask(size: tuple[int, int]) -> None:
     height, width = geometry.padded
     cells = (21, height // 16, width // 16)
     logits = 3 * np.random.default_rng(0).standard_normal(cells, dtype=np.float32)
-    full = upsample(torch.from_numpy(logits), Geometry(geometry.photo, geometry.resized), 16)
+    full = upsample(torch.from_numpy(logits), geometry, 16)
     mask = upsampling.upsample(logits, geometry).mask
     best, second = full.topk(2, dim=0).values
     clear = (best - second > 1e-3).numpy()

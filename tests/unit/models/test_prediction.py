@@ -64,7 +64,8 @@ def test_mmseg_fits_photos_into_2048_by_512(
     height, width = inside
     expected = np.full((*padded, 3), PADDING_COLOR)
     expected[:height, :width] = resized(image, height, width)
-    assert np.array_equal(network.seen, expected)
+    # A level apart: the reference here is Pillow's resizer.
+    assert np.abs(network.seen - expected).max() <= 1
 
 
 def test_mmseg_interpolates_to_the_input_and_then_to_the_photo() -> None:

@@ -13,12 +13,12 @@ from models.transforms import (
     PADDING_COLOR,
     Augmentation,
     Example,
-    Geometry,
     adjust_colors,
     fit,
     paste,
     upsample,
 )
+from service.preprocessing import Geometry
 from service.voc import FULL_PALETTE, PALETTE
 
 
@@ -124,7 +124,7 @@ def test_fit_takes_the_smallest_listed_shape(
     image = Image.new("RGB", photo[::-1], (255, 0, 0))
     padded, geometry = fit(image, 512, ((384, 512), (512, 384), (512, 512)))
     assert padded.shape == (*shape, 3)
-    assert geometry == Geometry(photo, resized)
+    assert geometry == Geometry(photo, resized, shape)
     assert (padded[: resized[0], : resized[1]] == (255, 0, 0)).all()
     assert (padded[resized[0] :] == PADDING_COLOR).all()
     assert (padded[:, resized[1] :] == PADDING_COLOR).all()
@@ -140,7 +140,7 @@ def test_fit_falls_back_to_multiples_of_32() -> None:
 def test_upsample_is_interpolate_where_nothing_is_padded(size: tuple[int, int]) -> None:
     """The same as F.interpolate(mode="bilinear", align_corners=False)."""
     logits = torch.randn(21, 6, 8, generator=torch.Generator().manual_seed(0))
-    ours = upsample(logits, Geometry(size, (96, 128)), stride=16)
+    ours = upsample(logits, Geometry(size, (96, 128), (96, 128)), stride=16)
     theirs = F.interpolate(logits[None], size=size, mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -148,5 +148,5 @@ def test_upsample_is_interpolate_where_nothing_is_padded(size: tuple[int, int]) 
 def test_upsample_reads_the_valid_region_only() -> None:
     """Of a half-padded input, the photo's last column comes from the middle of the logits."""
     logits = torch.arange(8.0).expand(1, 4, 8)
-    out = upsample(logits, Geometry((64, 64), (64, 64)), stride=16)
+    out = upsample(logits, Geometry((64, 64), (64, 64), (64, 128)), stride=16)
     assert out[0, 0, -1].item() == pytest.approx(63.5 / 16 - 0.5)
