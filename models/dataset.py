@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.transforms import Augmentation, Example, paste
+from models.transforms import Augmentation, Example
 from service.voc import CLASSES, IGNORE_INDEX
 
 
@@ -196,11 +196,6 @@ class TrainingSet:
 
         with ThreadPoolExecutor() as pool:
             self.photos = list(pool.map(load, samples))
-        self._holders: dict[int, list[int]] = {}
-        if augmentation.copy_paste:
-            for index, photo in enumerate(self.photos):
-                for class_id in set(photo.target.flatten().tolist()) - {0, IGNORE_INDEX}:
-                    self._holders.setdefault(class_id, []).append(index)
 
     def batch(self, keys: Sequence[tuple[int, int]]) -> Example:
         """Return the crops of ``(epoch, index)`` keys: each depends on its key and the seed alone.
@@ -213,12 +208,7 @@ class TrainingSet:
 
     def _crop(self, epoch: int, index: int) -> Example:
         rng = np.random.default_rng((self.seed, epoch, index))
-        crop = self.augmentation(self.photos[index], rng)
-        if rng.random() < self.augmentation.copy_paste:
-            class_id = int(rng.choice(sorted(self._holders)))
-            other = self.photos[int(rng.choice(self._holders[class_id]))]
-            crop = paste(crop, self.augmentation(other, rng), class_id)
-        return crop
+        return self.augmentation(self.photos[index], rng)
 
 
 class ResumableBatches:

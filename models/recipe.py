@@ -34,8 +34,6 @@ class Recipe(BaseModel):
     repeat_threshold: float = Field(ge=0, le=1)
     """Classes in fewer than this share of the images are shown more often; 0 for never."""
 
-    copy_paste: float = Field(default=0, ge=0, le=1)
-    """Chance that a class, each as likely, is pasted onto a crop out of another photo."""
     hard_share: float = Field(default=1, gt=0, le=1)
     """Of a batch's pixels, the share with the greatest losses that counts."""
     label_smoothing: float = Field(default=0, ge=0, lt=1)

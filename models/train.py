@@ -356,11 +356,7 @@ def main(args: argparse.Namespace) -> int:
         if run.iteration:
             tqdm.write(f"resuming {run.checkpoint} at iteration {run.iteration}")
         augmentation = Augmentation(
-            recipe.crop_size,
-            recipe.working_size,
-            recipe.scale_range,
-            recipe.jitter,
-            recipe.copy_paste,
+            recipe.crop_size, recipe.working_size, recipe.scale_range, recipe.jitter
         )
         training = TrainingSet(samples, augmentation, recipe.seed, device)
         train(run, training, held_out)

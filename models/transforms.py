@@ -47,14 +47,12 @@ class Augmentation:
         working_size: what the longest side is brought to at scale 1, in pixels.
         scale_range: smallest and largest scale, drawn log-uniformly.
         jitter: largest relative change of brightness, contrast and saturation; 0 for none.
-        copy_paste: chance that a class of another photo is pasted onto a crop, see `paste`.
     """
 
     crop_size: int
     working_size: int
     scale_range: tuple[float, float]
     jitter: float
-    copy_paste: float = 0.0
 
     def __call__(self, photo: Example, rng: np.random.Generator) -> Example:
         """Return a random crop of a photo, on the photo's device."""
@@ -87,19 +85,6 @@ class Augmentation:
             at = int(rng.integers(0, self.crop_size - covered + 1))
             spans.append(Span(slice(start, stop), slice(at, at + covered)))
         return spans[0], spans[1]
-
-
-def paste(crop: Example, other: Example, class_id: int) -> Example:
-    """Paste what another crop holds of a class onto a crop, image and labels alike.
-
-    Ghiasi et al., "Simple Copy-Paste is a Strong Data Augmentation Method for Instance
-    Segmentation" (2021); a class's mask stands for its objects.
-    """
-    mask = other.target == class_id
-    return Example(
-        torch.where(mask, other.image, crop.image),
-        torch.where(mask, other.target, crop.target),
-    )
 
 
 @dataclass(frozen=True)

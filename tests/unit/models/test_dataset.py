@@ -158,17 +158,3 @@ def test_a_crop_depends_on_its_key_alone(voc: Path) -> None:
     assert batch.image[0].equal(again.image[1])
     assert batch.target[0].equal(again.target[1])
     assert not batch.image[0].equal(batch.image[1])
-
-
-def test_every_class_is_as_likely_to_be_pasted(voc: Path) -> None:
-    """However rare: here one photo in twelve is given class 5, a quarter of the pastes' share."""
-    samples = read_split(voc, "train")
-    write_mask(samples[0].mask_path, np.full((96, 128), 5, dtype=np.uint8))
-    counts = []
-    for chance in (0.0, 1.0):
-        augmentation = Augmentation(64, 128, (1.0, 1.0), 0.0, copy_paste=chance)
-        crops = TrainingSet(samples, augmentation, 0, torch.device("cpu"))
-        batch = crops.batch([(epoch, 1) for epoch in range(60)])
-        counts.append(sum(5 in target for target in batch.target))
-    assert counts[0] == 0
-    assert 5 <= counts[1] <= 30

@@ -15,7 +15,6 @@ from models.transforms import (
     Example,
     adjust_colors,
     fit,
-    paste,
     upsample,
 )
 from service.preprocessing import Geometry
@@ -92,19 +91,6 @@ def test_flips_happen_for_both() -> None:
         assert np.array_equal(crop.image.permute(1, 2, 0).numpy(), PALETTE[crop.target.numpy()])
         left.add(int(crop.target[0, 0]))
     assert left == {0, 12}
-
-
-def test_a_pasted_object_brings_its_pixels_and_its_label() -> None:
-    """One class of the other crop, whole; the rest stays."""
-    augmentation = Augmentation(32, 32, (1.0, 1.0), 0.0)
-    labels = np.full((32, 32), 12, dtype=np.uint8)
-    crop = augmentation(painted(labels), np.random.default_rng(0))
-    others = cat(32, 32)
-    other = augmentation(painted(others), np.random.default_rng(0))
-    both = paste(crop, other, 8)
-    assert both.target.equal(torch.where(other.target == 8, 8, 12).byte())
-    assert np.array_equal(both.image.permute(1, 2, 0).numpy(), PALETTE[both.target.numpy()])
-    assert paste(crop, other, 3).target.equal(crop.target)
 
 
 @pytest.mark.parametrize(
