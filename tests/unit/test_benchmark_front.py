@@ -14,17 +14,15 @@ from service.decoding import Photo
 from service.session import load_model
 from tests.artefacts import STRIDE, make_contract, two_class_photo
 from tests.benchmarks.front import (
-    Candidate,
-    Point,
     Side,
     artefact_sides,
     at_size,
     cache_key,
     count_all,
     label_as_coral,
-    pareto_front,
     time_all,
 )
+from tests.benchmarks.front_points import Candidate, Point, pareto_front
 from tests.voc_data import make_voc
 
 TINY = Candidate("tiny", "int8", 96, "artefact", ("a", "b"))
