@@ -1,7 +1,7 @@
 """Describe a network: its stages' sizes, receptive fields, parameters and multiply-adds.
 
-    python -m models describe context_fcn_resnet50_16s
-    python -m models describe context_fcn_resnet50_16s --format svg --out network.svg
+    python -m models describe context_fcn_resnet50_8s
+    python -m models describe context_fcn_resnet50_8s --format svg --out network.svg
 
 As a table, as a tree in JSON that goes down to the single layers, or as a picture. Sizes and
 multiply-adds are those for one image of 512x512 pixels.

@@ -1,6 +1,6 @@
 r"""Score a checkpoint, an artefact or a running service at the photos' own resolution.
 
-    python -m models evaluate --artifact models/artifacts/context_fcn_resnet50_16s \
+    python -m models evaluate --artifact models/artifacts/context_fcn_resnet50_8s \
         --data VOCdevkit --split val --out evaluation
 
 Prints the table and writes ``evaluation.json``, the charts ``per_class_iou.png`` and

@@ -1,7 +1,7 @@
 r"""Export a checkpoint to ONNX, with the contract in the metadata.
 
 python -m models export --checkpoint runs/cpu/checkpoint.pt --version 1.0.0 \
-        --artifact models/artifacts/context_fcn_resnet50_16s
+        --artifact models/artifacts/context_fcn_resnet50_8s
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 r"""Write an exported network as fp16 for GPUs: half the memory traffic, and tensor cores.
 
-    python -m models half --artifact models/artifacts/context_fcn_resnet50_16s
+    python -m models half --artifact models/artifacts/context_fcn_resnet50_8s
 
 Writes ``network.fp16.onnx`` beside ``network.onnx``, in seconds and without photos. It has the
 float network's operators, for each of which ONNX Runtime has a CUDA kernel, and no weights: ONNX

@@ -40,23 +40,13 @@ def _weights(positions: Tensor, cells: int, length: int) -> Tensor:
     return (1 - distance.abs()).clamp(min=0)
 
 
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    phase: int,
-    *,
-    label_smoothing: float = 0.0,
-    hard_share: float = 1.0,
-) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor, phase: int) -> Tensor:
     """Mean cross-entropy of the upsampled logits over every fourth pixel of every fourth row.
 
     Args:
         logits: ``(N, C, h, w)`` float of any precision; the loss is computed in float32.
         target: ``(N, H, W)`` uint8 class ids, or 255 for void, which does not count.
         phase: which of the 16 such grids; over 16 of them in turn, each pixel counts once.
-        label_smoothing: share of the target's probability spread over all classes, in [0, 1).
-        hard_share: share of the pixels that counts, those of the greatest loss, in (0, 1]
-            (Shrivastava et al., "Online Hard Example Mining", 2016).
 
     Returns:
         A scalar; 0 where every pixel is void.
@@ -67,15 +57,5 @@ def cross_entropy(
     rows = torch.arange(y, height, STEP, device=logits.device, dtype=torch.float32)
     columns = torch.arange(x, width, STEP, device=logits.device, dtype=torch.float32)
     sampled = interpolate(logits, rows, columns, (height, width))
-    losses = F.cross_entropy(
-        sampled,
-        labels,
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
-        label_smoothing=label_smoothing,
-    ).flatten()
-    count = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    if hard_share < 1:
-        losses = losses.topk(int(hard_share * len(losses))).values
-        count = count.clamp(max=len(losses))
-    return losses.sum() / count
+    total = F.cross_entropy(sampled, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (labels != IGNORE_INDEX).sum().clamp(min=1)

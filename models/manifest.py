@@ -1,6 +1,6 @@
 r"""Write an artefact's ``manifest.json``, last of all: sha256s, provenance and measured accuracy.
 
-python -m models manifest --artifact models/artifacts/context_fcn_resnet50_16s \
+python -m models manifest --artifact models/artifacts/context_fcn_resnet50_8s \
         --checkpoint runs/cpu/checkpoint.pt --parity parity.json \
         --evaluation fp32/evaluation.json fp16/evaluation.json int8/evaluation.json \
         --weights-licence "..." --data-licence "..."

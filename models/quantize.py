@@ -1,6 +1,6 @@
 r"""Quantise an exported network to int8 for CPUs: post-training, static, no training needed.
 
-    python -m models quantize --artifact models/artifacts/context_fcn_resnet50_16s \
+    python -m models quantize --artifact models/artifacts/context_fcn_resnet50_8s \
         --data VOCdevkit --split train
 
 Writes ``network.int8.onnx`` beside ``network.onnx``, whose weights it uses: see

@@ -34,10 +34,6 @@ class Recipe(BaseModel):
     repeat_threshold: float = Field(ge=0, le=1)
     """Classes in fewer than this share of the images are shown more often; 0 for never."""
 
-    hard_share: float = Field(default=1, gt=0, le=1)
-    """Of a batch's pixels, the share with the greatest losses that counts."""
-    label_smoothing: float = Field(default=0, ge=0, lt=1)
-
     learning_rate: float = Field(gt=0)
     head_learning_rate_factor: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
@@ -63,7 +59,7 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the file.
-        changes: lines of TOML, such as ``label_smoothing = 0.1``, that take the place of its own.
+        changes: lines of TOML, such as ``jitter = 0.1``, that take the place of its own.
 
     Raises:
         RecipeError: the file is missing, a text is no TOML, or a value is missing, unknown or

@@ -278,13 +278,7 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
             image = batch.image.contiguous(memory_format=torch.channels_last)
             with autocast():
                 logits = forward(image, leading(image))
-            loss = cross_entropy(
-                logits,
-                batch.target,
-                run.iteration,
-                label_smoothing=recipe.label_smoothing,
-                hard_share=recipe.hard_share,
-            )
+            loss = cross_entropy(logits, batch.target, run.iteration)
             run.optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
@@ -335,7 +329,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="in place of the recipe's value, such as label_smoothing=0.1; may be repeated",
+        help="in place of the recipe's value, such as jitter=0.1; may be repeated",
     )
     parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or its VOC2012")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and logs")

@@ -1,7 +1,7 @@
 r"""Compare a checkpoint in PyTorch with its networks in ONNX Runtime; fail below the gates.
 
 python -m models verify --checkpoint runs/cpu/checkpoint.pt --data VOCdevkit \
-        --artifact models/artifacts/context_fcn_resnet50_16s --out parity.json
+        --artifact models/artifacts/context_fcn_resnet50_8s --out parity.json
 """
 
 from __future__ import annotations

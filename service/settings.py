@@ -18,7 +18,7 @@ from service.errors import SettingsError
 
 ENV_PREFIX: Final = "FCN_"
 DEFAULT_MODEL: Final = (
-    Path(__file__).parent.parent / "models" / "artifacts" / "context_fcn_resnet50_16s"
+    Path(__file__).parent.parent / "models" / "artifacts" / "context_fcn_resnet50_8s"
 )
 
 

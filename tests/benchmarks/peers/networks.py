@@ -66,7 +66,7 @@ def build(engine: str) -> Network:
     """``torchvision-fp32``, or ``context-bf16``: our architecture in bfloat16 autocast."""
     torch.manual_seed(0)
     bf16 = engine == "context-bf16"
-    module = build_network("context_fcn_resnet50_16s") if bf16 else TorchvisionFcn()
+    module = build_network("context_fcn_resnet50_8s") if bf16 else TorchvisionFcn()
     module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def run(batch: npt.NDArray[np.uint8]) -> Tensor:

@@ -46,12 +46,10 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 def test_a_change_takes_the_place_of_the_files_value() -> None:
     """As --set gives it: any line of TOML, checked like the rest."""
     path = RECIPES[0].parent / "cpu.toml"
-    recipe = load_recipe(path, ["label_smoothing=0.1", "scale_range = [0.75, 1.5]"])
-    assert recipe.label_smoothing == 0.1
+    recipe = load_recipe(path, ["jitter=0.1", "scale_range = [0.75, 1.5]"])
+    assert recipe.jitter == 0.1
     assert recipe.scale_range == (0.75, 1.5)
-    assert recipe.model_copy(
-        update={"label_smoothing": 0, "scale_range": (0.5, 2.0)}
-    ) == load_recipe(path)
+    assert recipe.model_copy(update={"jitter": 0.3, "scale_range": (0.5, 2.0)}) == load_recipe(path)
     with pytest.raises(RecipeError, match="batchsize"):
         load_recipe(path, ["batchsize=4"])
     with pytest.raises(RecipeError, match="seed: not TOML"):
