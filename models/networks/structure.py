@@ -134,8 +134,9 @@ class _Trace:
         head = self._nodes[ends[-1] : -1]
         owners: dict[fx.Node, str] = {}
         for node in reversed(head):
-            # What has no parameters belongs to what it is done for.
-            owners[node] = self._head_module(node) or next(owners[user] for user in node.users)
+            # What has no parameters belongs to what it is done for, or to the head as a whole.
+            users = (owners[user] for user in node.users if user in owners)
+            owners[node] = self._head_module(node) or next(users, "classifier")
         # In the order in which the stages end.
         for name in reversed(dict.fromkeys(owners.values())):
             groups[name] = [node for node in head if owners[node] == name]

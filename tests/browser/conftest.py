@@ -111,7 +111,7 @@ def astronaut(browser: Browser, server: Server) -> Iterator[Page]:
 
 @pytest.fixture
 def result(astronaut: Page) -> Page:
-    """The astronaut's result, as it came: a person and, wrongly, a motorbike and a bicycle."""
+    """The astronaut's result, as it came."""
     astronaut.bring_to_front()
     astronaut.context.set_offline(False)
     astronaut.mouse.move(5, 5)

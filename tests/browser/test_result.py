@@ -1,5 +1,6 @@
 """The result: legend, colours, contours, what is under the pointer, zoom, downloads, curl."""
 
+import io
 import json
 import re
 import subprocess
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from playwright.sync_api import Locator, Page, expect
 
 from service import voc
 from tests.browser.actions import (
     ASTRONAUT,
     CAT,
-    MOTORBIKE,
     PERSON,
     PHONE,
     ask,
@@ -37,6 +38,27 @@ PHOTO = ASTRONAUT.read_bytes()
 def tip(result: Page) -> Locator:
     """What is written beside the pointer."""
     return result.locator("#tip")
+
+
+@pytest.fixture(scope="module")
+def pair() -> bytes:
+    """The cat beside the astronaut, as PNG: a photo with two classes and background."""
+    with Image.open(CAT) as cat, Image.open(ASTRONAUT) as astronaut:
+        picture = Image.new("RGB", (2 * astronaut.width, astronaut.height))
+        picture.paste(ImageOps.fit(cat.convert("RGB"), astronaut.size), (0, 0))
+        picture.paste(astronaut, (astronaut.width, 0))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def pair_result(page: Page, pair: bytes) -> Page:
+    """What it became."""
+    choose(page, pair, "pair.png")
+    with Image.open(io.BytesIO(pair)) as picture:
+        expect_result(page, "pair.png", picture.size)
+    return page
 
 
 def run_in(folder: Path, command: str) -> None:
@@ -104,17 +126,18 @@ def test_hide_a_class_in_the_picture(result: Page, server: Server, tip: Locator)
     assert np.array_equal(canvas(result, "overlay"), painted(mask))
 
 
-def test_hover_tells_the_class(result: Page, server: Server, tip: Locator) -> None:
+def test_hover_tells_the_class(pair_result: Page, pair: bytes, server: Server) -> None:
     """Beside the pointer, in the legend and by a stronger contour, until the pointer leaves."""
-    mask = ask_mask(server, PHOTO)
-    for class_id in (0, MOTORBIKE, PERSON):
-        move_over(result, *inside_of(mask, class_id))
+    mask = ask_mask(server, pair)
+    tip, pointed = pair_result.locator("#tip"), pair_result.locator(".class.pointed")
+    for class_id in (0, voc.CLASSES.index("cat"), PERSON):
+        move_over(pair_result, *inside_of(mask, class_id))
         expect(tip).to_have_text(voc.CLASSES[class_id])
-        expect(result.locator(".class.pointed .class-name")).to_have_text(voc.CLASSES[class_id])
-    expect(result.locator("#contours .strong")).to_have_attribute("data-id", str(PERSON))
-    result.mouse.move(5, 5)
+        expect(pointed.locator(".class-name")).to_have_text(voc.CLASSES[class_id])
+    expect(pair_result.locator("#contours .strong")).to_have_attribute("data-id", str(PERSON))
+    pair_result.mouse.move(5, 5)
     expect(tip).to_be_hidden()
-    expect(result.locator(".class.pointed")).to_have_count(0)
+    expect(pointed).to_have_count(0)
 
 
 def test_the_keyboard_tells_the_class(result: Page, server: Server, tip: Locator) -> None:
@@ -216,20 +239,22 @@ def test_zoom_by_pinching(open_page: Callable[..., Page]) -> None:
     expect(page.locator("#legend [aria-pressed='false']")).to_have_count(1)
 
 
-def test_downloads(result: Page, server: Server) -> None:
+def test_downloads(pair_result: Page, pair: bytes, server: Server) -> None:
     """Byte for byte what the server answers to the same photo, strength and classes."""
-    result.locator("#legend").get_by_role("button", name="motorbike").click()
-    result.get_by_label("Colour strength").fill("70")
-    shown = {"classes": "person,bicycle"}
+    classes = ask(server, pair, "application/json").json()["classes"]
+    kept = [one["name"] for one in classes if one["name"] not in ("background", "cat")]
+    shown = {"classes": ",".join(kept)}
+    pair_result.locator("#legend").get_by_role("button", name="cat").click()
+    pair_result.get_by_label("Colour strength").fill("70")
     for button, name, parameters in (
         ("Mask", "mask", {}),
         ("Overlay", "overlay", {"view": "overlay", "alpha": "0.7", **shown}),
         ("Cut-out", "cutout", {"view": "cutout", **shown}),
     ):
-        with result.expect_download() as download:
-            result.get_by_role("button", name=button, exact=True).click()
-        assert download.value.suggested_filename == f"astronaut-{name}.png"
-        expected = ask(server, PHOTO, "image/png", **parameters).content
+        with pair_result.expect_download() as download:
+            pair_result.get_by_role("button", name=button, exact=True).click()
+        assert download.value.suggested_filename == f"pair-{name}.png"
+        expected = ask(server, pair, "image/png", **parameters).content
         assert Path(download.value.path()).read_bytes() == expected
 
 

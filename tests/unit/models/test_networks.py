@@ -20,8 +20,8 @@ from service.contract import ModelContract
 
 COST = {
     "fcn_resnet50_32s": (23_551_061, 21.364e9),
-    "fcn_resnet50_16s": (23_907_157, 21.560e9),
-    "fcn_resnet50_8s": (23_975_637, 21.856e9),
+    "fcn_resnet50_16s": (23_572_586, 21.386e9),
+    "fcn_resnet50_8s": (23_583_359, 21.430e9),
     "atrous_fcn_resnet50_16s": (23_551_061, 32.470e9),
     "context_fcn_resnet50_16s": (25_481_813, 34.378e9),
     "context_fcn_resnet50_8s": (25_854_261, 35.919e9),
