@@ -121,7 +121,7 @@ endef
 
 # ---- commands ------------------------------------------------------------------------------------
 
-.PHONY: help serve cluster rollout test test-gpu check format bench bench-quick bench-gpu lock docker clean
+.PHONY: help serve cluster rollout test fuzz test-gpu coverage check audit format bench bench-quick bench-gpu overload soak lock docker clean
 
 help: ## this list
 	@echo "make COMMAND, where COMMAND is one of:"
@@ -150,8 +150,18 @@ rollout: .venv/ray-token ## apply a changed docker/cluster.yaml, or ARGS=FILE, t
 test: check tools ## set-up, checks and all tests; ARGS go to pytest
 	@.venv/bin/pytest $(ARGS)
 
+fuzz: .venv/ready ## 100,000 damaged image files through the app, at most 14 minutes; ARGS="--cases N --seed S"
+	@.venv/bin/python -m tests.fuzz $(ARGS)
+
 test-gpu: .venv-gpu/ready ## the tests that need a GPU; ARGS="--data VOCdevkit" scores fp16 too
 	@.venv-gpu/bin/pytest tests/gpu $(ARGS)
+
+# What the tests start in processes of their own is counted too, so they take longer.
+coverage: .venv/ready tools ## all tests; fails where less than 95 % of service/'s branches are run
+	@.venv/bin/coverage erase
+	@.venv/bin/coverage run -m pytest $(ARGS)
+	@.venv/bin/coverage combine --quiet
+	@.venv/bin/coverage report
 
 check: .venv/ready ## linters, types, import rules
 	.venv/bin/ruff check .
@@ -159,6 +169,12 @@ check: .venv/ready ## linters, types, import rules
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 	.venv/bin/hadolint Dockerfile
+
+# Not among the checks, which need nothing but a package index: this asks pypi.org's own database of
+# vulnerabilities. Strict, because a mirror that has no such database would pass everything.
+audit: .venv/ready ## look the locked packages up among known vulnerabilities; needs pypi.org
+	.venv/bin/pip-audit --strict --disable-pip --require-hashes \
+		$(patsubst %,-r %,requirements-cpu.txt requirements-gpu.txt requirements-dev.txt)
 
 format: .venv/ready ## format the code and fix what ruff can fix
 	.venv/bin/ruff check --fix .
@@ -174,11 +190,17 @@ bench-quick: .venv-bench/ready .venv-serve/ready ## ours alone, under three minu
 bench-gpu: .venv-gpu/ready ## the GPU's path against its limits, nine minutes by estimate; ARGS="--quick": two
 	@.venv-gpu/bin/python -m tests.benchmarks.gpu --torch-python "$(or $(TORCH_PYTHON),$(PYTHON))" $(ARGS)
 
+overload: .venv/ready ## five times what it can answer for a minute, then kill -9 under load
+	@.venv/bin/python -m tests.reliability overload recovery $(ARGS)
+
+soak: .venv/ready ## 20,000 requests of all kinds, with reloads: nothing may pile up; 20 minutes at most
+	@.venv/bin/python -m tests.reliability soak $(ARGS)
+
 docker: ## the CPU image, fcn-segment:cpu
 	$(DOCKER) build --target cpu --tag fcn-segment:cpu .
 
 clean: ## remove environments, caches and build output
-	rm -rf .venv .venv-serve .venv-bench .venv-gpu .venv-lock build dist *.egg-info .coverage htmlcov \
+	rm -rf .venv .venv-serve .venv-bench .venv-gpu .venv-lock build dist *.egg-info .coverage* htmlcov \
 		.hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find service models tests docker -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -199,12 +221,12 @@ made := by 'make lock' from pyproject.toml; do not edit.
 
 # A line keeps its version unless ARGS says --upgrade or --upgrade-package NAME.
 lock: .venv-lock/uv-$(UV) ## resolve requirements-*.txt anew; ARGS go to uv
-	$(compile) --universal --extra cpu --extra client --output-file requirements-cpu.txt
+	$(compile) --universal --extra cpu --extra client --extra tracing --output-file requirements-cpu.txt
 	@sed -i "1i # Serving on a CPU. Made $(made)" requirements-cpu.txt
-	$(compile) --universal --extra gpu --extra client --constraint requirements-cpu.txt --output-file requirements-gpu.txt
+	$(compile) --universal --extra gpu --extra client --extra tracing --constraint requirements-cpu.txt --output-file requirements-gpu.txt
 	@sed -i "1i # Serving on an NVIDIA GPU. Made $(made)" requirements-gpu.txt
 	$(call lock-with-torch,requirements-dev.txt,dev,Serving on a CPU$(comma) training$(comma) tests and checks,\
-		--universal --constraint requirements-cpu.txt)
+		--extra tracing --universal --constraint requirements-cpu.txt)
 	$(compile) --universal --extra gpu --group gpu --constraint requirements-gpu.txt \
 		--constraint requirements-dev.txt --output-file requirements-gpu-dev.txt
 	@sed -i "1i # Tests and benchmarks on an NVIDIA GPU. Made $(made)" requirements-gpu-dev.txt

@@ -18,12 +18,16 @@ given away as a whole. Knows neither HTTP nor ONNX Runtime.
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
+
+import structlog
 
 from service.errors import (
     DeadlineExceeded,
@@ -42,6 +46,12 @@ Run = Callable[[list[ItemT]], Sequence[ResultT]]
 
 THREAD_NAME: Final = "device"
 
+# Batches of small shapes, and one that the machine held up, must not make the others' time.
+# Source: RFC 6298, section 2, which smooths round-trip times so.
+_WEIGHT_OF_LAST: Final = 1 / 8
+
+_log: Any = structlog.get_logger("service.batcher")
+
 
 @dataclass(frozen=True, slots=True)
 class Answer(Generic[ResultT]):
@@ -58,6 +68,21 @@ class _Entry(Generic[ItemT, ResultT]):
     future: asyncio.Future[Answer[ResultT]]
     arrived_s: float
     deadline_s: float | None
+    request_id: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch(Generic[ItemT, ResultT]):
+    """What runs, and where."""
+
+    run: Run[ItemT, ResultT]
+    entries: list[_Entry[ItemT, ResultT]]
+    started_s: float
+
+    def facts(self) -> dict[str, Any]:
+        """What the log says of it: how many photos, and whose."""
+        requests = [entry.request_id for entry in self.entries if entry.request_id is not None]
+        return {"photos": len(self.entries), "requests": requests}
 
 
 class Batcher(Generic[ItemT, ResultT]):
@@ -98,10 +123,10 @@ class Batcher(Generic[ItemT, ResultT]):
         }
         # Each group in order of arrival; none is ever empty.
         self._groups: dict[Hashable, deque[_Entry[ItemT, ResultT]]] = {}
-        self._running: dict[asyncio.Task[None], Run[ItemT, ResultT]] = {}
+        self._running: dict[asyncio.Task[None], _Batch[ItemT, ResultT]] = {}
         self._dispatching = False
         self._closing = False
-        self._last_run_s = 0.0
+        self._usual_run_s: float | None = None
 
     @property
     def waiting(self) -> int:
@@ -113,10 +138,15 @@ class Batcher(Generic[ItemT, ResultT]):
         """Items that the device works on at once."""
         return self._max_batch * max(1, len(self._shares))
 
-    def retry_after_s(self) -> float:
-        """When the queue should have moved, judged by the last batch's time; at least 1 second."""
-        batches = self.waiting / self._max_batch + 1
-        return max(1.0, batches * self._last_run_s)
+    @property
+    def running_s(self) -> float:
+        """Seconds that the oldest of the batches on the device has been running; 0 without any."""
+        now = self._clock()
+        return max((now - batch.started_s for batch in self._running.values()), default=0.0)
+
+    def retry_after_s(self, ahead: int) -> float:
+        """When so many items should be done, if runs take as long as usual; at least 1 second."""
+        return max(1.0, math.ceil(ahead / self.capacity) * (self._usual_run_s or 0.0))
 
     async def submit(
         self, item: ItemT, key: Hashable, deadline_s: float | None = None
@@ -130,9 +160,11 @@ class Batcher(Generic[ItemT, ResultT]):
         if self._closing:
             raise Draining("the service is shutting down")
         if self.waiting >= self._max_queue:
-            raise Overloaded(f"{self.waiting} photos are waiting", self.retry_after_s())
+            ahead = self.waiting + sum(len(batch.entries) for batch in self._running.values())
+            raise Overloaded(f"{self.waiting} photos are waiting", self.retry_after_s(ahead))
         future: asyncio.Future[Answer[ResultT]] = asyncio.get_running_loop().create_future()
-        entry = _Entry(item, future, self._clock(), deadline_s)
+        request_id = structlog.contextvars.get_contextvars().get("request_id")
+        entry = _Entry(item, future, self._clock(), deadline_s, request_id)
         self._groups.setdefault(key, deque()).append(entry)
         if not self._dispatching:
             # One turn of the loop later, so that callers that arrived together run together.
@@ -156,6 +188,14 @@ class Batcher(Generic[ItemT, ResultT]):
         for thread in self._threads.values():
             thread.shutdown(wait=True)
 
+    def abandon(self) -> None:
+        """Refuse new items, and fail all that were taken: the device hangs."""
+        self._closing = True
+        waiting = [entry for group in self._groups.values() for entry in group]
+        self._groups.clear()
+        running = [entry for batch in self._running.values() for entry in batch.entries]
+        _fail([*running, *waiting], None, lambda: InferenceFailed("the device does not answer"))
+
     async def call_beside(self, run: Run[ItemT, ResultT], work: Callable[[], None]) -> None:
         """Do ``work`` in the thread of ``run``: for a warm-up that is bound to the thread."""
         await asyncio.get_running_loop().run_in_executor(self._threads[run], work)
@@ -163,10 +203,11 @@ class Batcher(Generic[ItemT, ResultT]):
     def _dispatch(self) -> None:
         """Start batches while there are any and some of the device is free."""
         self._dispatching = False
-        while (run := self._free()) and (batch := self._next_batch()):
-            # The reference keeps the task from being collected.
-            task = asyncio.create_task(self._run_batch(run, batch), name="batch")
-            self._running[task] = run
+        while (run := self._free()) and (entries := self._next_batch()):
+            batch = _Batch(run, entries, self._clock())
+            # In the context of none of its requests; the reference keeps it from being collected.
+            task = asyncio.create_task(self._run_batch(batch), context=contextvars.Context())
+            self._running[task] = batch
             task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
@@ -175,7 +216,7 @@ class Batcher(Generic[ItemT, ResultT]):
 
     def _free(self) -> Run[ItemT, ResultT] | None:
         """What the next batch may run on: all of the device, a share of it, or nothing."""
-        busy = self._running.values()
+        busy = [batch.run for batch in self._running.values()]
         if not busy:
             batches = sum(-(-len(group) // self._max_batch) for group in self._groups.values())
             alone = self._run is not None and batches <= 1
@@ -213,32 +254,32 @@ class Batcher(Generic[ItemT, ResultT]):
         full = (key for key in by_arrival if len(self._groups[key]) >= self._max_batch)
         return next(full, oldest)
 
-    async def _run_batch(
-        self, run: Run[ItemT, ResultT], batch: list[_Entry[ItemT, ResultT]]
-    ) -> None:
-        started = self._clock()
-        self._on_batch(len(batch))
-        items = [entry.item for entry in batch]
+    async def _run_batch(self, batch: _Batch[ItemT, ResultT]) -> None:
+        entries = batch.entries
+        self._on_batch(len(entries))
+        items = [entry.item for entry in entries]
         loop = asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(self._threads[run], run, items)
+            results = await loop.run_in_executor(self._threads[batch.run], batch.run, items)
             if len(results) != len(items):
                 raise RuntimeError(f"{len(items)} items gave {len(results)} results")
-        except DeviceMemoryExhausted as exc:
-            self._max_batch = max(1, len(batch) // 2)
-            retry_after_s = self.retry_after_s()
-            _fail(batch, exc, lambda: Overloaded("the device is short of memory", retry_after_s))
+        except (DeviceMemoryExhausted, MemoryError) as exc:
+            self._max_batch = max(1, len(entries) // 2)
+            retry_after_s = self.retry_after_s(self.waiting)
+            _log.error("no memory for a batch", reason=str(exc), **batch.facts())
+            _fail(entries, exc, lambda: Overloaded("the device is short of memory", retry_after_s))
             return
         # Whatever else the device raises, every caller of this batch must hear of it.
         except Exception as exc:  # noqa: BLE001
-            name = type(exc).__name__
-            _fail(batch, exc, lambda: InferenceFailed(f"the batch failed: {name}"))
+            _log.exception("the batch failed", **batch.facts())
+            _fail(entries, exc, lambda: InferenceFailed("the network failed on this photo's batch"))
             return
-        finally:
-            run_s = self._last_run_s = self._clock() - started
-        for entry, result in zip(batch, results, strict=True):
+        run_s = self._clock() - batch.started_s
+        usual_s = run_s if self._usual_run_s is None else self._usual_run_s
+        self._usual_run_s = usual_s + _WEIGHT_OF_LAST * (run_s - usual_s)
+        for entry, result in zip(entries, results, strict=True):
             if not entry.future.done():
-                answer = Answer(result, started - entry.arrived_s, run_s)
+                answer = Answer(result, batch.started_s - entry.arrived_s, run_s)
                 entry.future.set_result(answer)
 
     def _forget(self, entry: _Entry[ItemT, ResultT], key: Hashable) -> None:
@@ -250,10 +291,12 @@ class Batcher(Generic[ItemT, ResultT]):
 
 
 def _fail(
-    batch: Sequence[_Entry[ItemT, ResultT]], cause: Exception, failure: Callable[[], SegmentError]
+    entries: Sequence[_Entry[ItemT, ResultT]],
+    cause: Exception | None,
+    failure: Callable[[], SegmentError],
 ) -> None:
     """Tell all who still wait, each with an exception of their own."""
-    for entry in batch:
+    for entry in entries:
         if not entry.future.done():
             raised = failure()
             raised.__cause__ = cause

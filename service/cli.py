@@ -1,42 +1,25 @@
-"""``fcn-segment serve`` and ``fcn-segment predict``."""
+"""``fcn-segment serve``, ``predict`` and ``key``."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
-import ctypes
-import signal
+import os
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, get_args
-
-import structlog
-import uvicorn
-import uvloop
+from typing import Any, get_args
 
 from service import __version__, logs
+from service.access import KEY_NAME, new_key
 from service.answers import MaskFormat
-from service.app import create_app, with_state
 from service.errors import SegmentError, SettingsError
-from service.metrics import Peers
 from service.predict import Format, Order, predict
-from service.routes.state import LifespanState
+from service.serving import answer, keep_hangups
 from service.settings import Settings, env_name, load_settings
-from service.siblings import Siblings
 from service.supervisor import plan, supervise
 from service.worker import WORKER_COMMAND, Parent
-
-# mallopt's parameters, from glibc's malloc.h, and what they are set to.
-_M_TRIM_THRESHOLD: Final = -1
-_M_MMAP_THRESHOLD: Final = -3
-_KEPT_BUFFER_BYTES: Final = 4 * 2**20
-_KEPT_BYTES: Final = 64 * 2**20
-
-_log: Any = structlog.get_logger("service.cli")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,12 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done; 1: it failed, or some photos did, one line each on stderr; 2: wrong usage.
     """
+    if sys.stderr is None:  # whoever started this closed it
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  for as long as this runs
     parsed = _parser().parse_args(arguments)
     try:
         if parsed.command == "serve":
             return _serve(_given(parsed, Settings.model_fields))
         if parsed.command == WORKER_COMMAND:
             return _work(parsed.listener_fd, parsed.parent_fd)
+        if parsed.command == "key":
+            return _key(parsed.name)
         failed = _predict(parsed)
     except SegmentError as exc:
         print(f"fcn-segment: {exc}", file=sys.stderr)
@@ -66,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fcn-segment", description="Label every pixel of a photo with PASCAL VOC's classes."
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,predict}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,predict,key}")
 
     serve = commands.add_parser("serve", help="answer over HTTP")
     for name, field in Settings.model_fields.items():
@@ -111,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"artefact folder ({env_name('model')}), or with --url the name of a model there",
     )
 
+    key = commands.add_parser(
+        "key", help=f"make an API key: its line for {env_name('api_keys_file')}, and the key itself"
+    )
+    key.add_argument("name", type=_key_name, metavar="NAME", help="whose key it is")
+
     # Only `serve` starts it: without a help text it is not listed.
     worker = commands.add_parser(WORKER_COMMAND)
     worker.add_argument("listener_fd", type=int)
@@ -124,6 +116,21 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _key_name(text: str) -> str:
+    """An argument that may stand in the file of keys."""
+    if not KEY_NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError("should be up to 64 letters, digits, dots, _ and -")
+    return text
+
+
+def _key(name: str) -> int:
+    """The file's line goes to stdout, so that ``>>`` adds it; the key is shown beside it, once."""
+    key, line = new_key(name)
+    print(line)
+    print(key, file=sys.stderr)
+    return 0
 
 
 def _predict(parsed: argparse.Namespace) -> int:
@@ -153,55 +160,33 @@ def _status(error: SegmentError) -> int:
 
 
 def _serve(flags: Mapping[str, Any]) -> int:
+    hangup = keep_hangups()
     settings = load_settings(flags)
     logs.configure(settings.log_level, settings.log_format)
     workers = [{**flags, **own} for own in plan(settings)]
     # First of all: loading a model only to find the port taken wastes everybody's time.
     with _bind(settings.host, settings.port) as listener:
         if len(workers) > 1:
-            return supervise(listener, workers, settings.deadline_s)
-        _answer(listener, load_settings(workers[0]))
+            return supervise(listener, workers, settings)
+        answer(listener, load_settings(workers[0]), hangup)
     return 0
 
 
 def _work(listener_fd: int, parent_fd: int) -> int:
     """Be one of several processes that `serve` started; their reasons are told by it, once."""
+    hangup = keep_hangups()
     parent = Parent(parent_fd)
     try:
         settings = load_settings(parent.overrides)
         logs.configure(settings.log_level, settings.log_format, parent.number)
         with socket.socket(fileno=listener_fd) as listener:
-            siblings = Siblings(parent.folder, parent.number)
-            _answer(listener, settings, parent.tell_ready, siblings)
+            answer(listener, settings, hangup, parent)
     except SegmentError as exc:
         parent.tell_error(str(exc))
         return _status(exc)
+    finally:
+        parent.tidy_up()
     return 0
-
-
-def _answer(
-    listener: socket.socket,
-    settings: Settings,
-    on_ready: Callable[[], None] = lambda: None,
-    peers: Peers | None = None,
-) -> None:
-    """Serve in this process until SIGTERM or SIGINT; ``on_ready`` is called when it answers."""
-    _keep_freed_memory()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_serve_on(listener, settings, on_ready, peers))
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep the buffers of one photo for the next; elsewhere this does nothing.
-
-    Left alone it gives each buffer of half a megabyte back to the kernel, and taking it again
-    page by page is half the time of resizing a 500x375 photo. Larger ones are still given back.
-    Source: glibc, ``mallopt(3)``.
-    """
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BUFFER_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _bind(host: str, port: int) -> socket.socket:
@@ -218,83 +203,6 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as exc:
         raise SettingsError(f"cannot listen on {host}:{port}: {exc.strerror or exc}") from exc
     return listener
-
-
-async def _serve_on(
-    listener: socket.socket,
-    settings: Settings,
-    on_ready: Callable[[], None],
-    peers: Peers | None,
-) -> None:
-    """Serve until SIGTERM or SIGINT, and finish what is in flight.
-
-    The lifespan runs here and not in uvicorn, which would wrap a start's one-line error into a
-    traceback and three lines of its own.
-    """
-    app = create_app(settings, peers=peers)
-    async with app.router.lifespan_context(app) as lifespan_state:
-        state: LifespanState = lifespan_state  # type: ignore[assignment]
-        config = uvicorn.Config(
-            with_state(app, state),
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(settings.deadline_s) + 5,
-        )
-        host, port = listener.getsockname()[:2]
-        try:
-            # Two starting at once may both have bound the port; only one may listen.
-            listener.listen(config.backlog)
-        except OSError as exc:
-            raise SettingsError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-        def on_start() -> None:
-            _log.info("listening", url=url)
-            on_ready()
-
-        server = _Server(config, on_start=on_start, on_stop=state["service"].begin_draining)
-        await server.serve(sockets=[listener])
-    _log.info("stopped")
-
-
-class _Server(uvicorn.Server):
-    """uvicorn, telling when it answers, and of a stop before it waits for what is in flight."""
-
-    def __init__(
-        self, config: uvicorn.Config, on_start: Callable[[], None], on_stop: Callable[[], None]
-    ) -> None:
-        super().__init__(config)
-        self._on_start = on_start
-        self._on_stop = on_stop
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as uvicorn does, then say so: from here on signals stop it in order."""
-        await super().startup(sockets)
-        self._on_start()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Stop on SIGTERM and SIGINT.
-
-        uvicorn raises the signal again once it has stopped, which would end the process before
-        the lifespan took down what it owns.
-        """
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._on_stop()
-            self.handle_exit(number, frame)
-
-        previous = {
-            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 if __name__ == "__main__":

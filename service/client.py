@@ -7,15 +7,17 @@
         for found in client.segment("photo.jpg", classes="person,dog").classes:
             print(found.name, found.fraction)
 
-What cannot be reached and what answers 503 is tried again, after as long as ``Retry-After`` says,
-or else after twice as long each time. That is safe for POST too: an answer depends on the request
-alone, and leaves nothing behind. Everything else is raised at once.
+A service that asks for an API key is given ``api_key``, or else the environment's FCN_API_KEY.
+
+What cannot be reached and what answers 503 or 429 is tried again, after as long as ``Retry-After``
+says, or else after twice as long each time. That is safe for POST too: an answer depends on the
+request alone, and leaves nothing behind. Everything else is raised at once.
 
 ::
 
     ClientError
     ├── ServiceUnreachable   no connection, or it broke, at every try
-    ├── ServiceBusy          503 at every try
+    ├── ServiceBusy          503 or 429 at every try
     ├── NoAnswerInTime       connected, but no answer within the timeout
     ├── RequestRefused       the service says what is wrong: ``problem``
     └── UnexpectedAnswer     whatever answers there, it is not this service
@@ -24,6 +26,7 @@ alone, and leaves nothing behind. Everything else is raised at once.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Literal, Self, TypedDict, TypeVar, Unpack
@@ -52,6 +55,7 @@ from service.exchanges import (
     Wait,
 )
 from service.schemas import BatchItem, LabelMap, ModelList, Segmentation
+from service.settings import API_KEY_VARIABLE
 
 __all__ = [
     "AsyncClient",
@@ -91,14 +95,15 @@ class Parameters(TypedDict, total=False):
 class Client:
     """A client for threads; one may be used by several.
 
-    ``timeout_s``: seconds that an answer may take; ``transport`` and ``sleep`` are what it sends
-    and waits with.
+    ``api_key``: by default the environment's ``FCN_API_KEY``, if any; ``timeout_s``: seconds that
+    an answer may take; ``transport`` and ``sleep`` are what it sends and waits with.
     """
 
     def __init__(
         self,
         url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout_s: float = 60.0,
         retries: Retries | None = None,
         transport: httpx.BaseTransport | None = None,
@@ -107,7 +112,10 @@ class Client:
         self._exchanges = Exchanges(retries or Retries())
         self._sleep = sleep
         self._http = httpx.Client(
-            base_url=_checked(url), timeout=_timeout(timeout_s), transport=transport
+            base_url=_checked(url),
+            headers=_authorization(api_key),
+            timeout=_timeout(timeout_s),
+            transport=transport,
         )
 
     def segment(
@@ -212,6 +220,7 @@ class AsyncClient:
         self,
         url: str = DEFAULT_URL,
         *,
+        api_key: str | None = None,
         timeout_s: float = 60.0,
         retries: Retries | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -220,7 +229,10 @@ class AsyncClient:
         self._exchanges = Exchanges(retries or Retries())
         self._sleep = sleep
         self._http = httpx.AsyncClient(
-            base_url=_checked(url), timeout=_timeout(timeout_s), transport=transport
+            base_url=_checked(url),
+            headers=_authorization(api_key),
+            timeout=_timeout(timeout_s),
+            transport=transport,
         )
 
     async def segment(
@@ -325,6 +337,15 @@ def _checked(url: str) -> httpx.URL:
     if checked.scheme not in ("http", "https") or not checked.host:
         raise ClientError(f"{url!r} is not a URL: it begins with http:// or https://")
     return checked
+
+
+def _authorization(api_key: str | None) -> dict[str, str]:
+    api_key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ClientError("the API key has characters that no key has")  # and is not shown
+    return {"Authorization": f"Bearer {api_key}"}
 
 
 def _timeout(timeout_s: float) -> httpx.Timeout:

@@ -40,13 +40,14 @@ from service import logs
 from service.app import create_app
 from service.batcher import Answer
 from service.contract import ModelContract
-from service.engines import Engine, Engines, Output, open_engine
+from service.engine import Engine, Output, open_engine
+from service.engines import Engines
 from service.errors import InferenceFailed, ModelUnavailable, Overloaded, SegmentError
 from service.lanes import Task
 from service.manifest import Manifest
 from service.metrics import Families, Metrics
 from service.routes.metrics import engine_families
-from service.routes.middleware import REQUEST_ID_HEADER
+from service.routes.observation import REQUEST_ID_HEADER
 from service.settings import Settings, load_settings
 
 _log: Any = structlog.get_logger("service.cluster")
@@ -74,7 +75,7 @@ class Arguments(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class RemoteModel:
-    """`service.engines.ServedModel` of a model that is in a device's process."""
+    """`service.engine.ServedModel` of a model that is in a device's process."""
 
     contract: ModelContract
     manifest: Manifest
@@ -133,6 +134,11 @@ class Device:
         """Raise if nothing succeeds any more: a GPU that has failed stays so for its process."""
         if self._failures >= FAILURES:
             raise InferenceFailed(f"{self._failures} photos in a row failed")
+        if (
+            self._engine is not None
+            and self._engine.batcher.running_s > self._settings.hung_after_s
+        ):
+            raise InferenceFailed("a batch hangs")
 
     async def describe(self) -> RemoteModel:
         """Tell what it runs."""
@@ -150,15 +156,14 @@ class Device:
             self._failures = 0
         except SegmentError as exc:
             self._failures += isinstance(exc, InferenceFailed)
-            if exc.__cause__ is not None:
-                _log.warning("the batch failed", reason=repr(exc.__cause__))
             answer = exc
         model = RemoteModel.of(engine)
         return Reply(answer, None if model.sha256 == expected else model)
 
     async def families(self) -> tuple[str, Families]:
         """The replica's name and metrics."""
-        self._metrics.look_at_service(ready=True, in_flight=0, limit=0)
+        deadline_s = self._settings.deadline_s
+        self._metrics.look_at_service(ready=True, in_flight=0, limit=0, deadline_s=deadline_s)
         return _replica(), await engine_families(self._metrics, [self._ready()])
 
     def _ready(self) -> Engine:
@@ -167,7 +172,7 @@ class Device:
 
 
 class RemoteQueue:
-    """`service.engines.Queue` whose devices are `Device` replicas behind a handle."""
+    """`service.engine.Queue` whose devices are `Device` replicas behind a handle."""
 
     def __init__(self, device: DeploymentHandle, model: RemoteModel) -> None:
         self._device = device
@@ -184,7 +189,12 @@ class RemoteQueue:
         """What one device works on at once; how many there are changes."""
         return self._expected.capacity
 
-    def retry_after_s(self) -> float:
+    @property
+    def running_s(self) -> float:
+        """Nothing runs in this process: the devices watch their own batches."""
+        return 0.0
+
+    def retry_after_s(self, ahead: int) -> float:
         """A second: how fast the devices are is not known here."""
         return 1.0
 
@@ -200,7 +210,7 @@ class RemoteQueue:
                 _log.warning("device lost", reason=type(exc).__name__)
                 continue
             except BackPressureError as exc:
-                raise Overloaded("the devices' queues are full", self.retry_after_s()) from exc
+                raise Overloaded("the devices' queues are full", self.retry_after_s(1)) from exc
             except DeploymentUnavailableError as exc:
                 raise ModelUnavailable("no device can be started") from exc
             except RayTaskError as exc:
@@ -212,6 +222,9 @@ class RemoteQueue:
                 raise reply.answer
             return reply.answer
         raise InferenceFailed(f"{ATTEMPTS} devices were lost one after the other")
+
+    def abandon(self) -> None:
+        """Nothing is this process's own."""
 
     async def close(self) -> None:
         """Nothing is this process's own."""
@@ -328,7 +341,8 @@ async def _open_engines(device: DeploymentHandle, settings: Settings, metrics: M
     """The engine of an ingress; waits for the first device."""
     model: RemoteModel = await device.describe.remote()
     engine = RemoteQueue(device, model).engine
-    return Engines(engine, {}, partial(open_engine, settings, metrics), 0)
+    load = partial(open_engine, settings, metrics)
+    return Engines(engine, settings.model, load, 0, metrics.reload)
 
 
 def _replica() -> str:

@@ -11,17 +11,21 @@ Pillow, whose verdict counts.
 
 from __future__ import annotations
 
+import ctypes
 import io
+import logging
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg  # type: ignore[import-untyped]
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, _imaging
 
 from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
+from service.screening import MeteredFile, check_before_decoding, check_before_opening
 
 MEDIA_TYPES: Final[dict[str, str]] = {
     "JPEG": "image/jpeg",
@@ -36,7 +40,6 @@ MEDIA_TYPES: Final[dict[str, str]] = {
 _SIGNATURES: Final = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
-    (b"BM", "BMP"),
     (b"GIF87a", "GIF"),
     (b"GIF89a", "GIF"),
     (b"II*\0", "TIFF"),
@@ -44,6 +47,9 @@ _SIGNATURES: Final = (
     (b"II+\0", "TIFF"),
     (b"MM\0+", "TIFF"),
 )
+
+# Of each version of the information header, which says its own size first.
+_BMP_HEADER_BYTES: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
 
 # EXIF orientation -> what turns the stored pixels upright: swap the axes first, then reverse the
 # rows, then the columns. Source: EXIF 2.3, tag 0x0112.
@@ -90,6 +96,18 @@ class Photo:
         return cls(pixels, (height, width), (0, 0, width, height))
 
 
+def keep_readers_quiet() -> None:
+    """Keep what Pillow and its libraries say about files off stderr, in all of this process.
+
+    They say it in words, and as often, as a file makes them. Pillow's warnings would be kept for
+    ever too, to be shown once each.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    # libtiff writes by itself, such as a line for each wrong row of a fax; Pillow lets it.
+    ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
 def sniff(data: bytes) -> str:
     """Pillow's name of the allowed format that the first bytes announce.
 
@@ -100,6 +118,9 @@ def sniff(data: bytes) -> str:
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
+    # Two letters are not enough: text may begin with them.
+    if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADER_BYTES:
+        return "BMP"
     raise UnsupportedImageType(f"not an image of an allowed type: {', '.join(MEDIA_TYPES)}")
 
 
@@ -116,8 +137,12 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Phot
     """
     image_format = sniff(data)
     try:
-        with Image.open(io.BytesIO(data), formats=(image_format,)) as image:
+        check_before_opening(data, image_format)
+        file = MeteredFile(data, image_format)
+        with Image.open(file, formats=(image_format,)) as image:
             _check_size(image.size, max_pixels)
+            check_before_decoding(data, image)
+            file.header_ends()
             photo = _decode_jpeg(data, image, needed_side) if image_format == "JPEG" else None
             if photo is None:
                 image.load()

@@ -2,177 +2,48 @@
 
 The default one is loaded at the start. The artefact folders beside it are loaded when somebody asks
 for them, and closed again, the least recently used first, when all of them together take more
-memory than they may.
+memory than they may. A reload opens each anew beside the old one, which serves until then, and on
+where the new one is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import mmap
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import structlog
 
-from service.batcher import Answer, Batcher
-from service.contract import ModelContract
-from service.cuda import CudaDevice
-from service.errors import ArtefactError, Draining, ModelUnavailable, SegmentError, UnknownModel
-from service.lanes import Lane, Task, Upsampled
+from service.engine import Engine, ServedModel
+from service.errors import (
+    ArtefactError,
+    ContractError,
+    DeviceUnavailable,
+    Draining,
+    ModelUnavailable,
+    SegmentError,
+    UnknownModel,
+)
 from service.manifest import MANIFEST_NAME, Manifest, load_manifest
-from service.metrics import Metrics
-from service.session import DeviceOptions, InferenceSession, Model, load_model
-from service.settings import Settings
+from service.memory import give_back_freed
 
 _log: Any = structlog.get_logger("service.engines")
 
-Logits = npt.NDArray[np.float32]
-Output = Logits | Upsampled
-"""What a device makes of a photo: a CPU its logits, which the pool upsamples; a GPU the labels."""
-
-LANES: Final = 2
-"""Batches on a GPU at once: one computes while the other comes and goes."""
-
-GPU_BATCH: Final = 16
-GPU_QUEUE: Final = 256
-CPU_QUEUE: Final = 64
-"""Defaults of the settings that depend on the device."""
-
-
-class ServedModel(Protocol):
-    """What is told of a model, wherever it runs; here that is a `service.session.Model`."""
-
-    @property
-    def contract(self) -> ModelContract:
-        """What it promises."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What its folder says."""
-
-    @property
-    def file_name(self) -> str:
-        """The network file."""
-
-    @property
-    def provider(self) -> str:
-        """What runs it."""
-
-    @property
-    def gpu(self) -> CudaDevice | None:
-        """This process's GPU that it runs on."""
-
-
-class Queue(Protocol):
-    """The way to a device; here that is a `service.batcher.Batcher`, which says all about it."""
-
-    @property
-    def waiting(self) -> int:
-        """Photos that wait in this process."""
-
-    @property
-    def capacity(self) -> int:
-        """Photos that the device works on at once."""
-
-    def retry_after_s(self) -> float:
-        """When it should have moved."""
-
-    async def submit(self, item: Task, key: Hashable) -> Answer[Output]:
-        """Queue a photo and wait for its result."""
-
-    async def close(self) -> None:
-        """Refuse what is new, and answer what was taken."""
-
-
-@dataclass(eq=False)
-class Engine:
-    """A model that is ready, and the way to its device.
-
-    ``memory_bytes`` is what loading it took; ``users`` are the requests that hold it, and
-    ``last_used`` counts up from one request to the next, over all engines.
-    """
-
-    model: ServedModel
-    batcher: Queue
-    memory_bytes: int = 0
-    users: int = 0
-    last_used: int = 0
-
-
-async def open_engine(
-    settings: Settings,
-    metrics: Metrics,
-    folder: Path,
-    session: InferenceSession | None = None,
-) -> Engine:
-    """Load, check and warm up an artefact folder.
-
-    Raises `ArtefactError` or `DeviceUnavailable`, with one line that says what differs.
-    """
-    max_batch = settings.max_batch or GPU_BATCH
-    options = DeviceOptions(
-        provider=settings.provider,
-        graphs=settings.cuda_graphs,
-        max_batch=max_batch,
-        cache=settings.cache_dir,
-        memory_bytes=settings.gpu_memory_mb * 2**20,
-    )
-    model = await asyncio.to_thread(
-        load_model,
-        folder,
-        settings.device,
-        settings.threads,
-        session,
-        settings.precision,
-        options,
-    )
-    queue_size = settings.queue_size or (CPU_QUEUE if model.gpu is None else GPU_QUEUE)
-    make_batcher = partial(
-        Batcher[Task, Output],
-        max_wait_s=settings.max_wait_ms / 1000,
-        max_queue=queue_size,
-        on_batch=metrics.batch,
-    )
-    if model.gpu is None:
-        await asyncio.to_thread(model.warm_up)
-        batcher = make_batcher(
-            partial(run_batch, model, model.session),
-            shares=[partial(run_batch, model, share) for share in model.shares],
-            max_batch=settings.max_batch or 1,
-        )
-    else:
-        lanes = await asyncio.to_thread(_open_lanes, model, model.gpu, settings, max_batch)
-        batcher = make_batcher(None, shares=[lane.run for lane in lanes], max_batch=max_batch)
-        for lane in lanes:
-            await batcher.call_beside(lane.run, lane.warm_up)
-    _log.info("model ready", **_describe(model))
-    return Engine(model, batcher)
-
-
-def run_batch(model: Model, session: InferenceSession, tasks: Sequence[Task]) -> Sequence[Output]:
-    """The batcher's work on a CPU: stack images of one shape, run them, unstack.
-
-    Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.
-    """
-    images = [task.image for task in tasks]
-    batch = images[0][None] if len(images) == 1 else np.stack(images)
-    return list(model.run(batch, session))
-
 
 def find_artefacts(folder: Path) -> dict[str, Path]:
-    """The artefact folders in ``folder``, by their models' names, in order.
+    """The artefact folders beside ``folder``, by their models' names, in order.
 
     One that cannot be read is left out, and the log says so.
     """
     found: dict[str, Path] = {}
-    for manifest in sorted(folder.glob(f"*/{MANIFEST_NAME}")):
+    own = folder.resolve()
+    for manifest in sorted(own.parent.glob(f"*/{MANIFEST_NAME}")):
+        if manifest.parent == own:
+            continue
         try:
             name = load_manifest(manifest.parent).name
         except ArtefactError as exc:
@@ -189,32 +60,48 @@ def find_artefacts(folder: Path) -> dict[str, Path]:
 class Engines:
     """The default engine and those loaded on demand, within ``budget_bytes`` for the latter.
 
-    ``folders`` are the artefact folders by name, the default's among them; ``load`` opens one.
-    Belongs to one event loop.
+    ``folder`` is the default's artefact folder; those beside it are served too, unless the budget
+    is 0. ``load`` opens one; ``on_reload`` hears of each reload whether it was taken. Belongs to
+    one event loop.
     """
 
     default: Engine
-    folders: Mapping[str, Path]
+    folder: Path
     load: Callable[[Path], Awaitable[Engine]]
     budget_bytes: int
+    on_reload: Callable[[bool], None]
+    _beside: Mapping[str, Path] = field(default_factory=dict, init=False)
     _loaded: dict[str, Engine] = field(default_factory=dict, init=False)
+    _retiring: set[Engine] = field(default_factory=set, init=False)
     _loading: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _uses: int = field(default=0, init=False)
     _closing: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._loaded[self.default.model.contract.name] = self.default
+        self._beside = self._look_beside()
 
     @property
     def names(self) -> tuple[str, ...]:
         """All models' names, the default's first."""
         default = self.default.model.contract.name
-        return (default, *(name for name in self.folders if name != default))
+        return tuple(dict.fromkeys((default, *self._beside, *self._loaded)))
 
     @property
     def opened(self) -> tuple[Engine, ...]:
         """The engines in memory."""
         return tuple(self._loaded.values())
+
+    @property
+    def running_s(self) -> float:
+        """Seconds that the oldest of all running batches has been running."""
+        return max(one.batcher.running_s for one in (*self.opened, *self._retiring))
+
+    def abandon(self) -> None:
+        """Refuse what is new, and fail what waits for a device."""
+        self._closing = True
+        for engine in (*self.opened, *self._retiring):
+            engine.batcher.abandon()
 
     def loaded(self, name: str) -> ServedModel | None:
         """The model of that name if it is in memory."""
@@ -242,11 +129,60 @@ class Engines:
             engine = await self._open(name or "")
         self._uses += 1
         engine.last_used = self._uses
-        engine.users += 1
-        try:
+        with engine.held():
             yield engine
-        finally:
-            engine.users -= 1
+
+    async def reload(self) -> None:
+        """Take up anew what is in the folders of all loaded models, and which are beside them.
+
+        A model that cannot be opened, would run elsewhere, or has a name that another has, is
+        refused: the log says why, and the old one serves on. Otherwise the new one takes its place
+        between two requests; whoever holds the old one is answered by it.
+        """
+        self._beside = await asyncio.to_thread(self._look_beside)
+        for name in [*self._loaded]:
+            try:
+                async with self._loading:
+                    await self._replace(name)
+            # Whatever is wrong with it, the old one is there.
+            except Exception as exc:  # noqa: BLE001
+                unforeseen = not isinstance(exc, SegmentError)
+                _log.error("reload refused", model=name, reason=str(exc), exc_info=unforeseen)
+                self.on_reload(False)
+            await self._retire_replaced()
+            await asyncio.to_thread(give_back_freed)
+
+    async def _replace(self, name: str) -> None:
+        """Open an engine's folder again, and put what comes of it in its place."""
+        engine = self._loaded.get(name)
+        if engine is None:
+            return  # closed meanwhile, for its memory
+        before = self._memory()
+        new = await self.load(self.folder if engine is self.default else self._folder(name))
+        new.memory_bytes = max(0, self._memory() - before)
+        contract = new.model.contract
+        try:
+            if new.model.provider != engine.model.provider:
+                raise DeviceUnavailable(
+                    f"it would run on {new.model.provider}, not on {engine.model.provider}"
+                )
+            if contract.name in self._loaded.keys() - {name}:
+                raise ContractError(f"its name is {contract.name} now, which another has")
+        except SegmentError:
+            await new.batcher.close()
+            raise
+        del self._loaded[name]
+        self._loaded[contract.name] = new
+        self._retiring.add(engine)
+        if engine is self.default:
+            self.default = new
+        _log.info("model replaced", model=contract.name, version=contract.version)
+        self.on_reload(True)
+
+    async def _retire_replaced(self) -> None:
+        for engine in [*self._retiring]:
+            await engine.retire()
+            self._retiring.remove(engine)
 
     def _find(self, name: str | None) -> Engine | None:
         # By its present name: a cluster's devices may take up another model.
@@ -258,7 +194,7 @@ class Engines:
         """Refuse what is new, answer what was taken, and give up every engine."""
         self._closing = True
         async with self._loading:
-            for engine in self._loaded.values():
+            for engine in (*self.opened, *self._retiring):
                 await engine.batcher.close()
 
     async def _open(self, name: str) -> Engine:
@@ -292,14 +228,18 @@ class Engines:
                 return
             _log.info("model closed", model=name)
             await self._loaded.pop(name).batcher.close()
+            await asyncio.to_thread(give_back_freed)
 
     def _extra_bytes(self) -> int:
         return sum(one.memory_bytes for one in self._loaded.values() if one is not self.default)
 
+    def _look_beside(self) -> Mapping[str, Path]:
+        return find_artefacts(self.folder) if self.budget_bytes else {}
+
     def _folder(self, name: str) -> Path:
-        if name not in self.folders:
+        if name not in self._beside:
             raise UnknownModel(f"no model {name!r}; there are {', '.join(self.names)}")
-        return self.folders[name]
+        return self._beside[name]
 
     def _memory(self) -> int:
         """Bytes in use on the default model's device: the GPU's memory, or this process's."""
@@ -313,36 +253,3 @@ class Engines:
         except OSError:  # only Linux has it; elsewhere nothing is ever closed
             return 0
         return pages * mmap.PAGESIZE
-
-
-def _open_lanes(model: Model, gpu: CudaDevice, settings: Settings, max_batch: int) -> list[Lane]:
-    """The ways through a GPU, not warm yet."""
-    lock = threading.Lock()
-    return [
-        Lane(
-            number,
-            gpu.open_channel,
-            model,
-            model.contract,
-            max_batch=max_batch,
-            max_side=settings.max_side,
-            graphs=settings.cuda_graphs and settings.provider == "cuda",
-            lock=lock,
-        )
-        for number in range(LANES)
-    ]
-
-
-def _describe(model: Model) -> dict[str, Any]:
-    """What the log says of a model that is ready."""
-    facts: dict[str, Any] = {
-        "model": f"{model.contract.name}/{model.contract.version}",
-        "file": model.file_name,
-        "provider": model.provider,
-    }
-    if model.gpu is not None:
-        free, total = model.gpu.memory()
-        facts |= {"gpu": model.gpu.name, "gpu_memory_mb": f"{(total - free) >> 20}/{total >> 20}"}
-    if model.why is not None:
-        facts["no_gpu"] = model.why
-    return facts

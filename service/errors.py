@@ -9,9 +9,12 @@
     ├── DeviceUnavailable         the device that was asked for is not there
     ├── DeviceMemoryExhausted     the device has no memory left for what was asked of it
     ├── SettingsError             a setting is unknown or has an impossible value
+    ├── Unauthorized              no API key was sent, or none that is known
+    ├── RateLimited               the client sends more than it may; try again later
     ├── RequestError              what the caller asked for cannot be answered
     │   ├── MalformedRequest      the request is not of the protocol's form
     │   ├── NoImage               nothing that could be an image was sent
+    │   ├── RequestTimeout        the client was too slow to send it
     │   ├── BodyTooLarge          more bytes than the cap
     │   ├── InvalidParameter      a parameter is out of its range
     │   ├── UnknownModel          no model of that name is served
@@ -61,6 +64,18 @@ class SettingsError(SegmentError):
     """A setting is unknown or has an impossible value. The message is one line."""
 
 
+class Unauthorized(SegmentError):
+    """No API key was sent, or none that is known."""
+
+
+class RateLimited(SegmentError):
+    """The client sends more than it may; ``retry_after_s`` from now it may again."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class RequestError(SegmentError):
     """What the caller asked for cannot be answered; asking again will not help."""
 
@@ -71,6 +86,10 @@ class MalformedRequest(RequestError):
 
 class NoImage(RequestError):
     """The request carries nothing that could be an image."""
+
+
+class RequestTimeout(RequestError):
+    """The client was too slow to send the request."""
 
 
 class BodyTooLarge(RequestError):

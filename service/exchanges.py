@@ -43,7 +43,7 @@ class ServiceUnreachable(ClientError):
 
 
 class ServiceBusy(ClientError):
-    """The service had no place for the request at any try, or is going down."""
+    """The service had no place for the request at any try, or this client may not send more."""
 
 
 class NoAnswerInTime(ClientError):
@@ -238,9 +238,10 @@ def _refusal(response: httpx.Response) -> ClientError:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
         problem = None
-    if response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+    if response.status_code in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
         # A proxy before the service may say so too, in its own words.
-        return ServiceBusy(problem.detail if problem else "503 Service Unavailable")
+        status = HTTPStatus(response.status_code)
+        return ServiceBusy(problem.detail if problem else f"{status} {status.phrase}")
     return RequestRefused(problem) if problem else _unexpected(response)
 
 

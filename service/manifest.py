@@ -138,23 +138,27 @@ def load_manifest(folder: Path) -> Manifest:
         raise ContractError(f"{path}: {one_line(exc)}") from exc
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Compare every file with the manifest's sha256.
+def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
+    """Read every file whole, and compare it with the manifest's sha256.
 
-    Raises `IntegrityError` with one line that names the first file that differs.
+    Returns them by name, so that what is used is what was compared, whatever becomes of the
+    folder. Raises `IntegrityError` with one line that names the first file that differs.
     """
+    files: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
         path = folder / name
         try:
-            size = path.stat().st_size
-            digest = sha256_of(path)
+            content = path.read_bytes()
         except OSError as exc:
             raise IntegrityError(f"{path}: {exc.strerror}") from exc
+        digest = hashlib.sha256(content).hexdigest()
         if digest != entry.sha256:
             raise IntegrityError(
-                f"{path}: sha256 is {digest[:12]}… ({size} bytes), but {MANIFEST_NAME} "
+                f"{path}: sha256 is {digest[:12]}… ({len(content)} bytes), but {MANIFEST_NAME} "
                 f"says {entry.sha256[:12]}… ({entry.bytes} bytes)"
             )
+        files[name] = content
+    return files
 
 
 def sha256_of(path: Path) -> str:

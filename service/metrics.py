@@ -13,9 +13,13 @@ twice as much.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -32,7 +36,11 @@ OTHER: Final = "other"
 
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
-STAGES: Final = ("decode", "preprocess", "queue", "infer", "upsample", "encode")
+STAGES: Final = ("read", "decode", "preprocess", "queue", "infer", "upsample", "encode")
+
+DIED: Final = "died"
+HUNG: Final = "hung"
+"""Why a worker was started anew."""
 
 # From what a stage of a small photo takes to the default deadline.
 SECONDS: Final = (
@@ -61,9 +69,13 @@ class EngineFacts:
 
 
 class Metrics:
-    """Every metric of one app, in a registry of its own."""
+    """Every metric of one app, in a registry of its own.
 
-    def __init__(self) -> None:
+    ``reasons``: those of refusals that can come, told as 0 from the start on, because the first of
+    each has to be an increase.
+    """
+
+    def __init__(self, reasons: Iterable[str] = ()) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         registry = self.registry
@@ -71,8 +83,13 @@ class Metrics:
             "fcn_requests", "Requests answered.", ["route", "method", "status"], registry=registry
         )
         self._refusals = Counter(
-            "fcn_refusals", "Problems answered, by their type.", ["reason"], registry=registry
+            "fcn_refusals",
+            "Problems answered, of requests and of single photos in them, by their type.",
+            ["reason"],
+            registry=registry,
         )
+        for reason in reasons:
+            self._refusals.labels(reason)
         self._request_seconds = Histogram(
             "fcn_request_seconds",
             "Time from a request's head to the end of its answer.",
@@ -82,7 +99,7 @@ class Metrics:
         )
         stage_seconds = Histogram(
             "fcn_stage_seconds",
-            "Time of one stage of one photo.",
+            "Time of one stage of one photo; `read`: until a request's body was there.",
             ["stage"],
             buckets=SECONDS,
             registry=registry,
@@ -100,11 +117,36 @@ class Metrics:
             buckets=_BATCH_SIZES,
             registry=registry,
         )
+        reloads = Counter(
+            "fcn_reloads",
+            "Models that were to be loaded anew, by what became of it.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._reloads = {
+            taken: reloads.labels("taken" if taken else "refused") for taken in (True, False)
+        }
+        self._restarts = Counter(
+            "fcn_worker_restarts",
+            "Times that this worker was started anew, by what became of the one before.",
+            ["cause"],
+            registry=registry,
+        )
+        for cause in (DIED, HUNG):
+            self._restarts.labels(cause)
         self._ready = Gauge("fcn_ready", "1 if requests are taken, else 0.", registry=registry)
         self._in_flight = Gauge("fcn_in_flight", "Photos that are worked on.", registry=registry)
         self._in_flight_limit = Gauge(
             "fcn_in_flight_limit",
             "Photos in flight from which on more are refused.",
+            registry=registry,
+        )
+        self._deadline = Gauge(
+            "fcn_deadline_seconds", "Time that one photo may take.", registry=registry
+        )
+        self._memory_limit = Gauge(
+            "fcn_memory_limit_bytes",
+            "Memory that all processes of this container, or without one of the machine, may take.",
             registry=registry,
         )
         self._queue_depth = Gauge(
@@ -129,9 +171,9 @@ class Metrics:
         self._by_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     def request(
-        self, route: str, method: str, status: int, seconds: float, problem: str | None
+        self, route: str, method: str, status: int, seconds: float, reason: str | None
     ) -> None:
-        """Count a request. ``route``: its template, never its path; ``problem``: its type."""
+        """Count a request. ``route``: its template, never its path; ``reason``: of a refusal."""
         key = (route, method, status)
         found = self._by_request.get(key)
         if found is None:
@@ -144,9 +186,16 @@ class Metrics:
                 self._by_request[key] = found
         found[0].inc()
         found[1].observe(seconds)
-        if problem is not None:
-            _, _, reason = problem.rpartition("/problems/")
-            self._refusals.labels(OTHER if ":" in reason else reason).inc()
+        if reason is not None:
+            self.refusal(reason)
+
+    def refusal(self, reason: str) -> None:
+        """Count a problem of a request, or of one of the photos in it."""
+        self._refusals.labels(reason).inc()
+
+    def read(self, seconds: float) -> None:
+        """Count the time from a request's head to its body's end."""
+        self._stages["read"].observe(seconds)
 
     def file(self, size_bytes: int) -> None:
         """Count the file of a photo that was answered."""
@@ -162,8 +211,21 @@ class Metrics:
         """Count a run of the network."""
         self._batch_size.observe(size)
 
-    def look_at_service(self, *, ready: bool, in_flight: int, limit: int) -> None:
+    def reload(self, taken: bool) -> None:
+        """Count a model that was to be loaded anew, and was taken or refused."""
+        self._reloads[taken].inc()
+
+    def restarted(self, times: Mapping[str, int]) -> None:
+        """Count how often this process's worker was started anew, by cause; once at its start."""
+        for cause, count in times.items():
+            self._restarts.labels(cause).inc(count)
+
+    def look_at_service(
+        self, *, ready: bool, in_flight: int, limit: int, deadline_s: float
+    ) -> None:
         """Take down how a service is."""
+        self._deadline.set(deadline_s)
+        self._memory_limit.set(memory_limit_bytes())
         self._ready.set(ready)
         self._in_flight.set(in_flight)
         self._in_flight_limit.set(limit)
@@ -188,6 +250,19 @@ class Metrics:
                 sample for sample in family.samples if not sample.name.endswith("_created")
             ]
         return families
+
+
+def memory_limit_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the processes of this container may take, or what the machine has if that is less.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst; a container
+    sees its own group as ``root``.
+    """
+    limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int((root / name).read_text(encoding="ascii")))
+    return min(limits)
 
 
 class Peers(Protocol):

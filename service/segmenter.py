@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
@@ -22,12 +23,14 @@ from service.answers import MediaType, Options, encode_answer
 from service.batcher import Answer
 from service.contract import ModelContract
 from service.decoding import Photo, decode
-from service.engines import Engines, Output
+from service.engine import Engine, Output
+from service.engines import Engines
 from service.errors import DeadlineExceeded, Overloaded
 from service.lanes import Task, Upsampled
 from service.metrics import Metrics
 from service.preprocessing import Geometry, preprocess
 from service.schemas import ModelName
+from service.stages import note
 from service.upsampling import Labels, upsample
 
 T = TypeVar("T")
@@ -72,11 +75,13 @@ class _Prepared:
     """A photo on its way: the network's input, and what must outlast the network.
 
     ``photo``: ``(H, W, 3) uint8`` RGB, None where no answer needs it, so that a large photo does
-    not wait for the network too.
+    not wait for the network too. ``started_s``: when its stages so far began, by
+    `time.perf_counter`.
     """
 
     task: Task
     photo: npt.NDArray[np.uint8] | None
+    started_s: float
     timing_ms: dict[str, float]
 
 
@@ -104,6 +109,7 @@ class Segmenter:
         self._max_pixels = max_pixels
         self._deadline_s = deadline_s
         self._in_flight = 0
+        self._began: dict[int, float] = {}
 
     async def segment(self, data: bytes, options: Options) -> Result:
         """Segment one photo.
@@ -132,23 +138,24 @@ class Segmenter:
         what these two raise.
         """
         async with self._place():
-            loop = asyncio.get_running_loop()
             async with self._engines.use(model) as engine:
                 contract = engine.model.contract
-                prepared = await loop.run_in_executor(self._pool, self._read, read, contract)
-                task = prepared.task
-                answer = await engine.batcher.submit(task, key=task.geometry.padded)
+                prepared = await self._in_pool(lambda: self._read(read, contract))
+                answer = await _run(engine, prepared)
                 contract = engine.model.contract
-            labelled = await loop.run_in_executor(
-                self._pool, self._write, prepared, answer, write, contract
-            )
-            self._metrics.photo(math.prod(task.geometry.photo), labelled.timing_ms)
+            labelled = await self._in_pool(lambda: self._write(prepared, answer, write, contract))
+            self._answered(prepared, answer, labelled.timing_ms)
             return labelled
 
     @property
     def in_flight(self) -> int:
         """Photos that are worked on."""
         return self._in_flight
+
+    @property
+    def working_s(self) -> float:
+        """How long the pool has been at the photo that it decodes or encodes longest, seconds."""
+        return time.monotonic() - min(self._began.copy().values(), default=time.monotonic())
 
     @contextmanager
     def hold(self, wanted: int = 1) -> Iterator[int]:
@@ -157,18 +164,25 @@ class Segmenter:
         Raises `Overloaded` if there is none.
         """
         # Before decoding: a queue of decoded photos would take far more memory than one of files.
-        free = self.max_in_flight - self._in_flight
-        if free < 1:
-            raise Overloaded(
-                f"{self._in_flight} photos are being worked on",
-                self._engines.default.batcher.retry_after_s(),
-            )
-        held = min(wanted, free)
+        self.require_place()
+        held = min(wanted, self.max_in_flight - self._in_flight)
         self._in_flight += held
         try:
             yield held
         finally:
             self._in_flight -= held
+
+    def require_place(self) -> None:
+        """Raises `Overloaded` while there is no place: then nobody need send a photo."""
+        if self._in_flight >= self.max_in_flight:
+            raise Overloaded(
+                f"{self._in_flight} photos are being worked on",
+                # By the deadline all of them are answered, one way or the other.
+                min(
+                    self._engines.default.batcher.retry_after_s(self._in_flight),
+                    self._deadline_s,
+                ),
+            )
 
     @asynccontextmanager
     async def _deadline(self) -> AsyncIterator[None]:
@@ -185,6 +199,19 @@ class Segmenter:
         with self.hold():
             async with self._deadline():
                 yield
+
+    async def _in_pool(self, work: Callable[[], T]) -> T:
+        """Have a thread of the pool do it, watched by `working_s`."""
+
+        def watched() -> T:
+            thread = threading.get_ident()
+            self._began[thread] = time.monotonic()
+            try:
+                return work()
+            finally:
+                del self._began[thread]
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, watched)
 
     def _read(self, read: Callable[[int, int], Reading], contract: ModelContract) -> _Prepared:
         """Have the caller read its photo, and preprocess."""
@@ -209,21 +236,25 @@ class Segmenter:
 
     async def _segment(self, data: bytes, options: Options) -> Result:
         # Two stages a task: each hop between the threads costs about a tenth of a millisecond.
-        loop = asyncio.get_running_loop()
         async with self._engines.use(options.model) as engine:
             contract = engine.model.contract
-            prepared = await loop.run_in_executor(
-                self._pool, self._prepare, data, options, contract
-            )
-            answer = await engine.batcher.submit(prepared.task, key=prepared.task.geometry.padded)
+            prepared = await self._in_pool(lambda: self._prepare(data, options, contract))
+            answer = await _run(engine, prepared)
             # Who answered: a cluster's devices may have taken up another model meanwhile.
             contract = engine.model.contract
-        result = await loop.run_in_executor(
-            self._pool, self._finish, prepared, answer, options, contract
-        )
+        result = await self._in_pool(lambda: self._finish(prepared, answer, options, contract))
         self._metrics.file(len(data))
-        self._metrics.photo(math.prod(prepared.task.geometry.photo), result.timing_ms)
+        self._answered(prepared, answer, result.timing_ms)
         return result
+
+    def _answered(
+        self, prepared: _Prepared, answer: Answer[Output], timing_ms: dict[str, float]
+    ) -> None:
+        """Note the stages that have just ended, and count the photo."""
+        before = prepared.timing_ms.keys() | _device_ms(answer).keys()
+        last = {stage: value for stage, value in timing_ms.items() if stage not in before}
+        note(time.perf_counter() - sum(last.values()) / 1000, last)
+        self._metrics.photo(math.prod(prepared.task.geometry.photo), timing_ms)
 
     def _prepare(self, data: bytes, options: Options, contract: ModelContract) -> _Prepared:
         """Decode and preprocess."""
@@ -271,27 +302,41 @@ def _preprocess(
     return _Prepared(
         Task(image, geometry, reading.with_confidence),
         pixels,
+        started,
         {"decode": (decoded - started) * 1000, "preprocess": (preprocessed - decoded) * 1000},
     )
 
 
+async def _run(engine: Engine, prepared: _Prepared) -> Answer[Output]:
+    """Have the network run, and note the stages up to its end."""
+    note(prepared.started_s, prepared.timing_ms)
+    submitted_s = time.perf_counter()
+    answer = await engine.batcher.submit(prepared.task, key=prepared.task.geometry.padded)
+    note(submitted_s, _device_ms(answer))
+    return answer
+
+
+def _device_ms(answer: Answer[Output]) -> dict[str, float]:
+    """Each stage's ms from the queue to the answer of a device, which upsamples if it is a GPU."""
+    result = answer.result
+    if not isinstance(result, Upsampled):
+        return {"queue": answer.queue_s * 1000, "infer": answer.run_s * 1000}
+    # Packing, the way up, and waiting for other batches on the device.
+    queue_s = answer.queue_s + answer.run_s - result.infer_s - result.upsample_s
+    return {
+        "queue": queue_s * 1000,
+        "infer": result.infer_s * 1000,
+        "upsample": result.upsample_s * 1000,
+    }
+
+
 def _upsample(prepared: _Prepared, answer: Answer[Output]) -> tuple[Labels, dict[str, float]]:
     """The labels, upsampled here where the device has not done it, and each stage's ms so far."""
-    started = time.perf_counter()
+    timing_ms = {**prepared.timing_ms, **_device_ms(answer)}
     if isinstance(answer.result, Upsampled):
-        labels = answer.result.labels
-        infer_s, upsample_s = answer.result.infer_s, answer.result.upsample_s
-        # Packing, the way up, and waiting for other batches on the device.
-        queue_s = answer.queue_s + answer.run_s - infer_s - upsample_s
-    else:
-        task = prepared.task
-        labels = upsample(answer.result, task.geometry, with_confidence=task.with_confidence)
-        queue_s, infer_s = answer.queue_s, answer.run_s
-        upsample_s = time.perf_counter() - started
-    timing_ms = {
-        **prepared.timing_ms,
-        "queue": queue_s * 1000,
-        "infer": infer_s * 1000,
-        "upsample": upsample_s * 1000,
-    }
+        return answer.result.labels, timing_ms
+    started = time.perf_counter()
+    task = prepared.task
+    labels = upsample(answer.result, task.geometry, with_confidence=task.with_confidence)
+    timing_ms["upsample"] = (time.perf_counter() - started) * 1000
     return labels, timing_ms

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,7 @@ from service.errors import (
     DeviceMemoryExhausted,
     DeviceUnavailable,
 )
-from service.manifest import Manifest, load_manifest, verify_files
+from service.manifest import Manifest, load_manifest, read_files
 
 PrecisionChoice = Literal["auto", "fp32", "fp16", "int8"]
 ProviderChoice = Literal["cuda", "tensorrt"]
@@ -120,9 +121,11 @@ class Model:
         """Run the network, blocking, on ``session`` (None: on all threads).
 
         ``batch``: ``(N, h, w, 3) uint8`` RGB, h and w multiples of 32. Returns logits
-        ``(N, 21, h/stride, w/stride) float32``. Raises whatever ONNX Runtime raises.
+        ``(N, 21, h/stride, w/stride) float32``. Raises `DeviceMemoryExhausted`, or whatever ONNX
+        Runtime raises.
         """
-        (logits,) = (session or self.session).run([OUTPUT_NAME], {INPUT_NAME: batch})
+        with _memory_errors():
+            (logits,) = (session or self.session).run([OUTPUT_NAME], {INPUT_NAME: batch})
         result: npt.NDArray[np.float32] = logits
         return result
 
@@ -149,12 +152,8 @@ class Model:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
         def run() -> None:
-            try:
+            with _memory_errors():
                 self.session.run_with_iobinding(binding, options)
-            except Exception as exc:
-                if any(words in str(exc) for words in _OUT_OF_MEMORY):
-                    raise DeviceMemoryExhausted(_first_line(exc)) from exc
-                raise
 
         return run
 
@@ -176,6 +175,14 @@ class Model:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class _NetworkFile:
+    """A network to open: its path, which only names it, and the artefact's ``files`` as read."""
+
+    path: Path
+    files: Mapping[str, bytes]
+
+
 def load_model(
     folder: Path,
     device: str = "auto",
@@ -195,7 +202,7 @@ def load_model(
     """
     manifest = load_manifest(folder)
     # All of them: an int8 network reads its weights out of the fp32 file.
-    verify_files(folder, manifest)
+    files = read_files(folder, manifest)
     gpu, why = None, None
     shares: tuple[InferenceSession, ...] = ()
     if session is None and device != "cpu":
@@ -203,7 +210,10 @@ def load_model(
             gpu = CudaDevice(int(device.partition(":")[2] or 0))
             file_name = manifest.pick_file(_preference(gpu, precision))
             session = _open_on_gpu(
-                folder / file_name, gpu, manifest.files[file_name].precision, options
+                _NetworkFile(folder / file_name, files),
+                gpu,
+                manifest.files[file_name].precision,
+                options,
             )
         except DeviceUnavailable as exc:
             if device != "auto":
@@ -212,7 +222,9 @@ def load_model(
     if gpu is None:
         file_name = manifest.pick_file(_preference(None, precision))
     if session is None:
-        session, shares = _open_on_cpu(folder / file_name, threads or available_cores())
+        session, shares = _open_on_cpu(
+            _NetworkFile(folder / file_name, files), threads or available_cores()
+        )
     provider = session.get_providers()[0]
     path = folder / file_name
     try:
@@ -257,19 +269,24 @@ def _int8_is_fast() -> bool:
     return not _INT8_FLAGS.isdisjoint(flags)
 
 
-def _open_on_cpu(path: Path, threads: int) -> tuple[InferenceSession, tuple[InferenceSession, ...]]:
+def _open_on_cpu(
+    network: _NetworkFile, threads: int
+) -> tuple[InferenceSession, tuple[InferenceSession, ...]]:
     """A session with all threads, and those with half of them each."""
-    session = _open(path, _session_options(threads), [providers.CPU])
+
+    def opened(threads: int) -> InferenceSession:
+        return _open(network, _session_options(threads), [providers.CPU])
+
+    session = opened(threads)
     if threads == 1:
         return session, ()
-    half = _session_options(threads // 2)
-    share = _open(path, half, [providers.CPU])
+    share = opened(threads // 2)
     # A session with one thread works in its callers' own: one serves both.
-    return session, (share, share if threads < 4 else _open(path, half, [providers.CPU]))
+    return session, (share, share if threads < 4 else opened(threads // 2))
 
 
 def _open_on_gpu(
-    path: Path, gpu: CudaDevice, precision: Precision, options: DeviceOptions | None
+    network: _NetworkFile, gpu: CudaDevice, precision: Precision, options: DeviceOptions | None
 ) -> InferenceSession:
     """A session whose every node runs on the GPU. Raises `DeviceUnavailable` if one does not."""
     options = options or DeviceOptions()
@@ -290,7 +307,7 @@ def _open_on_gpu(
     chosen = [cuda]
     if wanted == providers.TENSORRT:
         # Its profile has to be known before the graph is opened on it.
-        unopened = _open(path, _session_options(1), [providers.CPU])
+        unopened = _open(network, _session_options(1), [providers.CPU])
         metadata = unopened.get_modelmeta().custom_metadata_map
         tensorrt = providers.tensorrt(
             gpu.ordinal,
@@ -304,7 +321,7 @@ def _open_on_gpu(
     settings = _session_options(1)
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = _open(path, settings, chosen)
+        session = _open(network, settings, chosen)
     except ArtefactError as exc:  # if it is the artefact after all, the CPU will say the same
         raise DeviceUnavailable(str(exc)) from exc
     # Without a provider's library ONNX Runtime takes the CPU silently; the session knows.
@@ -312,7 +329,7 @@ def _open_on_gpu(
         raise DeviceUnavailable(
             f"ONNX Runtime fell back to {', '.join(session.get_providers())}: {_why_not(wanted)}"
         )
-    _refuse_cpu_nodes(path, session)
+    _refuse_cpu_nodes(network.path, session)
     return session
 
 
@@ -355,10 +372,16 @@ def _session_options(threads: int) -> Any:  # noqa: ANN401
     return options
 
 
-def _open(path: Path, options: Any, chosen: Sequence[Any]) -> InferenceSession:  # noqa: ANN401
+def _open(network: _NetworkFile, options: Any, chosen: Sequence[Any]) -> InferenceSession:  # noqa: ANN401
+    names, contents = zip(*network.files.items(), strict=True)
     try:
+        # By their paths ONNX Runtime would map the weights into memory, and a file that is cut
+        # short later would end the process with SIGBUS.
+        options.add_external_initializers_from_files_in_memory(
+            names, contents, [len(content) for content in contents]
+        )
         opened: InferenceSession = ort.InferenceSession(
-            str(path),
+            network.files[network.path.name],
             sess_options=options,
             providers=list(chosen),
             # Else a provider that cannot start is printed, and replaced by the CPU.
@@ -366,8 +389,21 @@ def _open(path: Path, options: Any, chosen: Sequence[Any]) -> InferenceSession: 
         )
     # ONNX Runtime's exceptions share no base below Exception; any of them means: not loadable.
     except Exception as exc:
-        raise ArtefactError(f"{path}: ONNX Runtime cannot load it: {_first_line(exc)}") from exc
+        raise ArtefactError(
+            f"{network.path}: ONNX Runtime cannot load it: {_first_line(exc)}"
+        ) from exc
     return opened
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Tell memory that is short apart from everything else that ONNX Runtime raises."""
+    try:
+        yield
+    except Exception as exc:
+        if any(words in str(exc) for words in _OUT_OF_MEMORY):
+            raise DeviceMemoryExhausted(_first_line(exc)) from exc
+        raise
 
 
 def _first_line(exc: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -13,10 +14,13 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.access import parse_rate_limits
 from service.contract import one_line
 from service.errors import SettingsError
 
 ENV_PREFIX: Final = "FCN_"
+API_KEY_VARIABLE: Final = "FCN_API_KEY"
+"""The key that clients send; no setting of a service, which knows keys by their hashes alone."""
 DEFAULT_MODEL: Final = (
     Path(__file__).parent.parent / "models" / "artifacts" / "context_fcn_resnet50_8s"
 )
@@ -112,6 +116,44 @@ class Settings(BaseSettings):
         10.0, ge=0, description="how long a photo may be passed over for fuller batches, ms"
     )
     deadline_s: float = Field(30.0, gt=0, description="time to answer one request, seconds")
+    client_timeout_s: float = Field(
+        20.0,
+        gt=0,
+        description="how long a client may take for its next request's head, for each 64 KiB of a "
+        "body that it sends, and for each of an answer that it reads, seconds",
+    )
+    max_connections: int = Field(
+        1000,
+        ge=1,
+        description="connections to each process; a quarter of them from one address, unless it "
+        "is a trusted proxy's",
+    )
+    watchdog_s: float | None = Field(
+        None,
+        ge=1,
+        description="how long a batch may run, or the process not react, before it ends to be "
+        "started anew, seconds (default: twice the deadline, at least 60)",
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="file of the API keys' hashes, by fcn-segment key; read again when it changes "
+        "(default: no key is asked for)",
+    )
+    rate_limit: str | None = Field(
+        None,
+        description="requests that each key, or without keys each address, may send to each "
+        "process, such as 60/minute or 5/second;1000/day (default: any number)",
+    )
+    trusted_proxies: str = Field(
+        "127.0.0.1",
+        description="addresses and networks, such as 10.0.0.0/8, of the proxies whose "
+        "X-Forwarded-For is believed, comma-separated",
+    )
+    cors_origins: str | None = Field(
+        None,
+        description="origins whose web pages may call the service from a browser, such as "
+        "https://one.example,https://two.example; * for all (default: none)",
+    )
     label_studio_url: str | None = Field(
         None,
         description="where Label Studio is, http://host:port: tasks' images are fetched from there "
@@ -143,6 +185,28 @@ class Settings(BaseSettings):
                 raise ValueError(f"names a GPU twice: {gpus!r}")
         return gpus
 
+    @field_validator("rate_limit")
+    @classmethod
+    def _limits(cls, limits: str | None) -> str | None:
+        if limits is not None:
+            parse_rate_limits(limits)
+        return limits
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, proxies: str) -> str:
+        for proxy in proxies.split(","):
+            ipaddress.ip_network(proxy.strip())
+        return proxies
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: str | None) -> str | None:
+        for origin in [] if origins in (None, "*") else (origins or "").split(","):
+            if not re.fullmatch(r"https?://[^/?#@*,\s]+", origin):
+                raise ValueError(f"should be origins such as https://one.example, got {origin!r}")
+        return origins
+
     @field_validator("label_studio_url")
     @classmethod
     def _plain_origin(cls, url: str | None) -> str | None:
@@ -159,6 +223,16 @@ class Settings(BaseSettings):
         """The numbers in ``gpus``; none where it is unset."""
         return tuple(map(int, self.gpus.split(","))) if self.gpus is not None else ()
 
+    @property
+    def hung_after_s(self) -> float:
+        """When what runs is taken to hang, seconds."""
+        return self.watchdog_s or max(60.0, 2 * self.deadline_s)
+
+    @property
+    def allowed_origins(self) -> tuple[str, ...]:
+        """The origins in ``cors_origins``; none where it is unset."""
+        return tuple(self.cors_origins.split(",")) if self.cors_origins is not None else ()
+
 
 def load_settings(
     overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
@@ -170,6 +244,8 @@ def load_settings(
     overrides = overrides or {}
     for variable in os.environ if environ is None else environ:
         name = variable.removeprefix(ENV_PREFIX).lower()
+        if variable == API_KEY_VARIABLE:
+            continue
         if variable.startswith(ENV_PREFIX) and name not in Settings.model_fields:
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)
             hint = f"; did you mean {ENV_PREFIX}{close[0].upper()}?" if close else ""

@@ -1,8 +1,9 @@
 """One of several serving processes: as its supervisor sees it, and as it sees its supervisor.
 
-A socket pair joins the two. Down it go the worker's settings, in a line of JSON; up come
-``{"ready": true}`` or ``{"error": "why it cannot start"}``. Its end tells a worker that its
-supervisor has died, however that happened, and then the worker stops too.
+A socket pair joins the two. Down it go the worker's settings, in a line of JSON, and later an empty
+line whenever it is to reload its models. Up come ``{"ready": true}`` or ``{"error": "why it cannot
+start"}``, and from then on empty lines, which say that the worker is alive. Its end tells a worker
+that its supervisor has died, however that happened, and then the worker stops too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -36,6 +38,7 @@ class WorkerProcess:
     ) -> None:
         self.pid = process.pid
         self.ready = False
+        self.signs_of_life = 0
         self.error: str | None = None
         self._process = process
         self._reader = reader
@@ -44,7 +47,12 @@ class WorkerProcess:
 
     @classmethod
     async def start(
-        cls, index: int, overrides: Mapping[str, Any], listener: socket.socket, folder: Path
+        cls,
+        index: int,
+        overrides: Mapping[str, Any],
+        listener: socket.socket,
+        folder: Path,
+        restarts: Mapping[str, int],
     ) -> WorkerProcess:
         """Start one as this process was started, so that it finds the same package."""
         own_arguments = len(sys.argv) - 1
@@ -64,7 +72,12 @@ class WorkerProcess:
             )
             undo.pop_all()
         reader, writer = await asyncio.open_connection(sock=ours)
-        message = {"worker": index, "settings": overrides, "folder": str(folder)}
+        message = {
+            "worker": index,
+            "settings": overrides,
+            "folder": str(folder),
+            "restarts": restarts,
+        }
         writer.write(json.dumps(message).encode() + b"\n")
         return cls(process, reader, writer)
 
@@ -78,12 +91,18 @@ class WorkerProcess:
         # One that dies before it has read its settings resets the connection.
         with contextlib.suppress(ConnectionError):
             async for line in self._reader:
-                self.error = json.loads(line).get("error")
-                self.ready = self.error is None
-                self._ready_at = time.monotonic()
+                self.signs_of_life += 1
+                if line.strip():
+                    self.error = json.loads(line).get("error")
+                    self.ready = self.error is None
+                    self._ready_at = time.monotonic()
         status = await self._process.wait()
         self._writer.close()
         return status
+
+    def reload(self) -> None:
+        """Have it reload its models; one that still starts does so as soon as it serves."""
+        self._writer.write(b"\n")
 
     def send_signal(self, number: int) -> None:
         """Send it a signal, if it still runs."""
@@ -97,26 +116,34 @@ class Parent:
     """A worker's supervisor, as the worker sees it: what it says, and whether it lives.
 
     ``number`` is the worker's own, ``overrides`` are for `load_settings`, in ``folder`` it meets
-    the others. From here on this process gets SIGTERM when the supervisor dies. Raises
-    `SettingsError` if there is none.
+    the others, ``restarts`` are how often it was started anew so far, by cause. From here
+    on this process gets SIGHUP when it is to reload its models, and SIGTERM when the supervisor
+    dies. Raises `SettingsError` if there is none.
     """
 
     def __init__(self, fd: int) -> None:
         try:
             self._connection = socket.socket(fileno=fd)
-            with self._connection.makefile("rb") as lines:
-                message = json.loads(lines.readline())
+            self._lines = self._connection.makefile("rb")
+            message = json.loads(self._lines.readline())
         except (OSError, ValueError) as exc:
             raise SettingsError(f"{WORKER_COMMAND}: only `serve` starts one") from exc
         self.number: int = message["worker"]
         self.overrides: dict[str, Any] = message["settings"]
         self.folder = Path(message["folder"])
+        self.restarts: dict[str, int] = message["restarts"]
+        self._died = False
         # A thread, because this must work while a model is loading too.
-        threading.Thread(target=self._outlive, name="parent", daemon=True).start()
+        threading.Thread(target=self._obey, name="parent", daemon=True).start()
 
     def tell_ready(self) -> None:
         """This worker answers requests, and stops in order when it is told to."""
         self._tell(ready=True)
+
+    def tell_alive(self) -> None:
+        """This worker's event loop takes its turns. Never waits."""
+        with contextlib.suppress(OSError):  # it died, or hangs itself
+            self._connection.send(b"\n", socket.MSG_DONTWAIT)
 
     def tell_error(self, line: str) -> None:
         """This worker cannot start."""
@@ -126,7 +153,14 @@ class Parent:
         with contextlib.suppress(OSError):  # it died: the thread sees to that
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
-    def _outlive(self) -> None:
+    def tidy_up(self) -> None:
+        """Remove what a supervisor that was killed could not remove itself."""
+        if self._died:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _obey(self) -> None:
         with contextlib.suppress(OSError):
-            self._connection.recv(1)  # nothing more ever comes but the end
+            for _ in self._lines:
+                os.kill(os.getpid(), signal.SIGHUP)
+        self._died = True
         os.kill(os.getpid(), signal.SIGTERM)

@@ -82,10 +82,11 @@ def build_artefact(
     metadata: Mapping[str, str] | None = None,
     stride: int = STRIDE,
     name: str = "tiny",
+    version: str = "1",
 ) -> Path:
     """Write network and manifest; ``metadata`` and ``stride`` are for making them disagree."""
     folder.mkdir(parents=True, exist_ok=True)
-    contract = make_contract(name=name)
+    contract = make_contract(name=name, version=version)
     path = folder / "network.onnx"
     onnx.save(build_network(metadata or contract.to_metadata(), stride), path)
     Manifest(

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import httpx
 import numpy as np
 import numpy.typing as npt
+from fastapi import FastAPI
 from PIL import Image
 
 from service.app import create_app, with_state
@@ -28,6 +29,10 @@ from service.session import InferenceSession
 from service.settings import Settings
 
 T = TypeVar("T")
+
+Check = Callable[[httpx.Response], Awaitable[None]]
+CHECKS: list[Callable[[FastAPI, Settings], Check]] = []
+"""What looks at every answer over ASGI; `tests.integration` has what it needs for that."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,13 @@ async def in_process(
 ) -> AsyncIterator[InProcess]:
     """The app with its lifespan, without a socket."""
     app = create_app(settings, session)
+    hooks = {"response": [check(app, settings) for check in CHECKS]}
     async with app.router.lifespan_context(app) as state:
         assert state is not None
         transport = httpx.ASGITransport(with_state(app, state))
-        async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://service", event_hooks=hooks
+        ) as http:
             yield InProcess(http, state["service"])
 
 
@@ -106,6 +114,19 @@ def receive_until(connection: socket.socket, end: bytes) -> bytes:
         assert piece, received
         received += piece
     return received
+
+
+@contextlib.contextmanager
+def drained(server: Server) -> Iterator[Server]:
+    """Read a server's log away, so that it never waits for a reader; stop it at the end."""
+    assert server.process.stderr is not None
+    reader = threading.Thread(target=server.process.stderr.read)
+    reader.start()
+    try:
+        yield server
+    finally:
+        server.process.terminate()
+        reader.join()
 
 
 @contextlib.contextmanager

@@ -48,16 +48,21 @@ extern "C" size_t piece_layout(int field) {{
 """
 
 
+def cpp_compiler() -> str:
+    """The command that compiles C++."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    assert compiler, "no C++ compiler: `make test` installs one"
+    return compiler
+
+
 @cache
 def host_kernel() -> ctypes.CDLL:
     """The kernel, compiled for the host once a process."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    assert compiler, "no C++ compiler: `make test` installs one"
     folder = Path(mkdtemp(prefix="fcn-kernel-"))
     source, library = folder / "host.cpp", folder / "host.so"
     source.write_text(_HOST)
     subprocess.run(
-        [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, source], check=True
+        [cpp_compiler(), "-std=c++17", "-O2", "-shared", "-fPIC", "-o", library, source], check=True
     )
     loaded = ctypes.CDLL(str(library))
     shutil.rmtree(folder)

@@ -84,7 +84,7 @@ _ANSWER: Final = {
     "/segment/batch",
     summary="Segment several photos",
     response_class=JsonLines,
-    responses={200: _ANSWER, **documented(400, 404, 406, 413, 422, 503)},
+    responses={200: _ANSWER, **documented(400, 404, 406, 408, 413, 422, 503)},
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def segment_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from service import voc
+from service.routes.problems import documented
 from service.routes.state import ServiceDep
 from service.schemas import ClassLabel, LabelMap, ListedModel, ModelDescription, ModelList
 
@@ -23,7 +24,7 @@ async def classes() -> LabelMap:
     )
 
 
-@router.get("/models", summary="The models that are served")
+@router.get("/models", summary="The models that are served", responses=documented(503))
 async def models(service: ServiceDep) -> ModelList:
     """The default first, then the artefact folders beside it."""
     engines = service.engines

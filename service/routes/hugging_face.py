@@ -63,7 +63,13 @@ class SegmentationRequest(Message):
     """A photo with parameters."""
 
     inputs: str = Field(description="the image file in base64, or as a data: URI")
-    parameters: dict[str, Any] | None = Field(None, description="`SegmentationParameters`")
+    # Wrong ones are told apart from what is no JSON, so they are read one by one.
+    parameters: dict[str, Any] | None = Field(
+        None,
+        json_schema_extra={
+            "anyOf": [{"$ref": "#/components/schemas/SegmentationParameters"}, {"type": "null"}]
+        },
+    )
 
 
 class Segment(Schema):
@@ -125,7 +131,7 @@ class ImageSegmentation:
     response_class=Response,
     responses={
         200: {"description": "The segments, most pixels first", "model": list[Segment]},
-        **documented_errors(400, 404, 413, 415, 422, 503, 504),
+        **documented_errors(400, 404, 408, 413, 415, 422, 503, 504),
     },
     openapi_extra={
         "requestBody": {

@@ -31,6 +31,7 @@ from service.segmenter import Reading
 from service.upsampling import Labels
 
 router = APIRouter(prefix="/label-studio", tags=["label studio"])
+health = APIRouter(prefix="/label-studio/health", tags=["label studio"])
 
 # Tasks come with all their annotations and predictions.
 _ENVELOPE_BYTES: Final = 8 * 2**20
@@ -122,7 +123,7 @@ def _json_body(schema: dict[str, str]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-@router.get("/health", summary="Ready, in Label Studio's words", responses=documented_errors(503))
+@health.get("", summary="Ready, in Label Studio's words", responses=documented_errors(503))
 async def label_studio_health(_: ReadyServiceDep) -> BackendHealth:
     """As `GET /readyz`."""
     return BackendHealth()
@@ -131,7 +132,7 @@ async def label_studio_health(_: ReadyServiceDep) -> BackendHealth:
 @router.post(
     "/setup",
     summary="Connect a project",
-    responses=documented_errors(400, 413, 422),
+    responses=documented_errors(400, 408, 413, 422, 503),
     openapi_extra=_json_body(_SETUP_BODY),
 )
 async def label_studio_setup(request: Request, service: ReadyServiceDep) -> SetupResponse:
@@ -148,7 +149,7 @@ async def label_studio_setup(request: Request, service: ReadyServiceDep) -> Setu
     response_class=Response,
     responses={
         200: {"description": "The predictions", "model": PredictResponse},
-        **documented_errors(400, 413, 415, 422, 502, 503, 504),
+        **documented_errors(400, 408, 413, 415, 422, 502, 503, 504),
     },
     openapi_extra=_json_body(_PREDICT_BODY),
 )

@@ -8,14 +8,19 @@ from collections.abc import Iterable
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service.engines import Engine
+from service.engine import Engine
 from service.metrics import EngineFacts, Families, Metrics, encode, merge
 from service.routes.state import Phase, Service, ServiceDep
 
 router = APIRouter(tags=["health"])
 
 
-@router.get("/metrics", summary="Metrics", response_class=PlainTextResponse)
+@router.get(
+    "/metrics",
+    summary="Metrics",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"application/openmetrics-text": {"schema": {"type": "string"}}}}},
+)
 async def metrics(request: Request, service: ServiceDep) -> Response:
     """Counters, gauges and histograms in Prometheus's text format, or OpenMetrics by `Accept`.
 
@@ -26,7 +31,7 @@ async def metrics(request: Request, service: ServiceDep) -> Response:
     else:
         told = merge(service.peers.label, await service.peers.gather())
     text, media_type = encode(told, request.headers.get("Accept", ""))
-    return Response(text, headers={"Content-Type": media_type, "Cache-Control": "no-store"})
+    return Response(text, headers={"Content-Type": media_type})
 
 
 async def families(service: Service) -> Families:
@@ -35,6 +40,7 @@ async def families(service: Service) -> Families:
         ready=service.phase is Phase.READY,
         in_flight=service.segmenter.in_flight,
         limit=service.segmenter.max_in_flight,
+        deadline_s=service.settings.deadline_s,
     )
     return await engine_families(service.metrics, service.engines.opened)
 

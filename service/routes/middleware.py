@@ -1,36 +1,39 @@
-"""Around every request: its id, its line in the log, and the answer of last resort."""
+"""Around every request: what is told of it, its id and headers, the answer of last resort."""
 
 from __future__ import annotations
 
-import logging
-import time
-from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import logs
-from service.metrics import OTHER, Metrics
-from service.routes.problems import INTERNAL, LOGGED, problem_response
+from service.metrics import Metrics
+from service.routes.observation import REQUEST_ID_HEADER, Observation
+from service.routes.problems import INTERNAL, LOGGED, REFUSAL, problem_response, refusal
 
-REQUEST_ID_HEADER: Final = "X-Request-ID"
+HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""What every answer says unless its endpoint says otherwise.
 
-# nginx's number for "the client went away before the answer"; it only ever shows in the log.
-CLIENT_GONE: Final = 499
-
-# What orchestrators and Prometheus ask every few seconds; nobody wants to read of it.
-PROBES: Final = frozenset({"/healthz", "/readyz", "/metrics"})
+Source: OWASP's REST Security Cheat Sheet. Strict-Transport-Security is for whoever has TLS, the
+proxy in front.
+"""
 
 _log: Any = structlog.get_logger("service.access")
 
 
 class RequestContext:
-    """ASGI middleware: ``X-Request-ID``, one access line, and 500 for what nobody expected.
+    """ASGI middleware: headers, an `Observation` told to ``metrics`` and log, and 500 for the rest.
 
-    Counts each request in ``metrics``. Probes that went well get their line at debug level.
+    The rest is what nobody expected.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -42,49 +45,31 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = logs.request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = time.perf_counter()
-        status = CLIENT_GONE
-        sent_bytes = 0
+        scope.setdefault("state", {})
+        with Observation(scope, self._metrics) as seen:
+            scope["state"]["request_id"] = seen.request_id
 
-        async def send_counted(message: Message) -> None:
-            nonlocal status, sent_bytes
-            if message["type"] == "http.response.start":
-                status = int(message["status"])
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
-            elif message["type"] == "http.response.body":
-                sent_bytes += len(message.get("body", b""))
-            await send(message)
+            async def send_with_headers(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    headers = MutableHeaders(scope=message)
+                    headers[REQUEST_ID_HEADER] = seen.request_id
+                    for name, value in HEADERS.items():
+                        headers.setdefault(name, value)
+                await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            counted = seen.sending(send_with_headers)
             try:
-                await self.app(scope, receive, send_counted)
+                app = self.app
+                if REFUSAL in scope["state"]:
+                    app = await refusal(scope, scope["state"][REFUSAL])
+                await app(scope, seen.receiving(receive), counted)
             except ClientDisconnect:
-                _log.debug("the client went away", path=scope["path"])
+                _log.debug("the client went away", path=logs.shortened(scope["path"]))
             # The last boundary: whatever it was, the caller gets an answer and the log the cause.
             except Exception:  # noqa: BLE001
-                _log.exception("unforeseen error", path=scope["path"])
-                if status == CLIENT_GONE:
+                _log.exception("unforeseen error", path=logs.shortened(scope["path"]))
+                if seen.answering:
+                    seen.crashed()
+                else:
                     response = problem_response(scope, INTERNAL, LOGGED)
-                    await response(scope, receive, send_counted)
-            finally:
-                seconds = time.perf_counter() - started
-                self._metrics.request(
-                    # Set by the router, with placeholders in place of what varies.
-                    getattr(scope.get("route"), "path", OTHER),
-                    scope["method"],
-                    status,
-                    seconds,
-                    scope["state"].get("problem"),
-                )
-                probe = scope["path"] in PROBES and status < HTTPStatus.BAD_REQUEST
-                _log.log(
-                    logging.DEBUG if probe else logging.INFO,
-                    "request",
-                    method=scope["method"],
-                    path=scope["path"],
-                    status=status,
-                    ms=round(seconds * 1000, 1),
-                    bytes=sent_bytes,
-                )
+                    await response(scope, receive, counted)

@@ -29,6 +29,7 @@ from service.routes.uploads import read_body
 from service.schemas import Schema
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 
@@ -51,7 +52,7 @@ _INFER: Final[dict[str, Any]] = {
                 }
             },
         },
-        **documented_errors(400, 404, 413, 415, 422, 503, 504),
+        **documented_errors(400, 404, 408, 413, 415, 422, 503, 504),
     },
     "openapi_extra": {
         "requestBody": {
@@ -135,13 +136,13 @@ async def server_metadata() -> ServerMetadata:
     )
 
 
-@router.get("/health/live", summary="Alive")
+@health.get("/live", summary="Alive")
 async def server_live() -> ServerLive:
     """As `GET /healthz`."""
     return ServerLive(live=True)
 
 
-@router.get("/health/ready", summary="Ready", responses=documented_errors(503))
+@health.get("/ready", summary="Ready", responses=documented_errors(503))
 async def server_ready(_: ReadyServiceDep) -> ServerReady:
     """As `GET /readyz`."""
     return ServerReady(ready=True)
@@ -224,7 +225,7 @@ async def infer_version(
 @router.post(
     "/repository/index",
     summary="All models",
-    responses=documented_errors(400, 413),
+    responses=documented_errors(400, 408, 413, 503),
     openapi_extra={
         "requestBody": {
             "content": {

@@ -23,15 +23,12 @@ HEADERS: Final = {
     # Kept by browsers, but asked for each time: an ETag that still holds answers 304.
     "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(self), geolocation=(), microphone=()",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 
 
 class Files(StaticFiles):
-    """A folder's files, each with an ETag and the security headers."""
+    """A folder's files, each with an ETag and the headers of a page."""
 
     def file_response(
         self,

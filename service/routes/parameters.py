@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from fastapi import Depends, Query
 
+from service import voc
 from service.answers import MaskFormat, Options, View, class_ids
 from service.errors import InvalidParameter
 from service.routes.state import ReadyServiceDep
 from service.settings import Settings
+
+# For the description; whoever sends another one is told which there are.
+_NAMES: Final = "|".join(voc.CLASSES)
 
 
 async def get_options(
@@ -26,7 +30,10 @@ async def get_options(
     alpha: Annotated[float, Query(ge=0, le=1, description="weight of an overlay's colours")] = 0.5,
     classes: Annotated[
         str | None,
-        Query(description="names, comma-separated, that any view is limited to (default: all)"),
+        Query(
+            description="names, comma-separated, that any view is limited to (default: all)",
+            json_schema_extra={"pattern": f"^({_NAMES})(,({_NAMES}))*$"},
+        ),
     ] = None,
     max_side: Annotated[
         int | None, Query(description="longest side that the network sees, pixels")

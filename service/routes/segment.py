@@ -53,7 +53,7 @@ _ANSWER: Final = {
     "/segment",
     summary="Segment a photo",
     response_class=Response,
-    responses={200: _ANSWER, **documented(400, 404, 406, 413, 415, 422, 503, 504)},
+    responses={200: _ANSWER, **documented(400, 404, 406, 408, 413, 415, 422, 503, 504)},
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def segment(request: Request, service: ReadyServiceDep, options: OptionsDep) -> Response:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, TypedDict
+from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from fastapi import Depends, Request
 
@@ -13,6 +13,9 @@ from service.errors import Draining
 from service.metrics import Metrics, Peers
 from service.segmenter import Segmenter
 from service.settings import Settings
+
+if TYPE_CHECKING:  # it needs the extra `tracing`
+    from service.tracing import Traces
 
 
 class Phase(Enum):
@@ -28,7 +31,8 @@ class Service:
     """Every resource of a running service, owned by the lifespan in ``app``.
 
     ``busy_with`` photos at once leave neither the pool nor the device idle; ``peers`` are the other
-    processes behind the same address, if there are any.
+    processes behind the same address, if there are any; ``traces`` makes requests' spans where
+    that is configured; ``requests`` has the id of every request that is being answered.
     """
 
     settings: Settings
@@ -37,7 +41,10 @@ class Service:
     busy_with: int
     metrics: Metrics
     peers: Peers | None = None
+    traces: Traces | None = None
     phase: Phase = Phase.STARTING
+    requests: list[str] = field(default_factory=list)
+    body_bytes: int = 0
 
     def begin_draining(self) -> None:
         """Turn unready; what is in flight goes on."""

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 
 from service.contract import Precision, Shape
-from service.engines import GPU_BATCH, LANES
+from service.engine import GPU_BATCH, LANES
 from service.lanes import OUTPUT_BYTES, Channel, Lane, Task
 from service.preprocessing import Geometry
 from tests.benchmarks.gpu_device import (

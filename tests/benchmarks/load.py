@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -23,9 +22,8 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks import usage
+from tests.benchmarks.wire import Connection, arrivals, multipart, request_bytes
 
-HOST: Final = "127.0.0.1"
-_BOUNDARY: Final = "benchmark-of-fcn-segment"
 _ANSWER_TIMEOUT_S: Final = 120.0
 
 _LEAD_S: Final = 0.7
@@ -156,83 +154,6 @@ def _measure(load: Load) -> Measurement:
     return Measurement(**json.loads(done.stdout))
 
 
-def multipart(field: str, photo: bytes) -> tuple[str, bytes]:
-    """Content type and body of a form with one JPEG file."""
-    head = (
-        f"--{_BOUNDARY}\r\n"
-        f'Content-Disposition: form-data; name="{field}"; filename="photo.jpg"\r\n'
-        "Content-Type: image/jpeg\r\n\r\n"
-    )
-    body = head.encode() + photo + f"\r\n--{_BOUNDARY}--\r\n".encode()
-    return f"multipart/form-data; boundary={_BOUNDARY}", body
-
-
-class Connection:
-    """One keep-alive HTTP/1.1 connection."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
-
-    async def exchange(self, request: bytes) -> tuple[int, bytes]:
-        """Send a request; returns status and body. Raises `OSError` or `EOFError`."""
-        if self._reader is None or self._writer is None:
-            self._reader, self._writer = await asyncio.open_connection(
-                HOST, self._port, limit=2**26
-            )
-        self._writer.write(request)
-        head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
-        length = _header(head, "content-length")
-        if length is not None:
-            body = await self._reader.readexactly(int(length))
-        elif _header(head, "transfer-encoding") == "chunked":
-            body = await self._chunks(self._reader)
-        else:
-            raise EOFError("an answer without length")
-        if _header(head, "connection") == "close":
-            self.close()
-        return int(head.split(" ", 2)[1]), body
-
-    async def _chunks(self, reader: asyncio.StreamReader) -> bytes:
-        body = b""
-        while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            body += (await reader.readexactly(size + 2))[:-2]
-        await reader.readuntil(b"\r\n")
-        return body
-
-    def close(self) -> None:
-        """Hang up; the next exchange connects anew."""
-        if self._writer is not None:
-            self._writer.close()
-        self._reader = self._writer = None
-
-
-def request_bytes(port: int, path: str, content_type: str = "", body: bytes = b"") -> bytes:
-    """A whole request: a POST of the body, or without one a GET."""
-    head = f"{'POST' if body else 'GET'} {path} HTTP/1.1\r\nHost: {HOST}:{port}\r\n"
-    if body:
-        head += f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
-    return head.encode() + b"\r\n" + body
-
-
-def _header(head: str, name: str) -> str | None:
-    for line in head.split("\r\n")[1:]:
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return None
-
-
-def arrivals(rate_per_s: float, seconds: float, seed: int) -> Iterable[float]:
-    """A Poisson process's arrival times in seconds from its start."""
-    rng = random.Random(seed)  # noqa: S311 - the same arrivals for every side, not a secret
-    at_s = rng.expovariate(rate_per_s)
-    while at_s < seconds:
-        yield at_s
-        at_s += rng.expovariate(rate_per_s)
-
-
 class _Run:
     """One measured window of a `Load`."""
 
@@ -308,7 +229,7 @@ class _Run:
         request = request_bytes(self._load.port, path, *form)
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                status, _ = await connection.exchange(request)
+                status = (await connection.exchange(request)).status
         except (OSError, EOFError, TimeoutError):
             status = 0
             connection.close()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from service import cli
+from service import cli, serving
 from service.app import create_app
 from service.contract import ModelContract, TensorInfo
 
@@ -87,5 +87,5 @@ class StoredLogits:
 
 if __name__ == "__main__":
     session = StoredLogits(Path(sys.argv[1]))
-    cli.create_app = partial(create_app, session=session)  # type: ignore[attr-defined]
+    serving.create_app = partial(create_app, session=session)  # type: ignore[attr-defined]
     sys.exit(cli.main(sys.argv[2:]))

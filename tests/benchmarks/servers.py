@@ -18,15 +18,8 @@ from typing import Final
 import psutil
 
 from tests.benchmarks import usage
-from tests.benchmarks.load import (
-    HOST,
-    Connection,
-    Load,
-    Measurement,
-    measure,
-    multipart,
-    request_bytes,
-)
+from tests.benchmarks.load import Load, Measurement, measure
+from tests.benchmarks.wire import HOST, Answer, Connection, multipart, request_bytes
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 _START_TIMEOUT_S: Final = 180.0
@@ -113,7 +106,7 @@ class Running:
         return self._exchange(request_bytes(self.port, self.side.path, *form))
 
     def _exchange(self, request: bytes) -> bytes:
-        status, body = asyncio.run(_exchange(self.port, request))
+        status, _, body = asyncio.run(_exchange(self.port, request))
         if status != 200:
             raise RuntimeError(f"{self.side.name} answers {status}: {body[:300]!r}")
         return body
@@ -193,7 +186,7 @@ def _wait_for_answer(
     raise RuntimeError(f"{server.side.name} does not answer ({reason}):\n{tail}")
 
 
-async def _exchange(port: int, request: bytes) -> tuple[int, bytes]:
+async def _exchange(port: int, request: bytes) -> Answer:
     connection = Connection(port)
     try:
         async with asyncio.timeout(60):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,21 +13,19 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, s
 
 from service.settings import DEFAULT_MODEL
 from tests.browser.actions import DESKTOP
-from tests.clients import Server, serving
+from tests.clients import Server, drained, serving
 
 MAX_BYTES = 1_000_000
 
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """The default model on all cores; its log is read, so that it never waits for a reader."""
-    with serving(DEFAULT_MODEL, threads=2, deadline_s=300, max_bytes=MAX_BYTES) as running:
-        assert running.process.stderr is not None
-        reader = threading.Thread(target=running.process.stderr.read)
-        reader.start()
+    """The default model on all cores."""
+    with (
+        serving(DEFAULT_MODEL, threads=2, deadline_s=300, max_bytes=MAX_BYTES) as running,
+        drained(running),
+    ):
         yield running
-        running.process.terminate()
-        reader.join()
 
 
 # Of the package, not of the session: while it is open, no test can run an event loop of its own.
@@ -57,11 +54,11 @@ def watched_pages(browser: Browser, server: Server) -> Iterator[Callable[..., Pa
     complaints: list[str] = []
 
     def hear(message: ConsoleMessage) -> None:
-        # Chromium notes every answer that is an error; those of /segment are the tests' own doing.
+        # Chromium notes every answer that is an error; those of /segment and those without a key
+        # are the tests' own doing.
         refused = message.text.startswith("Failed to load resource")
-        if message.type in ("error", "warning") and not (
-            refused and "/segment" in message.location["url"]
-        ):
+        meant = "/segment" in message.location["url"] or "401" in message.text
+        if message.type in ("error", "warning") and not (refused and meant):
             complaints.append(message.text)
 
     def open_page(path: str = "/", **options: Any) -> Page:  # noqa: ANN401 - Playwright's own

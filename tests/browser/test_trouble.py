@@ -67,6 +67,27 @@ def test_a_server_that_stays_busy(page: Page) -> None:
     expect(page.get_by_role("button", name="Try again")).to_be_visible()
 
 
+def test_too_many_requests_for_an_hour(page: Page) -> None:
+    """So long is not waited: it is said, and can be tried again."""
+    problem = {
+        "type": "/problems/rate-limited",
+        "title": "Too many",
+        "detail": "more than 9 per 1 hour",
+    }
+    page.route(
+        "**/segment?*",
+        lambda route: route.fulfill(
+            status=429, headers={"Retry-After": "3600"}, body=json.dumps(problem)
+        ),
+    )
+    choose(page, CAT.read_bytes())
+    expect_trouble(page, "These were too many requests")
+    expect(page.locator("#error-detail")).to_contain_text(
+        "More than 9 per 1 hour. Try again later."
+    )
+    expect(page.get_by_role("button", name="Try again")).to_be_visible()
+
+
 def test_an_error_that_is_not_the_services_own(page: Page) -> None:
     """A proxy's page in HTML is not shown; its status is."""
     page.route("**/segment?*", lambda route: route.fulfill(status=502, body="<h1>Bad</h1>"))

@@ -6,7 +6,10 @@ import pytest
 
 from service.settings import Settings
 from tests.artefacts import build_artefact
-from tests.clients import InProcess, Server, in_process, serving
+from tests.clients import CHECKS, InProcess, Server, drained, in_process, serving
+from tests.described import as_described
+
+CHECKS.append(as_described)
 
 
 @pytest.fixture
@@ -22,5 +25,5 @@ def protocol_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
     folder = tmp_path_factory.mktemp("models")
     for name in ("tiny", "second"):
         build_artefact(folder / name, name=name)
-    with serving(folder / "tiny", max_pixels=1_000_000) as server:
+    with serving(folder / "tiny", max_pixels=1_000_000) as server, drained(server):
         yield server

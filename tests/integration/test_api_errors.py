@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -190,15 +190,26 @@ async def test_unknown_paths_and_methods(client: InProcess) -> None:
     assert response.headers["Allow"] == "POST"
 
 
+class Unread:
+    """A body that nobody should wait for."""
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        """Its first piece."""
+        raise AssertionError("it is read")
+
+
 async def test_overload_says_when_to_come_back(make_settings: Callable[..., Settings]) -> None:
-    """503 with Retry-After in whole seconds; the photo that holds the place is answered."""
+    """503 with Retry-After before the photo is sent; the one that holds the place is answered."""
     fake = FakeSession()
     async with in_process(make_settings(queue_size=1), fake) as client:
         fake.gate.clear()
         fake.started.clear()
         held = asyncio.create_task(client.http.post("/segment", content=PHOTO))
         await asyncio.to_thread(fake.started.wait, 30)
-        response = await client.http.post("/segment", content=PHOTO)
+        response = await client.http.post("/segment", content=Unread())
         assert_problem(response, 503, "overloaded")
         assert int(response.headers["Retry-After"]) >= 1
         fake.gate.set()
@@ -215,18 +226,27 @@ async def test_the_deadline(make_settings: Callable[..., Settings]) -> None:
         assert_problem(response, 504, "deadline-exceeded")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("secret inside"), MemoryError("secret inside")])
+@pytest.mark.parametrize(
+    ("error", "slug"),
+    [
+        (RuntimeError("secret inside"), "inference-failed"),
+        (MemoryError("secret inside"), "overloaded"),
+        (RuntimeError("Failed to allocate memory for the secret inside"), "overloaded"),
+    ],
+)
 async def test_a_failing_runtime_says_nothing_of_its_inside(
     make_settings: Callable[..., Settings],
     error: Exception,
+    slug: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """500 with the request's id; the cause is in the log under that id."""
+    """503, and when to come back; the cause is in the log under the request's id."""
     fake = FakeSession()
     async with in_process(make_settings(), fake) as client:
         fake.error = error
         response = await client.http.post("/segment", content=PHOTO)
-        problem = assert_problem(response, 500, "internal-error")
+        problem = assert_problem(response, 503, slug)
+        assert response.headers["Retry-After"] == "1"
     assert "secret" not in json.dumps(problem)
     logged = capsys.readouterr().out
     assert "secret inside" in logged

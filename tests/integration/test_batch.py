@@ -1,6 +1,7 @@
 """``POST /segment/batch`` over ASGI."""
 
 import asyncio
+import errno
 import io
 import json
 import threading
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image
 from starlette.types import Message, Scope
 
-from service import voc
+from service import segmenter, voc
+from service.decoding import Photo, decode
 from service.routes.batch import in_order
 from service.settings import Settings
 from tests.artefacts import encode, paint, two_class_photo
@@ -196,7 +198,42 @@ async def test_a_failing_device_fails_no_other_image(
             "/segment/batch", files=files(("a.png", PHOTO), ("b.txt", b"x")), headers=LINES
         )
     first, second = (json.loads(line)["problem"] for line in response.text.splitlines())
-    assert (first["type"], second["status"]) == ("/problems/internal-error", 415)
+    assert (first["type"], second["status"]) == ("/problems/inference-failed", 415)
+    assert "secret" not in response.text
+    assert "secret inside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "slug"),
+    [
+        (RuntimeError("secret inside"), 500, "internal-error"),
+        (MemoryError("secret inside"), 503, "overloaded"),
+        (OSError(errno.ENOSPC, "secret inside"), 503, "overloaded"),
+    ],
+)
+async def test_an_image_that_nobody_foresaw_fails_no_other(
+    client: InProcess,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    status: int,
+    slug: str,
+) -> None:
+    """Whatever is raised while it is decoded is told without its inside, and logged with it."""
+
+    def fail(data: bytes, *sizes: int) -> Photo:
+        if data == b"x":
+            raise error
+        return decode(data, *sizes)
+
+    monkeypatch.setattr(segmenter, "decode", fail)
+    response = await client.http.post(
+        "/segment/batch", files=files(("a.txt", b"x"), ("b.png", PHOTO)), headers=LINES
+    )
+    first, second = (json.loads(line) for line in response.text.splitlines())
+    problem = first["problem"]
+    assert (problem["status"], problem["type"]) == (status, f"/problems/{slug}")
+    assert "segmentation" in second
     assert "secret" not in response.text
     assert "secret inside" in capsys.readouterr().out
 

@@ -193,7 +193,8 @@ def test_port_can_be_chosen() -> None:
 def test_settings_are_handed_on(service: Config) -> None:
     """All can be given to the service, but for the address within the container."""
     names = {f"FCN_{name.upper()}" for name in Settings.model_fields}
-    assert set(service["environment"]) == names - {"FCN_HOST", "FCN_PORT"}
+    handed_on = {name for name in service["environment"] if not name.startswith("OTEL_")}
+    assert handed_on == names - {"FCN_HOST", "FCN_PORT"}
     assert {name for name, value in service["environment"].items() if value is not None} == {
         "FCN_CACHE_DIR"
     }
@@ -207,6 +208,15 @@ def test_own_models_are_mounted() -> None:
         (mount,) = [volume for volume in service["volumes"] if volume["target"] == "/models"]
         assert mount["source"] == "/srv/models"
         assert mount["read_only"] is True
+
+
+def test_api_keys_are_mounted() -> None:
+    """KEYS is a folder, seen as /keys, and cannot be written; nothing is there without it."""
+    for given, source in (({"KEYS": "/srv/keys"}, "/srv/keys"), ({}, os.devnull)):
+        for service in compose(**given)["services"].values():
+            (mount,) = [volume for volume in service["volumes"] if volume["target"] == "/keys"]
+            assert mount["source"] == source
+            assert mount["read_only"] is True
 
 
 def test_cache_belongs_to_the_user(service: Config, image: Image) -> None:

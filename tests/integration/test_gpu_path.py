@@ -4,8 +4,12 @@ The default model against the CPU's path with the same network: the same masks, 
 for near ties. The photos are scikit-image's, as in ``test_default_model``.
 """
 
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -15,9 +19,10 @@ from anyio import create_task_group
 from skimage import data
 
 from service import providers, session
+from service.engine import LANES
 from service.errors import DeviceMemoryExhausted
 from service.settings import DEFAULT_MODEL, Settings
-from tests.artefacts import encode
+from tests.artefacts import build_artefact, encode
 from tests.clients import InProcess, in_process, mask_of
 from tests.host_device import HostChannel, HostDevice
 
@@ -44,7 +49,7 @@ def on_host_device(monkeypatch: pytest.MonkeyPatch) -> Open:
     monkeypatch.setattr(
         session,
         "_open_on_gpu",
-        lambda path, *_: real(path, session._session_options(2), [providers.CPU]),
+        lambda network, *_: real(network, session._session_options(2), [providers.CPU]),
     )
 
     @asynccontextmanager
@@ -59,6 +64,13 @@ async def post(running: InProcess, photo: bytes, **options: str) -> httpx.Respon
     """One photo; ``accept`` is a header, the rest are parameters."""
     headers = {"Accept": options.pop("accept", "*/*"), "Content-Type": "image/*"}
     return await running.http.post("/segment", content=photo, params=options, headers=headers)
+
+
+def channels(running: InProcess) -> list[HostChannel]:
+    """Those of the default model's lanes."""
+    device: Any = running.service.engines.default.model.gpu
+    found: list[HostChannel] = device.channels
+    return found
 
 
 async def test_the_gpus_path_answers_what_the_cpus_answers(on_host_device: Open) -> None:
@@ -105,6 +117,28 @@ async def test_stage_times_are_the_devices_own(
     assert list(stages) == ["decode", "preprocess", "queue", "infer", "upsample", "encode"]
     assert (float(stages["infer"]), float(stages["upsample"])) == (1.0, 2.0)
     assert float(stages["queue"]) >= 0
+
+
+async def test_a_reload_goes_through_the_lanes_too(
+    on_host_device: Open, make_settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """The new model is warm on lanes of its own; the old one's buffers are freed."""
+    folder = build_artefact(tmp_path / "tiny")
+    async with on_host_device(make_settings(model=folder)) as running:
+        engines = running.service.engines
+        first = await post(running, PHOTOS["landscape"])
+        old = [weakref.ref(channel) for channel in channels(running)]
+        build_artefact(folder, version="2")
+        await engines.reload()
+        second = await post(running, PHOTOS["landscape"])
+        assert (first.status_code, second.status_code) == (200, 200)
+        assert (first.headers["X-Model"], second.headers["X-Model"]) == ("tiny/1", "tiny/2")
+        assert np.array_equal(mask_of(first), mask_of(second))
+        new = channels(running)
+        assert len(new) == len(old) == LANES
+        assert all(channel.commands for channel in new)
+        gc.collect()
+        assert [channel() for channel in old] == [None] * LANES
 
 
 async def test_short_memory_is_503_and_the_next_request_works(

@@ -150,10 +150,19 @@ def test_pods_are_restricted(pod: Manifest, container: Manifest, overlay: str) -
     (uid, gid) = read_dockerfile()[overlay].last["USER"].split(":")
     context = pod["securityContext"]
     assert (context["runAsUser"], context["runAsGroup"]) == (int(uid), int(gid))
-    (mount,) = container["volumeMounts"]
-    (volume,) = pod["volumes"]
-    assert (mount["mountPath"], mount["name"]) == ("/tmp", volume["name"])  # noqa: S108
-    assert "emptyDir" in volume
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    writable = [path for path, mount in mounts.items() if not mount.get("readOnly")]
+    assert writable == ["/tmp"]  # noqa: S108
+    assert "emptyDir" in volumes[mounts["/tmp"]["name"]]  # noqa: S108
+
+
+def test_pods_can_have_api_keys(pod: Manifest, container: Manifest) -> None:
+    """From a secret, which need not be there; mounted whole, so that its changes are seen."""
+    (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/keys"]
+    (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+    assert volume["secret"] == {"secretName": "fcn-segment-keys", "optional": True}
+    assert "subPath" not in mount
 
 
 def test_resources(container: Manifest, overlay: str) -> None:

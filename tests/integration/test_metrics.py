@@ -1,4 +1,4 @@
-"""``GET /metrics`` of the app, and of several processes behind one port."""
+"""``GET /metrics`` of the app and of several processes, and the line of each request."""
 
 from __future__ import annotations
 
@@ -6,18 +6,33 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+import re
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import pytest
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+from structlog.typing import EventDict
 
+from service.app import with_state
+from service.errors import NotAcceptable, Overloaded, RateLimited, SegmentError
+from service.metrics import STAGES
+from service.routes.middleware import RequestContext
+from service.routes.problems import KINDS, Kind
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, in_process, serving
 from tests.fakes import FakeSession
 from tests.host_device import HostDevice
+from tests.processes import PATIENCE_S, logged
 
 PHOTO = encode(two_class_photo())
 
@@ -54,7 +69,7 @@ async def test_a_photo_in_the_metrics(client: InProcess) -> None:
     segment = {"route": "/segment", "method": "POST", "status": "200"}
     assert value(found, "fcn_requests_total", **segment) == 1
     assert value(found, "fcn_request_seconds_count", route="/segment") == 1
-    for stage in ("decode", "preprocess", "queue", "infer", "upsample", "encode"):
+    for stage in STAGES:
         assert value(found, "fcn_stage_seconds_count", stage=stage) == 1
     assert value(found, "fcn_photo_pixels_sum") == 64 * 96
     assert value(found, "fcn_photo_bytes_sum") == len(PHOTO)
@@ -62,7 +77,9 @@ async def test_a_photo_in_the_metrics(client: InProcess) -> None:
     assert value(found, "fcn_ready") == 1
     model = {"model": "tiny", "version": "1", "precision": "fp32"}
     assert value(found, "fcn_model_info", **model, provider="CPUExecutionProvider") == 1
-    assert value(found, "process_resident_memory_bytes") > 0
+    assert value(found, "fcn_deadline_seconds") == client.service.settings.deadline_s
+    taken = value(found, "process_resident_memory_bytes")
+    assert 0 < taken < value(found, "fcn_memory_limit_bytes")
 
 
 @pytest.mark.anyio
@@ -77,6 +94,150 @@ async def test_refusals_by_reason(client: InProcess) -> None:
     for reason in ("unsupported-image-type", "no-image", "invalid-parameter"):
         assert value(found, "fcn_refusals_total", reason=reason) == 1
     assert value(found, "fcn_refusals_total", reason="not-found") == 2
+
+
+@pytest.fixture
+def written() -> Iterator[list[EventDict]]:
+    """The lines of the log so far."""
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+        yield lines
+
+
+def requests(written: list[EventDict]) -> list[EventDict]:
+    """Of these lines those that tell of a request."""
+    return [line for line in written if line["event"] == "request"]
+
+
+@pytest.mark.anyio
+async def test_a_requests_line(client: InProcess, written: list[EventDict]) -> None:
+    """What was asked, what became of it, who asked, and where the time went."""
+    ids = {"X-Request-ID": "mine", "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+    answer = await client.http.post("/segment?view=overlay", content=PHOTO, headers=ids)
+    (line,) = requests(written)
+    assert line["ms"] >= sum(line["stages_ms"].values()) - 0.1 * len(STAGES)
+    assert set(line.pop("stages_ms")) == set(STAGES)
+    assert line.pop("ms") > 0
+    assert line == {
+        "event": "request",
+        "log_level": "info",
+        "request_id": "mine",
+        "trace_id": "ab" * 16,
+        "method": "POST",
+        "path": "/segment",
+        "route": "/segment",
+        "status": 200,
+        "outcome": "answered",
+        "received_bytes": len(PHOTO),
+        "sent_bytes": len(answer.content),
+        "client": "127.0.0.1",
+    }
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(("error", "kind"), KINDS.items(), ids=lambda one: getattr(one, "type", ""))
+async def test_every_refusal_is_told(
+    error: type[SegmentError],
+    kind: Kind,
+    client: InProcess,
+    written: list[EventDict],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each has its own reason in the metrics, there from the start on, and in the log."""
+
+    async def refuse(*_: object) -> NoReturn:
+        arguments: dict[type[SegmentError], object] = {NotAcceptable: (), Overloaded: 1.0}
+        arguments[RateLimited] = 1.0
+        raise error("why", *([arguments[error]] if error in arguments else []))
+
+    client.http.event_hooks = {}  # not all of them are described there
+    name = ("fcn_refusals_total", frozenset({("reason", kind.reason)}))
+    assert (await scrape(client))[name] == 0
+    monkeypatch.setattr(type(client.service.segmenter), "segment", refuse)
+    answer = await client.http.post("/segment", content=PHOTO)
+    assert answer.status_code == kind.status
+    found = await scrape(client)
+    assert found[name] == 1
+    labels = {"route": "/segment", "method": "POST", "status": str(int(kind.status))}
+    assert value(found, "fcn_requests_total", **labels) == 1
+    line = requests(written)[1]
+    assert (line["outcome"], line["status"]) == (kind.reason, kind.status)
+
+
+@pytest.mark.anyio
+async def test_single_photos_are_refused_too(client: InProcess) -> None:
+    """A batch is answered with 200 whatever becomes of its photos."""
+    files = [("image", ("good", PHOTO)), ("image", ("bad", b"no photo"))]
+    assert (await client.http.post("/segment/batch", files=files)).status_code == 200
+    found = await scrape(client)
+    assert value(found, "fcn_refusals_total", reason="unsupported-image-type") == 1
+    assert value(found, "fcn_photo_pixels_count") == 1
+
+
+Begun = Callable[[Send], Awaitable[None]]
+
+
+async def begin(send: Send) -> None:
+    """Send the head of an answer and a part of its body."""
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"half", "more_body": True})
+
+
+async def nothing(send: Send) -> None:
+    """Send nothing."""
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("sends", "error", "outcome", "status"),
+    [
+        (nothing, ClientDisconnect(), "client-gone", 499),
+        (begin, ClientDisconnect(), "client-gone", 499),
+        (nothing, RuntimeError("unforeseen"), "internal-error", 500),
+        (begin, RuntimeError("unforeseen"), "internal-error", 500),
+        (nothing, asyncio.CancelledError(), "cancelled", 500),
+        (begin, asyncio.CancelledError(), "cancelled", 500),
+    ],
+)
+async def test_no_end_goes_unseen(
+    sends: Begun,
+    error: BaseException,
+    outcome: str,
+    status: int,
+    client: InProcess,
+    written: list[EventDict],
+) -> None:
+    """Before and within an answer: counted once, told in one line, and forgotten."""
+
+    async def endpoint(_: Scope, __: Receive, send: Send) -> None:
+        await sends(send)
+        raise error
+
+    app = with_state(RequestContext(endpoint, client.service.metrics), {"service": client.service})
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
+        with contextlib.suppress(asyncio.CancelledError, AssertionError):
+            await http.get("/")
+    found = await scrape(client)
+    labels = {"route": "other", "method": "GET", "status": str(status)}
+    assert value(found, "fcn_requests_total", **labels) == 1
+    assert sum(found[one] for one in found if one[0] == "fcn_requests_total") == 1
+    unforeseen = isinstance(error, RuntimeError)
+    assert value(found, "fcn_refusals_total", reason="internal-error") == unforeseen
+    line = requests(written)[0]
+    assert (line["outcome"], line["status"]) == (outcome, status)
+    assert [one for one in written if one["event"] == "unforeseen error"] == [
+        one for one in written if one["log_level"] == "error"
+    ]
+    assert client.service.requests == []
+
+
+@pytest.mark.anyio
+async def test_strangers_texts_are_cut(client: InProcess, written: list[EventDict]) -> None:
+    """A long path, and an id that could forge a line, take no room in the log."""
+    await client.http.get("/" + "x" * 5000, headers={"X-Request-ID": "y" * 5000})
+    (line,) = requests(written)
+    assert len(line["path"]) < 300
+    assert re.fullmatch("[0-9a-f]{32}", line["request_id"])
 
 
 @pytest.mark.anyio
@@ -100,7 +261,7 @@ async def test_what_waits_is_told(make_settings: Callable[..., Settings]) -> Non
             for _ in range(3):
                 group.create_task(client.http.post("/segment", content=PHOTO))
             found: Samples = {}
-            while value(found, "fcn_queue_depth", model="tiny") < 2:
+            while not session.started.is_set() or value(found, "fcn_queue_depth", model="tiny") < 2:
                 await asyncio.sleep(0)  # in one process a request need not wait for anything
                 found = await scrape(client)
             refused = await client.http.post("/segment", content=PHOTO)
@@ -144,26 +305,50 @@ async def test_openmetrics(client: InProcess) -> None:
 def test_probes_are_not_in_the_log(tiny_artefact: Path) -> None:
     """Unless they fail, or somebody reads at debug level."""
     paths = ("/healthz", "/readyz", "/metrics", "/classes")
-    for level, logged in (("info", ["/classes"]), ("debug", [*paths])):
+    for level, shown in (("info", ["/classes"]), ("debug", [*paths])):
         with serving(tiny_artefact, log_level=level) as server:
             for path in paths:
                 assert httpx.get(f"{server.url}{path}").status_code == 200
             server.process.terminate()
             assert server.process.stderr is not None
             lines = [json.loads(line) for line in server.process.stderr]
-        assert [line["path"] for line in lines if line["event"] == "request"] == logged
+        assert [line["path"] for line in lines if line["event"] == "request"] == shown
 
 
 def test_processes_tell_together(tiny_artefact: Path) -> None:
     """Whichever is scraped, the counts are those of all; a killed one's begin anew."""
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(serving(tiny_artefact, processes=2, device="cpu"))
-        found: Samples = {}
-        while value(found, "fcn_worker_up", worker="1") < 1:
-            found = read(httpx.get(f"{server.url}/metrics").text)
+    with logged(tiny_artefact, processes=2) as service, httpx.Client(timeout=PATIENCE_S) as http:
+
+        def told(name: str, **labels: str) -> list[float]:
+            # Each time on a connection of its own, which either may accept.
+            text = httpx.get(f"{service.url}/metrics", timeout=PATIENCE_S).text
+            return [value(read(text), name, worker=worker, **labels) for worker in ("0", "1")]
+
+        for worker in (0, 1):
+            service.seen("listening", worker=worker)
         for _ in range(12):
-            assert httpx.post(f"{server.url}/segment", content=PHOTO).status_code == 200
+            assert http.post(f"{service.url}/segment", content=PHOTO).status_code == 200
         for _ in range(4):
-            found = read(httpx.get(f"{server.url}/metrics").text)
-            assert sum(value(found, "fcn_photo_pixels_count", worker=str(n)) for n in (0, 1)) == 12
-            assert value(found, "fcn_ready", worker="0") == value(found, "fcn_ready", worker="1")
+            assert sum(told("fcn_photo_pixels_count")) == 12
+            assert told("fcn_ready") == told("fcn_worker_up") == [1, 1]
+        _, others = told("fcn_photo_pixels_count")
+        os.kill(service.seen("worker started", worker=0)["pid"], signal.SIGKILL)
+        service.seen("listening", worker=0, count=2)
+        for _ in range(4):
+            assert told("fcn_photo_pixels_count") == [0, others]
+            assert told("fcn_worker_up") == [1, 1]
+            assert told("fcn_worker_restarts_total", cause="died") == [1, 0]
+            assert told("fcn_worker_restarts_total", cause="hung") == [0, 0]
+
+
+def test_what_is_no_request_is_counted(tiny_artefact: Path) -> None:
+    """The server refuses it before anything knows its path; it has its line all the same."""
+    with logged(tiny_artefact) as service:
+        with socket.create_connection(service.address, PATIENCE_S) as connection:
+            connection.sendall(b"no request at all\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+        assert service.seen("request", status=400)["outcome"] == "malformed-request"
+        found = read(httpx.get(f"{service.url}/metrics").text)
+        assert value(found, "fcn_refusals_total", reason="malformed-request") == 1
+        labels = {"route": "other", "method": "other", "status": "400"}
+        assert value(found, "fcn_requests_total", **labels) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
 from service.metrics import OTHER, STAGES
-from service.routes.problems import KINDS
+from service.routes.problems import REASONS
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import in_process, serving
@@ -130,7 +131,7 @@ def test_queries_ask_for_values_that_occur(
     """Reasons, routes and stages that a query names are those of the code."""
     app = create_app(make_settings())
     values = {
-        "reason": {kind.type.rpartition("/")[2] for kind in KINDS.values()},
+        "reason": REASONS,
         "route": {*app.openapi()["paths"], OTHER},
         "stage": set(STAGES),
         "job": {"fcn-segment"},
@@ -161,11 +162,55 @@ def test_every_alert_says_what_and_how_bad() -> None:
     for rule in ALERTS:
         assert set(rule) <= {"alert", "expr", "for", "keep_firing_for", "labels", "annotations"}
         assert rule["labels"]["severity"] in {"critical", "warning"}
-        assert set(rule["annotations"]) == {"summary", "description"}
+        assert set(rule["annotations"]) == {"summary", "description", "runbook"}
         if "for" in rule:
             assert promql_parser.parse_duration(rule["for"]).total_seconds() >= 60
         templated = set(re.findall(r"\$labels\.(\w+)", json.dumps(rule["annotations"])))
         assert templated <= {"instance", "worker", "gpu"}
+
+
+def entries() -> dict[str, str]:
+    """The runbook's entries, by their headings."""
+    _, _, runbook = (DOCKER / "README.md").read_text().partition("\n## Runbook\n")
+    runbook, _, _ = runbook.partition("\n## ")
+    _, *found = re.split(r"^#### (.+)$", runbook, flags=re.MULTILINE)
+    return dict(zip(found[::2], found[1::2], strict=True))
+
+
+def test_every_alert_has_an_entry_in_the_runbook() -> None:
+    """Found by its annotation: what it means, how to confirm it, what to do."""
+    assert list(entries()) == [rule["alert"] for rule in ALERTS]
+    for rule in ALERTS:
+        path, _, anchor = rule["annotations"]["runbook"].partition("#")
+        assert (ROOT / path) == DOCKER / "README.md"
+        assert anchor == rule["alert"].lower()
+        assert re.search(r"\n\S.+\n\*Confirm:\* .+\n\*Do:\* ", entries()[rule["alert"]])
+
+
+@pytest.mark.anyio
+async def test_the_runbook_knows_the_service(exposed: Exposed, exposed_on_gpu: Exposed) -> None:
+    """Its metrics are exposed, its settings and the lines that it looks for are in the code."""
+    code = "".join(path.read_text() for path in (ROOT / "service").rglob("*.py"))
+    known = {"up", *exposed, *exposed_on_gpu}
+    for alert, text in entries().items():
+        quoted = re.findall(r"`([^`]+)`", text)
+        for query in quoted:
+            if re.match(r"(fcn|process)_\w+|up\{|\w+( by \(.*?\) )?\(", query):
+                assert {selector.name for selector in selectors(query)} <= known, (alert, query)
+        for setting in re.findall(r"\bFCN_(\w+)", text):
+            assert setting.lower() in Settings.model_fields, (alert, setting)
+        events = re.findall(r"\blog `([^`]+)`(?:[^;.`]*, or `([^`]+)`)?", text)
+        for event in filter(None, itertools.chain(*events)):
+            assert f'"{event}"' in code, (alert, event)
+
+
+def test_every_alert_is_tried() -> None:
+    """`test_alerts_fire_when_they_should` sees each of them fire."""
+    tried = yaml.safe_load((DOCKER / "prometheus" / "rules_test.yml").read_text())["tests"]
+    fired = {
+        one["alertname"] for test in tried for one in test["alert_rule_test"] if one["exp_alerts"]
+    }
+    assert fired == {rule["alert"] for rule in ALERTS}
 
 
 def test_the_dashboard_is_whole() -> None:

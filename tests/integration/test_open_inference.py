@@ -4,7 +4,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import numpy as np
@@ -14,7 +14,7 @@ import structlog.testing
 import tritonclient.http as triton  # type: ignore[import-untyped]
 from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
 
-from service import __version__
+from service import __version__, segmenter
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, Server, in_process, mask_of
@@ -489,10 +489,27 @@ async def test_overload(make_settings: Callable[..., Settings]) -> None:
 
 @pytest.mark.anyio
 async def test_the_runtime_fails(make_settings: Callable[..., Settings]) -> None:
-    """500 in the protocol's own form, and nothing of the inside."""
+    """503 in the protocol's own form, and nothing of the inside."""
     fake = FakeSession()
     async with in_process(make_settings(), fake) as service:
         fake.error = RuntimeError("secret")
+        with structlog.testing.capture_logs() as lines:
+            response = await service.http.post(INFER, json=request())
+        assert "the batch failed" in [line["event"] for line in lines]
+    assert "secret" not in assert_error(response, 503)
+
+
+@pytest.mark.anyio
+async def test_what_nobody_foresaw(
+    make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """500 in the protocol's own form, and nothing of the inside."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(segmenter, "upsample", fail)
+    async with in_process(make_settings(), FakeSession()) as service:
         with structlog.testing.capture_logs() as lines:
             response = await service.http.post(INFER, json=request())
         assert "unforeseen error" in [line["event"] for line in lines]

@@ -109,7 +109,7 @@ def test_one_access_line_a_request(tiny_artefact: Path) -> None:
         lines = [json.loads(line) for line in server.process.stderr]
     first, second = (line for line in lines if line["event"] == "request")
     assert (first["method"], first["path"], first["status"]) == ("POST", "/segment", 200)
-    assert (first["bytes"], first["request_id"]) == (len(response.content), "mine")
+    assert (first["sent_bytes"], first["request_id"]) == (len(response.content), "mine")
     assert first["ms"] > 0
     assert (second["status"], second["path"]) == (404, "/nowhere")
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
+import structlog
 
 from service.batcher import THREAD_NAME, Batcher
 from service.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
@@ -203,6 +204,65 @@ async def test_a_failed_batch_answers_every_member(device: Device) -> None:
     await batcher.close()
 
 
+async def test_a_batch_without_memory_is_overload() -> None:
+    """Its members may come back; what comes next runs, in batches of half the size."""
+    sizes: list[int] = []
+
+    def run(items: list[int]) -> Sequence[int]:
+        sizes.append(len(items))
+        if len(items) > 2:
+            raise MemoryError
+        return items
+
+    batcher = Batcher(run, max_batch=4)
+    refused = await asyncio.gather(*await submit(batcher, 1, 2, 3, 4), return_exceptions=True)
+    assert [type(error) for error in refused] == [Overloaded] * 4
+    assert await asyncio.gather(*await submit(batcher, 1, 2, 3, 4)) == [1, 2, 3, 4]
+    assert sizes == [4, 2, 2]
+    await batcher.close()
+
+
+async def test_a_failed_batch_is_logged_with_its_requests(device: Device) -> None:
+    """Once, under the ids of all its members, and as none of them."""
+    batcher = Batcher(device.run, max_batch=2)
+    first = await submit(batcher, 0)
+    await device.started.get()
+    failing = []
+    for request_id in ("r1", "r2"):
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            failing += await submit(batcher, -1)
+    device.let_go()
+    processors = [structlog.contextvars.merge_contextvars]
+    with structlog.testing.capture_logs(processors=processors) as lines:
+        await asyncio.gather(*first, *failing, return_exceptions=True)
+    (line,) = lines
+    assert (line["event"], line["log_level"]) == ("the batch failed", "error")
+    assert (line["photos"], line["requests"]) == (2, ["r1", "r2"])
+    assert line["exc_info"]
+    assert "request_id" not in line
+    await batcher.close()
+
+
+async def test_a_batch_that_hangs_is_seen_and_given_up(device: Device) -> None:
+    """Its age is that of the oldest; given up, who runs and who waits hears of it at once."""
+    clock = Clock()
+    batcher = Batcher(device.run, clock=clock)
+    assert batcher.running_s == 0
+    tasks = await submit(batcher, 1)
+    await device.started.get()
+    tasks += await submit(batcher, 2)
+    clock.now_s += 5
+    assert batcher.running_s == 5
+    batcher.abandon()
+    errors = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(error) for error in errors] == [InferenceFailed] * 2
+    with pytest.raises(Draining):
+        await batcher.submit(3, "a")
+    device.let_go()
+    await batcher.close()
+    assert device.batches == [[1]]
+
+
 async def test_too_few_results_are_a_failure() -> None:
     """A result must never go to the wrong photo."""
     batcher: Batcher[int, int] = Batcher(lambda items: items[1:])
@@ -249,7 +309,28 @@ async def test_the_answer_says_how_long_it_waited(device: Device) -> None:
     await asyncio.gather(*first)
     answer = await second
     assert (answer.result, answer.queue_s, answer.run_s) == (2, 2, 3)
-    assert batcher.retry_after_s() == 3
+    await batcher.close()
+
+
+async def test_the_time_to_come_back_is_that_of_the_queue(device: Device) -> None:
+    """As many runs as it takes, each as long as the first; never less than a second."""
+    clock = Clock()
+    batcher = Batcher(device.run, max_batch=2, max_queue=3, clock=clock)
+    first = await submit(batcher, 0)
+    await device.started.get()
+    clock.now_s += 4
+    device.let_go(1)
+    await asyncio.gather(*first)
+    assert [batcher.retry_after_s(ahead) for ahead in (0, 1, 2, 3)] == [1, 4, 4, 8]
+    tasks = await submit(batcher, 1)
+    await device.started.get()
+    tasks += await submit(batcher, 2, 3, 4)
+    with pytest.raises(Overloaded) as caught:
+        await batcher.submit(5, "a")
+    # One that runs and three that wait.
+    assert caught.value.retry_after_s == 8
+    device.let_go()
+    await asyncio.gather(*tasks)
     await batcher.close()
 
 
@@ -314,6 +395,38 @@ async def test_a_free_share_does_not_wait_for_the_other(split: Split) -> None:
     assert split.whole.batches == []
     split.let_go()
     assert await asyncio.gather(*tasks) == [2, 4, 6]
+    await batcher.close()
+
+
+async def test_one_long_run_is_not_the_usual(device: Device) -> None:
+    """The time to come back moves by an eighth of the difference; failures do not count."""
+    clock = Clock()
+    batcher = Batcher(device.run, clock=clock)
+    for item, run_s in enumerate((4, 12)):
+        tasks = await submit(batcher, item)
+        await device.started.get()
+        clock.now_s += run_s
+        device.let_go(1)
+        await asyncio.gather(*tasks)
+    (failing,) = await submit(batcher, -1)
+    device.let_go()
+    with pytest.raises(InferenceFailed):
+        await failing
+    assert batcher.retry_after_s(1) == 5
+    await batcher.close()
+
+
+async def test_shares_halve_the_time_to_come_back(split: Split) -> None:
+    """Two at once take half as many turns."""
+    clock = Clock()
+    batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run], clock=clock)
+    tasks = await submit(batcher, 1, 2)
+    await split.left.started.get()
+    await split.right.started.get()
+    clock.now_s += 4
+    split.let_go()
+    await asyncio.gather(*tasks)
+    assert [batcher.retry_after_s(ahead) for ahead in (2, 3, 6)] == [4, 8, 12]
     await batcher.close()
 
 

@@ -1,5 +1,7 @@
 """The command line's own words; what its commands do is in tests/integration."""
 
+import hashlib
+
 import pytest
 
 from service import __version__
@@ -29,12 +31,35 @@ def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_supervisors_own_command_is_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    """People have two commands."""
+    """People have three commands."""
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert "{serve,predict}" in shown
+    assert "{serve,predict,key}" in shown
     assert "worker" not in shown
+
+
+def test_a_key_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file's line on stdout, for >>; the key beside it, and another one each time."""
+    shown = []
+    for _ in range(2):
+        assert main(["key", "alice"]) == 0
+        shown.append(capsys.readouterr())
+    keys = [one.err.strip() for one in shown]
+    digests = [hashlib.sha256(key.encode()).hexdigest() for key in keys]
+    assert [one.out for one in shown] == [f"alice:{digest}\n" for digest in digests]
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "a:b", "é", "x" * 65])
+def test_a_name_that_cannot_stand_in_the_file(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is wrong usage, and says what would be right."""
+    with pytest.raises(SystemExit) as caught:
+        main(["key", name])
+    assert caught.value.code == 2
+    assert "should be up to 64 letters" in capsys.readouterr().err
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

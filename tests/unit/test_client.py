@@ -113,9 +113,10 @@ def get_mask(client: Any) -> Any:  # noqa: ANN401
 
 
 @both
-def test_503_is_tried_again_when_the_service_says(drive: Drive) -> None:
+@pytest.mark.parametrize("status", [503, 429])
+def test_busy_is_tried_again_when_the_service_says(drive: Drive, status: int) -> None:
     """Not before Retry-After, and at most a quarter later; then the answer."""
-    handler, seen = answers(refusal(503, "7"), refusal(503, "2"), mask_answer())
+    handler, seen = answers(refusal(status, "7"), refusal(status, "2"), mask_answer())
     mask, waits = drive(handler, get_mask)
     assert np.array_equal(mask, MASK)
     assert len(seen) == 3
@@ -166,6 +167,36 @@ def test_at_last_it_is_given_up(drive: Drive) -> None:
         drive(handler, get_mask, retries=Retries(tries=1))
     assert len(seen) == 1
     assert isinstance(caught.value.__cause__, httpx.ConnectError)
+
+
+@pytest.mark.parametrize("status", [503, 429])
+def test_a_proxy_may_be_busy_in_its_own_words(status: int) -> None:
+    """Its page is not shown, its status is."""
+    handler, _ = answers(httpx.Response(status, text="<html>"))
+    with pytest.raises(ServiceBusy, match=rf"^{status} [A-Z]"):
+        drive_threads(handler, get_mask, retries=Retries(tries=1))
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_a_key_that_no_header_can_carry_is_not_shown(kind: type[Client | AsyncClient]) -> None:
+    """Such as one with the end of its line; an empty one is none."""
+    for key in ("fcn_secret\n", "fcn_secr\N{LATIN SMALL LETTER E WITH ACUTE}t"):
+        with pytest.raises(ClientError, match="API key") as caught:
+            kind(api_key=key)
+        assert "secr" not in str(caught.value)
+
+
+@both
+def test_a_key_goes_with_every_request(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment's, where none is given; without one there is no header."""
+    handler, seen = answers(mask_answer())
+    for variable in ("", "fcn_environments"):
+        monkeypatch.setenv("FCN_API_KEY", variable)
+        drive(handler, get_mask)
+    monkeypatch.delenv("FCN_API_KEY")
+    drive(handler, get_mask)
+    sent = [request.headers.get("Authorization") for request in seen]
+    assert sent == [None, "Bearer fcn_environments", None]
 
 
 def test_a_service_that_wants_to_be_left_alone_for_long_is() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from service.batcher import Answer
-from service.engines import Output
+from service.engine import Output
 from service.errors import InferenceFailed, ModelUnavailable, Overloaded, SegmentError
 from service.lanes import Task
 from service.manifest import load_manifest

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 
@@ -11,22 +12,15 @@ import numpy.typing as npt
 import pytest
 import simplejpeg  # type: ignore[import-untyped]
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
 from service import decoding
 from service.decoding import MEDIA_TYPES, SCALING_MARGIN, Photo, sniff
 from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
 from tests.artefacts import encode
+from tests.mutations import PNG_SIGNATURE, chunk, hostile_files, interlaced_png, samples, save
 
 CAP = 1_000_000
-
-
-def save(image: Image.Image, image_format: str, **options: object) -> bytes:
-    """An image as a file."""
-    file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return file.getvalue()
 
 
 def decode(data: bytes, max_pixels: int) -> npt.NDArray[np.uint8]:
@@ -72,6 +66,9 @@ def test_every_allowed_format_is_sniffed() -> None:
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         b"RIFF\0\0\0\0WAVE",
         b"P6 1 1 255 abc",
+        b"BM is how this text begins, which is no bitmap.",
+        samples()["rgb.avif"],
+        save(Image.new("RGB", (4, 4)), "JPEG2000"),
         save(Image.new("RGB", (4, 4)), "ICO"),
         save(Image.new("RGB", (4, 4)), "TGA"),
     ],
@@ -305,14 +302,9 @@ def test_16_bit_grey_is_scaled(image_format: str) -> None:
 def test_16_bit_color_is_scaled() -> None:
     """A 16-bit RGB PNG, which Pillow cannot write, keeps its full range."""
     row = struct.pack(">6H", 0, 32896, 65535, 65535, 257, 0)
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        checksum = zlib.crc32(kind + body)
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checksum)
-
     header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" + row)
-    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+    data = PNG_SIGNATURE + b"".join(
         [chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")]
     )
     assert decode(data, CAP).tolist() == [[[0, 128, 255], [255, 1, 0]]]
@@ -434,7 +426,7 @@ def test_whatever_pillow_raises_is_mapped(
 
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(UndecodableImage) as caught:
-        decode(b"BM", CAP)
+        decode(b"GIF89a", CAP)
     assert caught.value.__cause__ is error
 
 
@@ -449,25 +441,66 @@ def test_pillows_bomb_guard_is_mapped(error: Exception, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(ImageTooLarge):
-        decode(b"BM", CAP)
-
-
-SMALL = {name: encode(gradient(12, 16), name) for name in MEDIA_TYPES}
+        decode(b"GIF89a", CAP)
 
 
 @settings(deadline=None, max_examples=300)
-@given(
-    st.sampled_from(sorted(MEDIA_TYPES)),
-    st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=8),
-)
-def test_flipped_bytes_never_raise_anything_else(
-    image_format: str, flips: list[tuple[int, int]]
-) -> None:
-    """A damaged file is either still an image or one of the three errors."""
-    data = bytearray(SMALL[image_format])
-    for place, value in flips:
-        data[place % len(data)] = value
+@given(hostile_files())
+def test_a_damaged_file_never_raises_anything_else(data: bytes) -> None:
+    """It is still an image, or one of the three errors."""
     with contextlib.suppress(ImageError):
-        photo = decoding.decode(bytes(data), CAP, needed_side=2)
+        photo = decoding.decode(data, CAP, needed_side=2)
         assert photo.pixels.ndim == 3
         assert photo.pixels.shape[2] == 3
+
+
+def too_many_samples() -> bytes:
+    """A TIFF of 200 samples a pixel, which Pillow logs as an error."""
+    data = samples()["several.tiff"]
+    place = data.index(struct.pack("<HHI", 277, 3, 1)) + 8
+    return data[:place] + struct.pack("<H", 200) + data[place + 2 :]
+
+
+def tags_past_the_end() -> bytes:
+    """A TIFF whose software tag is said to be longer than the file, of which Pillow warns."""
+    data = save(Image.new("L", (4, 4)), "TIFF", software="abcdefgh")
+    place = data.index(struct.pack("<HH", 305, 2)) + 4
+    return data[:place] + struct.pack("<I", 99_999) + data[place + 4 :]
+
+
+def wrong_fax() -> bytes:
+    """A TIFF of a fax with wrong rows, each of which libtiff writes a line about."""
+    data = samples()["fax.tiff"]
+    return data[:8] + bytes(40) + data[48:]
+
+
+@pytest.mark.parametrize("make", [too_many_samples, tags_past_the_end, wrong_fax])
+def test_what_readers_say_of_a_file_goes_nowhere(
+    make: Callable[[], bytes], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither to stderr nor to the log, nor is it kept: a file says how much there is of it."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        decoding.keep_readers_quiet()
+        with contextlib.suppress(ImageError):
+            decode(make(), CAP)
+    assert not warned
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("image_format", ["MPO", "TIFF"])
+def test_the_first_of_several_pictures(image_format: str) -> None:
+    """The others, a thumbnail or another page, are not looked at."""
+    pictures = [
+        Image.new("RGB", size, color) for size, color in (((6, 4), "red"), ((3, 2), "blue"))
+    ]
+    data = save(pictures[0], image_format, save_all=True, append_images=pictures[1:])
+    decoded = decode(data, CAP)
+    assert decoded.shape == (4, 6, 3)
+    assert np.abs(decoded.astype(int) - (255, 0, 0)).max() <= 3
+
+
+def test_an_interlaced_png() -> None:
+    """Its seven passes make the same pixels."""
+    assert np.array_equal(decode(interlaced_png(Image.fromarray(gradient())), CAP), gradient())

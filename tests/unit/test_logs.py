@@ -5,6 +5,7 @@ import logging
 import re
 import threading
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import structlog
@@ -38,6 +39,45 @@ def test_any_other_is_replaced(insane: str | None) -> None:
     assert fresh != logs.request_id(insane)
 
 
+def test_long_texts_are_cut() -> None:
+    """A path of any length takes its few columns; a usual one is left alone."""
+    assert logs.shortened("/segment") == "/segment"
+    assert len(logs.shortened("x" * 8000)) < 300
+
+
+HOSTILE = "x\n2026-01-01 [info] forged\r\x1b[2J\x85\u2028\u202e\x00"
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_nobody_forges_lines(
+    log_format: Literal["json", "console"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line breaks, terminals' escapes and what turns text around stay values, and are readable."""
+    logs.configure("info", log_format)
+    structlog.get_logger("ours").info("event", path=HOSTILE)
+    logging.getLogger("theirs").warning("about %s", HOSTILE)
+    written = capsys.readouterr().err
+    assert written.count("\n") == 2
+    assert written.replace("\n", "").isprintable()
+    assert written.count("forged") == 2
+
+
+@pytest.mark.usefixtures("restored_logging")
+def test_a_traceback_is_no_place_for_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """For people each of its lines is set in, what an error says too."""
+    logs.configure("info", "console")
+    try:
+        raise RuntimeError(HOSTILE)
+    except RuntimeError:
+        structlog.get_logger("ours").exception("broken")
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert any("forged" in line for line in lines)
+    for line in lines:
+        assert line.startswith("  ")
+        assert line.isprintable()
+
+
 @pytest.mark.usefixtures("restored_logging")
 def test_json_lines_carry_the_request_id(capsys: pytest.CaptureFixture[str]) -> None:
     """Ours and the standard library's alike, one JSON object a line."""
@@ -66,6 +106,24 @@ def test_lines_of_several_processes_are_told_apart(capsys: pytest.CaptureFixture
     thread.join()
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line["worker"] for line in lines] == [1, 1]
+
+
+@pytest.mark.usefixtures("restored_logging")
+@pytest.mark.parametrize("log_format", ["json", "console"])
+def test_a_traceback_shows_no_values(
+    log_format: Literal["json", "console"], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it broke, and why; among the values are requests' headers, with keys."""
+    logs.configure("info", log_format)
+    key = "-".join(["fcn", "secret"])
+    try:
+        raise RuntimeError("as it happens", len(key))
+    except RuntimeError:
+        structlog.get_logger("ours").exception("broken")
+    shown = capsys.readouterr().err
+    assert "as it happens" in shown
+    assert "test_logs.py" in shown
+    assert "fcn-secret" not in shown
 
 
 @pytest.mark.usefixtures("restored_logging")

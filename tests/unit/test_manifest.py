@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import ContractError, IntegrityError
-from service.manifest import MANIFEST_NAME, Accuracy, load_manifest, verify_files
+from service.manifest import MANIFEST_NAME, Accuracy, load_manifest, read_files
 from tests.artefacts import build_artefact, make_contract
 
 
@@ -39,10 +39,11 @@ def test_round_trip(folder: Path) -> None:
 
 
 def test_the_files_of_a_fresh_artefact_are_its_own(folder: Path) -> None:
-    """The sha256 on disk is the manifest's."""
+    """The sha256 on disk is the manifest's; what was read is what is there."""
     manifest = load_manifest(folder)
-    verify_files(folder, manifest)
-    assert manifest.files["network.onnx"].bytes == (folder / "network.onnx").stat().st_size
+    content = (folder / "network.onnx").read_bytes()
+    assert read_files(folder, manifest) == {"network.onnx": content}
+    assert manifest.files["network.onnx"].bytes == len(content)
 
 
 def test_a_changed_file_is_named(folder: Path) -> None:
@@ -50,14 +51,14 @@ def test_a_changed_file_is_named(folder: Path) -> None:
     path = folder / "network.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(IntegrityError, match=r"network\.onnx: sha256 is .* says "):
-        verify_files(folder, load_manifest(folder))
+        read_files(folder, load_manifest(folder))
 
 
 def test_a_missing_file_is_named(folder: Path) -> None:
     """A file that the manifest lists must be there."""
     (folder / "network.onnx").unlink()
     with pytest.raises(IntegrityError, match=r"network\.onnx: No such file"):
-        verify_files(folder, load_manifest(folder))
+        read_files(folder, load_manifest(folder))
 
 
 def test_a_folder_without_manifest_is_no_artefact(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ NOT_FOR_CALLERS = {
     errors.ImageError,
     errors.RemoteError,
     errors.RemoteLost,
-    errors.InferenceFailed,
 }
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import engines, voc
+from service import engine, voc
 from service import segmenter as module
 from service.answers import MEDIA_TYPES, Options
 from service.app import open_service
@@ -54,7 +54,7 @@ async def test_stages_run_off_the_event_loop(
     stages = ["decode", "preprocess", "upsample", "encode_answer"]
     for name in stages:
         spy(module, name)
-    spy(engines, "run_batch")
+    spy(engine, "run_batch")
     async with open_service(make_settings(), session) as service:
         for options in (Options(), Options(view="overlay"), JPEG_OVERLAY):
             result = await service.segmenter.segment(PHOTO, options)
@@ -131,7 +131,7 @@ async def test_a_failing_device_is_told_apart(
 ) -> None:
     """The runtime's error is the cause; the next photo works again."""
     async with open_service(make_settings(), session) as service:
-        session.error = RuntimeError("out of memory")
+        session.error = RuntimeError("device lost")
         with pytest.raises(InferenceFailed) as caught:
             await service.segmenter.segment(PHOTO, Options())
         assert caught.value.__cause__ is session.error

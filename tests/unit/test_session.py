@@ -143,7 +143,7 @@ def test_a_node_that_is_left_to_the_cpu_is_named(
     monkeypatch.setattr(ort, "preload_dlls", lambda: None)
     # ONNX Runtime's own record of which node went where, of a session on the CPU.
     monkeypatch.setattr(
-        session, "_open", lambda path, options, _: real(path, options, [providers.CPU])
+        session, "_open", lambda network, options, _: real(network, options, [providers.CPU])
     )
     monkeypatch.setattr(providers, "CUDA", providers.CPU)
     with pytest.raises(DeviceUnavailable, match=r"to the CPU Cast, Transpose, .* and 1 more"):
@@ -210,7 +210,7 @@ def test_fp16_runs_where_there_are_tensor_cores(
     monkeypatch.setattr(
         session,
         "_open_on_gpu",
-        lambda path, *_: real(path, session._session_options(1), [providers.CPU]),
+        lambda network, *_: real(network, session._session_options(1), [providers.CPU]),
     )
     folder = build_artefact(tmp_path)
     add_precision(folder, "fp16")

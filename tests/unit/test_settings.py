@@ -38,6 +38,16 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         ("FCN_GPUS", "1,01", "^FCN_GPUS: names a GPU twice: '1,01'$"),
         ("FCN_PROCESSES", "0", "FCN_PROCESSES: .*greater than or equal to 1"),
         ("FCN_DEADLINE_S", "0", "FCN_DEADLINE_S: .*greater than 0"),
+        ("FCN_RATE_LIMIT", "many", "FCN_RATE_LIMIT: .*'many'"),
+        ("FCN_RATE_LIMIT", "5/blink", "FCN_RATE_LIMIT: .*blink"),
+        ("FCN_RATE_LIMIT", "0/second", "FCN_RATE_LIMIT: .*nobody"),
+        ("FCN_TRUSTED_PROXIES", "proxy", "FCN_TRUSTED_PROXIES: .*'proxy'"),
+        ("FCN_TRUSTED_PROXIES", "*", r"FCN_TRUSTED_PROXIES: .*'\*'"),
+        ("FCN_TRUSTED_PROXIES", "10.0.0.1/8", "FCN_TRUSTED_PROXIES: .*host bits"),
+        ("FCN_CORS_ORIGINS", "one.example", "FCN_CORS_ORIGINS: .*got 'one.example'"),
+        ("FCN_CORS_ORIGINS", "https://a,*", r"FCN_CORS_ORIGINS: .*got '\*'"),
+        ("FCN_CORS_ORIGINS", "https://a/", "FCN_CORS_ORIGINS: .*got 'https://a/'"),
+        ("FCN_CORS_ORIGINS", "", "FCN_CORS_ORIGINS: .*got ''"),
         ("FCN_MAX_BYTE", "1", "unknown setting FCN_MAX_BYTE; did you mean FCN_MAX_BYTES?"),
         ("FCN_MIN_SIDE", "3000", r"FCN_MIN_SIDE \(3000\) is above FCN_MAX_SIDE \(2048\)"),
     ],
@@ -50,6 +60,29 @@ def test_a_wrong_variable_is_named_in_one_line(
     with pytest.raises(SettingsError, match=message) as caught:
         load_settings()
     assert "\n" not in str(caught.value)
+
+
+def test_a_clients_key_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie in the same environment."""
+    monkeypatch.setenv("FCN_API_KEY", "fcn_x")
+    assert load_settings() == Settings()
+
+
+def test_access_is_open_unless_said() -> None:
+    """No keys, no limit, no origins; and what may be said."""
+    settings = load_settings()
+    assert (settings.api_keys_file, settings.rate_limit, settings.allowed_origins) == (
+        None,
+    ) * 2 + ((),)
+    said = load_settings(
+        {
+            "rate_limit": "5/second;1000/day",
+            "trusted_proxies": "10.0.0.0/8, ::1",
+            "cors_origins": "https://one.example,http://localhost:3000",
+        }
+    )
+    assert said.allowed_origins == ("https://one.example", "http://localhost:3000")
+    assert load_settings({"cors_origins": "*"}).allowed_origins == ("*",)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])

@@ -1,9 +1,10 @@
 """Supervision, with workers that the test lets live and die."""
 
 import asyncio
+import os
 import signal
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 
@@ -11,6 +12,7 @@ from service.errors import SegmentError, SettingsError
 from service.session import available_cores
 from service.settings import Settings
 from service.supervisor import Backoff, Supervisor, plan
+from service.watchdog import EXIT_STATUS
 
 pytestmark = pytest.mark.anyio
 
@@ -23,6 +25,8 @@ class FakeWorker:
         self.ready = ready
         self.error: str | None = None
         self.served_s = 0.0
+        self.signs_of_life = 0
+        self.reloaded = asyncio.Event()
         self.signals: list[int] = []
         self.watched = asyncio.Event()
         self._obeys = obeys
@@ -32,6 +36,10 @@ class FakeWorker:
         """Wait for `die`."""
         self.watched.set()
         return await self._status
+
+    def reload(self) -> None:
+        """Take it down."""
+        self.reloaded.set()
 
     def send_signal(self, number: int) -> None:
         """Die of it, or not."""
@@ -58,13 +66,17 @@ class Floor:
         ready: bool = True,
         obeys: Mapping[int, int] = DRAINS,
         grace_s: float = 30.0,
+        patience_s: float = 30.0,
     ) -> None:
         self.lives: dict[int, list[FakeWorker]] = defaultdict(list)
+        self.restarts: dict[int, dict[str, int]] = {}
         self.stops = 0
         self._ready = ready
         self._obeys = obeys
         self._started = asyncio.Condition()
-        self.supervisor = Supervisor(self._start, count, grace_s, self._on_stop)
+        self.supervisor = Supervisor(
+            self._start, count, grace_s=grace_s, patience_s=patience_s, on_stop=self._on_stop
+        )
         self.run = asyncio.ensure_future(self.supervisor.run())
 
     async def worker(self, index: int, life: int = 1) -> FakeWorker:
@@ -75,7 +87,8 @@ class Floor:
         await worker.watched.wait()
         return worker
 
-    async def _start(self, index: int) -> FakeWorker:
+    async def _start(self, index: int, restarts: Mapping[str, int]) -> FakeWorker:
+        self.restarts[index] = {**restarts}
         worker = FakeWorker(
             10 * index + len(self.lives[index]), ready=self._ready, obeys=self._obeys
         )
@@ -97,6 +110,7 @@ async def test_a_dead_worker_is_started_again() -> None:
     again.served_s = 3600.0
     again.die(1)
     await floor.worker(0, life=3)
+    assert floor.restarts == {0: {"died": 2, "hung": 0}, 1: {"died": 0, "hung": 0}}
     floor.supervisor.stop()
     assert await floor.run == 0
     assert {index: len(lives) for index, lives in floor.lives.items()} == {0: 3, 1: 1}
@@ -111,6 +125,11 @@ async def test_stopping_does_not_wait_for_a_restart() -> None:
     floor.supervisor.stop()
     assert await floor.run == 0
     assert len(floor.lives[0]) == 2
+
+
+def supervise(start: Callable[[int, Mapping[str, int]], Awaitable[FakeWorker]]) -> Supervisor:
+    """A supervisor of one worker, with all the time there is."""
+    return Supervisor(start, 1, grace_s=30.0, patience_s=30.0, on_stop=lambda: None)
 
 
 @pytest.mark.parametrize(("status", "error"), [(1, SegmentError), (2, SettingsError)])
@@ -129,11 +148,63 @@ async def test_a_first_start_that_fails_stops_all(status: int, error: type[Segme
 async def test_a_worker_that_cannot_be_forked_stops_the_start() -> None:
     """The system's own reason is told."""
 
-    async def start(index: int) -> FakeWorker:
+    async def start(index: int, _: Mapping[str, int]) -> FakeWorker:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     with pytest.raises(SegmentError, match="cannot start worker 0: Resource temporarily"):
-        await Supervisor(start, 1, 30.0, lambda: None).run()
+        await supervise(start).run()
+
+
+async def test_a_worker_without_a_sign_of_life_is_killed_and_started_again() -> None:
+    """One that still starts has no duty to give any."""
+    floor = Floor(1, obeys={**DRAINS, signal.SIGKILL: -signal.SIGKILL}, patience_s=0.01)
+    second = await floor.worker(0, life=2)
+    assert floor.lives[0][0].signals == [signal.SIGKILL]
+    assert floor.restarts[0] == {"died": 0, "hung": 1}
+    floor.supervisor.stop()
+    assert await floor.run == 0
+    starting = Floor(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM}, patience_s=0.0)
+    worker = await starting.worker(0)
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert worker.signals == []
+    starting.supervisor.stop()
+    assert await starting.run == 0
+    assert second.signals[-1] == signal.SIGTERM
+
+
+async def test_a_worker_that_found_itself_hanging_is_counted_so() -> None:
+    """Its watchdog ended it, with a status of its own."""
+    floor = Floor(1)
+    (await floor.worker(0)).die(EXIT_STATUS)
+    await floor.worker(0, life=2)
+    assert floor.restarts[0] == {"died": 0, "hung": 1}
+    floor.supervisor.stop()
+    assert await floor.run == 0
+
+
+async def test_a_worker_that_gives_signs_of_life_is_left_alone() -> None:
+    """However many times somebody looks."""
+    floor = Floor(1, patience_s=0.0)
+    worker = await floor.worker(0)
+    for _ in range(100):
+        worker.signs_of_life += 1
+        await asyncio.sleep(0)
+    assert worker.signals == []
+    floor.supervisor.stop()
+    assert await floor.run == 0
+
+
+async def test_a_hangup_reloads_all() -> None:
+    """The signal, as it comes from outside."""
+    floor = Floor(2)
+    workers = [await floor.worker(index) for index in (0, 1)]
+    os.kill(os.getpid(), signal.SIGHUP)
+    for worker in workers:
+        await worker.reloaded.wait()
+    assert [worker.signals for worker in workers] == [[], []]
+    floor.supervisor.stop()
+    assert await floor.run == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -173,12 +244,12 @@ async def test_a_stop_that_finds_a_worker_half_started() -> None:
     begun, go_on = asyncio.Event(), asyncio.Event()
     worker = FakeWorker(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM})
 
-    async def start(index: int) -> FakeWorker:
+    async def start(index: int, _: Mapping[str, int]) -> FakeWorker:
         begun.set()
         await go_on.wait()
         return worker
 
-    supervisor = Supervisor(start, 1, 30.0, lambda: None)
+    supervisor = supervise(start)
     run = asyncio.ensure_future(supervisor.run())
     await begun.wait()
     supervisor.stop()

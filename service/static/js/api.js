@@ -9,7 +9,7 @@ export class Failure extends Error {
 
   /** Whether the same request may well succeed later. */
   get passing() {
-    return this.status === 0 || this.status >= 500;
+    return this.status === 0 || this.status === 429 || this.status >= 500;
   }
 }
 
@@ -22,6 +22,7 @@ const TITLES = {
   "no-image": "This file is empty",
   "not-ready": "The server is just starting or stopping",
   "overloaded": "The server is busy",
+  "rate-limited": "These were too many requests",
   "undecodable-image": "This picture is damaged",
   "unknown-model": "This model is not served",
   "unsupported-image-type": "This file is not a picture that can be read",
@@ -33,8 +34,22 @@ const ADVICE = {
   "image-too-large": "Make the picture smaller, and try again.",
   "not-ready": "Try again in a moment.",
   "overloaded": "Try again in a moment.",
+  "rate-limited": "Try again later.",
   "undecodable-image": "It may have been cut off on its way here. Try another copy of it.",
 };
+
+const KEY = "api-key";
+
+/** Send this API key from now on, until the tab is closed. */
+export function useKey(key) {
+  sessionStorage.setItem(KEY, key);
+}
+
+/** The headers that carry the key; none if there is none. */
+export function credentials() {
+  const key = sessionStorage.getItem(KEY);
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
 
 /** An address of the service, wherever it is mounted; parameters that are undefined are left out. */
 export function address(path, parameters = {}) {
@@ -57,8 +72,9 @@ export function segment(picture, parameters, { as, signal, onUpload = () => {} }
     const request = new XMLHttpRequest();
     const started = performance.now();
     request.open("POST", address("segment", parameters));
-    request.setRequestHeader("Accept", as);
-    request.setRequestHeader("Content-Type", picture.type || "application/octet-stream");
+    const type = picture.type || "application/octet-stream";
+    const headers = { Accept: as, "Content-Type": type, ...credentials() };
+    for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
     request.responseType = "blob";
     request.upload.onprogress = (event) => onUpload(event.loaded / event.total);
     request.onerror = () => reject(unreachable());
@@ -125,5 +141,7 @@ export function curlCommand(picture, parameters, as, output) {
     ? `curl -s ${quote(picture.url)} | curl --data-binary @-`
     : `curl --data-binary ${quote(`@${picture.name}`)}`;
   const accept = as ? ` -H ${quote(`Accept: ${as}`)}` : "";
-  return `${body}${accept} \\\n  ${quote(address("segment", parameters))} \\\n  -o ${output}`;
+  // In double quotes: the shell puts the key in, which is not shown.
+  const key = credentials().Authorization ? ' -H "Authorization: Bearer $FCN_API_KEY"' : "";
+  return `${body}${accept}${key} \\\n  ${quote(address("segment", parameters))} \\\n  -o ${output}`;
 }

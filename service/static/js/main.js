@@ -1,12 +1,14 @@
 // The page: from a picture to what is shown, downloaded and copied.
 
-import { address, curlCommand, Failure, segment } from "./api.js";
+import { address, credentials, curlCommand, Failure, segment, useKey } from "./api.js";
 import { decodeMask } from "./mask.js";
 import { drawLegend, drawTimes, duration, markLegend, share } from "./panel.js";
 import { listen } from "./sources.js";
 import { Viewer } from "./viewer.js";
 
 const TRIES_WHEN_BUSY = 3;
+const LONGEST_WAIT_S = 60;
+const BUSY = [429, 503];
 
 const element = (id) => document.getElementById(id);
 const say = (text) => (element("status").textContent = text);
@@ -15,6 +17,7 @@ const viewer = new Viewer({ onToggle: toggle, onPoint: point, say });
 
 let workingSize = 512; // the model's own; /model tells
 let picture = null; // {blob, name, url?}: the last one given
+let refused = null; // what was given without a key that the server takes
 let current = null; // {picture, parameters, png, classes}: what is shown
 let shown = new Set();
 let running = new AbortController();
@@ -26,6 +29,7 @@ async function start(given) {
   running = new AbortController();
   const { signal } = running;
   picture = given;
+  refused = null;
   element("notice").textContent = "";
   setState("busy");
   try {
@@ -36,6 +40,12 @@ async function start(given) {
     await showAnswer(answer, parameters, await photo, signal);
   } catch (error) {
     if (signal.aborted) return;
+    if (error.status === 401) {
+      refused = given;
+      setState(current ? "result" : "empty");
+      askForKey();
+      return;
+    }
     if (!(error instanceof Failure)) console.error(error);
     showFailure(error instanceof Failure ? error : new Failure("This page failed", String(error)));
   }
@@ -73,7 +83,8 @@ async function segmentPatiently(blob, parameters, signal) {
       const wanted = { ...parameters, mask: "png" };
       return await segment(blob, wanted, { as: "application/json", signal, onUpload });
     } catch (error) {
-      if (error.status !== 503 || tried === TRIES_WHEN_BUSY) throw error;
+      const waitable = BUSY.includes(error.status) && error.retryAfterS <= LONGEST_WAIT_S;
+      if (!waitable || tried === TRIES_WHEN_BUSY) throw error;
       say(error.title);
       await countDown(error.retryAfterS, (left) => showPhase(`${error.title}. Next try in ${left} s`), signal);
     }
@@ -149,6 +160,26 @@ function cancel() {
 function goBack() {
   picture = current?.picture ?? null;
   setState(current ? "result" : "empty");
+}
+
+// ---- the key, for servers that ask for one -----------------------------------------------------------
+
+function askForKey() {
+  const sent = credentials().Authorization;
+  element("key-detail").textContent = sent
+    ? "The server does not know the key that was sent."
+    : "It is kept until this tab is closed.";
+  element("key").hidden = false;
+  element("key-input").focus();
+}
+
+function takeKey(event) {
+  event.preventDefault();
+  useKey(element("key-input").value);
+  element("key").hidden = true;
+  askForModels();
+  if (refused) start(refused);
+  else element("file").focus();
 }
 
 // ---- what is seen of the result ----------------------------------------------------------------------
@@ -246,6 +277,7 @@ async function download(view, button) {
     if (view !== "mask") ({ blob } = await segment(current.picture.blob, request(view), { as: "image/png" }));
     save(blob, `${current.picture.name.replace(/\.\w+$/, "")}-${VIEWS[view].file}`);
   } catch (error) {
+    if (error.status === 401) askForKey();
     note.textContent = `${error.title ?? "The download failed"}. ${error.detail ?? error}`;
     say(note.textContent);
   } finally {
@@ -264,6 +296,7 @@ function save(blob, name) {
 // ---- wiring ----------------------------------------------------------------------------------------------
 
 listen({ onPicture: start, onTrouble: (text) => (element("notice").textContent = text) });
+element("key").addEventListener("submit", takeKey);
 element("cancel").addEventListener("click", cancel);
 element("retry").addEventListener("click", () => start(picture));
 element("back").addEventListener("click", goBack);
@@ -282,7 +315,12 @@ for (const button of document.querySelectorAll("[data-download]")) {
 refreshOpacity();
 
 async function askForModels() {
-  const ask = async (path) => (await fetch(address(path))).json();
+  const ask = async (path) => {
+    const answer = await fetch(address(path), { headers: credentials() });
+    if (answer.status === 401) askForKey();
+    if (!answer.ok) throw new Error(answer.statusText);
+    return answer.json();
+  };
   try {
     const [model, { models }] = await Promise.all([ask("model"), ask("models")]);
     workingSize = model.working_size;

@@ -1,0 +1,231 @@
+"""Who may ask, and how often: API keys known by their hashes, and rate limits. No HTTP here."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from limits import RateLimitItem, parse_many
+from limits.storage import Storage
+from limits.strategies import FixedWindowRateLimiter
+
+from service.errors import RateLimited, SettingsError
+
+KEY_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What a key may be called: it stands in the file and in the log."""
+
+MAX_CLIENTS: Final = 65_536
+"""Clients whose requests are counted; beyond them the ones seen longest ago are forgotten."""
+
+# Recognised by scanners that look for leaked secrets, and by people.
+_KEY_PREFIX: Final = "fcn_"
+_KEY_BYTES: Final = 32
+_LINE: Final = re.compile(rf"(?P<name>{KEY_NAME.pattern}):(?P<sha256>[0-9a-f]{{64}})")
+_LOOK_EVERY_S: Final = 1.0
+
+_log: Any = structlog.get_logger("service.keys")
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """A fresh random key, and the line for the file of keys: ``name:sha256-hex``.
+
+    A plain hash, because a key is 256 random bits and no password: nobody can try them all,
+    however fast the hash. Source: NIST SP 800-63B-3, section 5.1.2.2, which wants an approved
+    one-way function for secrets of at least 112 bits, and salt and a slow hash only below that.
+    """
+    key = _KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
+    return key, f"{name}:{_digest(key).hex()}"
+
+
+class ApiKeys:
+    """The keys of a file, by their hashes.
+
+    Each line is ``name:sha256-hex``; empty ones and those that begin with ``#`` are left out. Two
+    keys may have one name, so that a client can go over from the old one to the new one. Whenever
+    the file changes it is read again, at most once a second; one that cannot be read or has a
+    wrong line changes nothing but the log. Raises `SettingsError` if that is so at the start.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path = path
+        self._clock = clock
+        self._stamp = self._look()
+        self._names = _read(path)
+        self._look_again_at = clock() + _LOOK_EVERY_S
+
+    def name_of(self, key: str) -> str | None:
+        """The name of a key, or None if it is nobody's."""
+        self._refresh()
+        digest = _digest(key)
+        name = None
+        # All are compared, each in constant time: how long it takes tells nothing of any.
+        for known, its_name in self._names.items():
+            if hmac.compare_digest(known, digest):
+                name = its_name
+        return name
+
+    def _refresh(self) -> None:
+        now = self._clock()
+        if now < self._look_again_at:
+            return
+        self._look_again_at = now + _LOOK_EVERY_S
+        stamp = self._look()
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._names = _read(self._path)
+        except SettingsError as exc:
+            _log.error("API keys not read, the old ones hold", reason=str(exc))
+        else:
+            _log.info("API keys read", keys=len(self._names))
+
+    def _look(self) -> tuple[int, ...] | None:
+        """What changes whenever the file does; None if it is not there."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _read(path: Path) -> Mapping[bytes, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as exc:
+        raise SettingsError(f"API keys: {path}: {exc.strerror or exc}") from exc
+    except UnicodeDecodeError as exc:
+        raise SettingsError(f"API keys: {path}: not a text file") from exc
+    names = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        found = _LINE.fullmatch(line)
+        if found is None:
+            # Not what stands there: it may be a key that somebody put in as it is.
+            raise SettingsError(f"API keys: {path}, line {number}: should be name:sha256-hex")
+        names[bytes.fromhex(found["sha256"])] = found["name"]
+    return names
+
+
+def parse_rate_limits(text: str) -> Sequence[RateLimitItem]:
+    """``60/minute``, or several such as ``5/second;1000/day``. Raises ValueError."""
+    items = parse_many(text)
+    if any(item.amount < 1 for item in items):
+        raise ValueError("a limit below 1 lets nobody in")
+    return items
+
+
+class RateLimits:
+    """Requests that one client may send.
+
+    A window begins with a client's first request; once it has sent as many as it may, the rest
+    are refused until the window's end. So a client may send twice as many around that end. Each
+    process counts for itself.
+    """
+
+    def __init__(
+        self,
+        limits: Sequence[RateLimitItem],
+        max_clients: int = MAX_CLIENTS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._windows = FixedWindowRateLimiter(_Windows(max_clients * len(limits), clock))
+
+    def count(self, client: str) -> None:
+        """Count a request of ``client``. Raises `RateLimited` if it was one too many."""
+        exceeded = [one for one in self._limits if not self._windows.hit(one, client)]
+        if exceeded:
+            stats = [self._windows.get_window_stats(one, client) for one in exceeded]
+            wait_s = max(one.reset_time for one in stats) - self._clock()
+            raise RateLimited(f"more than {' and '.join(map(str, exceeded))}", wait_s)
+
+
+class _Windows(Storage):
+    """`limits`' storage for this process, bounded, and on the monotonic clock.
+
+    The library's own goes by the wall clock, keeps all keys that it was ever asked about within a
+    window, and looks through them all from a new thread for every few requests.
+    """
+
+    STORAGE_SCHEME = None
+
+    def __init__(self, size: int, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._size = size
+        self._clock = clock
+        self._windows: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    @property
+    def base_exceptions(self) -> tuple[type[Exception], ...]:
+        """Nothing that goes wrong here is to be wrapped."""
+        return ()
+
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        """Count in a key's window, which is begun if there is none; returns its count."""
+        count, ends_at = self._window(key)
+        if count == 0:
+            ends_at = self._clock() + expiry
+        self._windows[key] = count + amount, ends_at
+        self._windows.move_to_end(key)
+        if len(self._windows) > self._size:
+            self._windows.popitem(last=False)
+        return count + amount
+
+    def get(self, key: str) -> int:
+        """The count of a key's window."""
+        return self._window(key)[0]
+
+    def get_expiry(self, key: str) -> float:
+        """When a key's window ends."""
+        return self._window(key)[1]
+
+    def check(self) -> bool:
+        """It is always there."""
+        return True
+
+    def reset(self) -> int:
+        """Forget all."""
+        forgotten = len(self._windows)
+        self._windows.clear()
+        return forgotten
+
+    def clear(self, key: str) -> None:
+        """Forget a key."""
+        self._windows.pop(key, None)
+
+    def _window(self, key: str) -> tuple[int, float]:
+        now = self._clock()
+        count, ends_at = self._windows.get(key, (0, now))
+        return (count, ends_at) if now < ends_at else (0, now)
+
+
+def client_address(host: str | None) -> str:
+    """What a client's requests are counted by: its IPv4 address, or its IPv6 network.
+
+    Whoever has one IPv6 address has the 2**64 of its network too. Source: RFC 6177, RFC 7421.
+    """
+    try:
+        address = ipaddress.ip_address(host or "")
+    except ValueError:
+        return "unknown"
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped is None:
+            return str(ipaddress.ip_network((int(address), 64), strict=False))
+        address = address.ipv4_mapped
+    return str(address)

@@ -1,0 +1,140 @@
+"""What an image file may make its readers do, beyond the pixels that it has.
+
+Work and memory of a reader must follow from the pixels and bytes that are capped. Some files make
+it grow with something else: millions of empty blocks, each an object in Pillow; thousands of passes
+over the same pixels. No camera or program writes such files, so they are refused.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import sys
+from typing import Final
+
+from PIL import ImageFile
+
+from service.errors import UndecodableImage
+
+MAX_READS: Final = 1 << 18
+"""Reads by which Pillow may take in one file.
+
+A file of 20 MiB in chunks of 1 KiB takes 83,000. So many that are empty take a quarter of a second.
+"""
+
+MAX_HEADER_BYTES: Final = 8 << 20
+"""Bytes before the first pixel, where formats store their metadata there.
+
+Pillow joins the pieces of a JPEG's metadata one by one, so its time grows with their square.
+"""
+
+MAX_STRIPS: Final = 1 << 16
+"""Strips or tiles of a TIFF. Files with a strip for each row have fewer; Pillow lists them all."""
+
+MAX_SCAN_PIXELS: Final = 500_000_000
+"""Pixels of a JPEG, counted once for each scan: at 50 million the ten scans of libjpeg's own
+progressive files."""
+
+_SEQUENTIAL: Final = ("JPEG", "PNG", "GIF")
+_STRIP_TAGS: Final = (273, 324)  # StripOffsets, TileOffsets
+_RUN_LENGTH_CODEC: Final = "bmp_rle"
+
+_SCAN: Final = b"\xff\xda"
+_START_OF_IMAGE: Final = b"\xff\xd8"
+_END_OF_IMAGE: Final = b"\xff\xd9"
+# In a scan's data FF00 stands for FF, and FFD0 to FFD7 restart it. Source: ITU-T T.81, annex B.
+_MARKER: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+
+
+class MeteredFile(io.BytesIO):
+    """A file in memory that Pillow may read from only so often: `MAX_READS`, `MAX_HEADER_BYTES`.
+
+    ``image_format``: Pillow's name of the file's. Its reads raise `UndecodableImage`, which none of
+    Pillow's readers catches.
+    """
+
+    def __init__(self, data: bytes, image_format: str) -> None:
+        super().__init__(data)
+        self._reads = 0
+        self._header_bytes = MAX_HEADER_BYTES if image_format in _SEQUENTIAL else sys.maxsize
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As ever, or raise."""
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise UndecodableImage(f"reading the image takes more than {MAX_READS} steps")
+        if self.tell() > self._header_bytes:
+            raise UndecodableImage(f"the image has over {MAX_HEADER_BYTES} bytes of metadata")
+        return super().read(size)
+
+    def header_ends(self) -> None:
+        """From here on pixels are read, which may lie anywhere."""
+        self._header_bytes = sys.maxsize
+
+
+def check_before_opening(data: bytes, image_format: str) -> None:
+    """Look for what is too much for Pillow to open. Raises `UndecodableImage`."""
+    if image_format == "TIFF" and _strips(data) > MAX_STRIPS:
+        raise UndecodableImage(f"the image has more than {MAX_STRIPS} strips or tiles")
+
+
+def check_before_decoding(data: bytes, image: ImageFile.ImageFile) -> None:
+    """Look for what is too much to decode in an opened image. Raises `UndecodableImage`."""
+    codec = image.tile[0].codec_name if image.tile else ""
+    # Pillow's only decoder in Python: a microsecond for each of up to ten million runs.
+    if codec == _RUN_LENGTH_CODEC:
+        raise UndecodableImage("run-length encoded BMP is not supported")
+    if codec == "jpeg":
+        _check_scans(data, image)
+
+
+def _strips(data: bytes) -> int:
+    """How many strips or tiles the first directory of a TIFF says that it has."""
+    order = "<" if data.startswith(b"II") else ">"
+    big = b"+" in data[2:4]
+    pointer, count = ("8xQ", "Q") if big else ("4xI", "H")
+    entry = struct.Struct(f"{order}{'H2xQ8x' if big else 'H2xI4x'}")
+    try:
+        (start,) = struct.unpack_from(order + pointer, data)
+        (entries,) = struct.unpack_from(order + count, data, start)
+    except struct.error:  # it ends before: Pillow will say so
+        return 0
+    first = start + struct.calcsize(order + count)
+    directory = data[first : first + entries * entry.size]
+    whole = memoryview(directory)[: len(directory) // entry.size * entry.size]
+    return max((size for tag, size in entry.iter_unpack(whole) if tag in _STRIP_TAGS), default=0)
+
+
+def _check_scans(data: bytes, image: ImageFile.ImageFile) -> None:
+    pixels = image.width * image.height
+    # The count is too high if metadata or what follows the image has some: a closer look is slow.
+    if not _has_more_scans(data, image) or data.count(_SCAN) * pixels <= MAX_SCAN_PIXELS:
+        return
+    scans = place = 0
+    for _ in range(MAX_READS):
+        marker = _MARKER.search(data, place)
+        if marker is None or marker[0] == _END_OF_IMAGE:
+            return
+        scans += marker[0] == _SCAN
+        if scans * pixels > MAX_SCAN_PIXELS:
+            break
+        place = marker.end()
+        if marker[0] != _START_OF_IMAGE:
+            place += int.from_bytes(data[place : place + 2])
+    raise UndecodableImage("the image has too many scans for its size")
+
+
+def _has_more_scans(data: bytes, image: ImageFile.ImageFile) -> bool:
+    """Whether an opened JPEG may have more than one scan.
+
+    That is where the first one, whose header Pillow has just read, leaves something open; elsewhere
+    libjpeg takes no second one.
+    """
+    if image.fp is None or "progressive" in image.info:
+        return True
+    components = len(image.getbands())
+    header = _SCAN + struct.pack(">HB", 6 + 2 * components, components)
+    end = image.fp.tell()
+    start = data.rfind(_SCAN, 0, end)
+    return start + len(_SCAN) + 6 + 2 * components != end or not data.startswith(header, start)

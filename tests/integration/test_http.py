@@ -1,0 +1,550 @@
+"""What goes over the wire that no client library would send, to a server process."""
+
+import base64
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.client import parse_headers
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.artefacts import encode, two_class_photo
+from tests.clients import Server, head, receive_until, serving
+from tests.processes import PATIENCE_S, Logged, logged
+
+PHOTO = encode(two_class_photo())
+
+HOST = b"Host: x\r\n"
+GET = b"GET /healthz HTTP/1.1\r\n"
+POST = b"POST /segment HTTP/1.1\r\n" + HOST
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+LAST = GET + HOST + b"Connection: close\r\n\r\n"
+"""After anything else: whether it is answered shows whether the connection was kept."""
+
+Address = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response, as it came over a connection."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def problem(self) -> dict[str, Any]:
+        """The problem that it is, whole and with the headers that every answer has."""
+        assert self.headers["content-type"] == "application/problem+json"
+        assert self.headers["x-content-type-options"] == "nosniff"
+        assert "server" not in self.headers
+        problem: dict[str, Any] = json.loads(self.body)
+        assert problem["status"] == self.status
+        assert problem["request_id"] == self.headers["x-request-id"]
+        return problem
+
+
+def answers(received: bytes) -> list[Answer]:
+    """The responses to anything but HEAD, one after the other."""
+    found = []
+    file = BytesIO(received)
+    while line := file.readline():
+        status = int(line.split()[1])
+        headers = {name.lower(): value for name, value in parse_headers(file).items()}
+        if status == 100:
+            continue
+        length = int(headers["content-length"])
+        found.append(Answer(status, headers, file.read(length)))
+        assert len(found[-1].body) == length
+    return found
+
+
+def connect(address: Address, source: str = "127.0.0.1") -> socket.socket:
+    """A connection on which nothing takes longer than it may."""
+    return socket.create_connection(address, PATIENCE_S, source_address=(source, 0))
+
+
+def until_closed(connection: socket.socket) -> bytes:
+    """All that comes until the server closes; less than it meant to send, if it resets."""
+    received = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+def exchange(address: Address, *pieces: bytes, source: str = "127.0.0.1") -> list[Answer]:
+    """What is answered to these bytes until the server closes the connection."""
+    with connect(address, source) as connection:
+        # Whoever is refused early need not take the rest.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for piece in pieces:
+                connection.sendall(piece)
+        return answers(until_closed(connection))
+
+
+# ---- one right way to read a request -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        # Where one body ends and the next request begins: RFC 9112, section 6.
+        (POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nG", 400),
+        (POST + b"Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n0\r\n\r\nG", 400),
+        (POST + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
+        (POST + b"Content-Length: 1, 1\r\n\r\na", 400),
+        (POST + b"Content-Length: +1\r\n\r\na", 400),
+        (POST + b"Content-Length: -1\r\n\r\na", 400),
+        (POST + b"Content-Length: 0x1\r\n\r\na", 400),
+        (POST + b"Content-Length: 1_0\r\n\r\na", 400),
+        (POST + b"Content-Length: \r\n\r\na", 400),
+        (POST + b"Content-Length: 99999999999999999999999\r\n\r\na", 400),
+        (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501),
+        (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
+        (POST + b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n", 400),
+        (POST + b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n", 400),
+        (b"POST /segment HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"-1\r\nx\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"+1\r\nx\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"0x1\r\nx\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"1 \r\nx\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"1ffffffffffffffff\r\nx\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"1\nx\n0\n\n", 400),
+        (CHUNKED + b"1;a\nx\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"1\r\nxyz\r\n0\r\n\r\n", 400),
+        (CHUNKED + b"0\r\nContent-Length: 5\r\n\r\n", 400),
+        (CHUNKED + b"0\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        # Lines and headers: sections 2.2 and 5.
+        (GET + HOST + b"X-A: b\r\n c\r\n\r\n", 400),
+        (GET + b" X-A: b\r\n" + HOST + b"\r\n", 400),
+        (GET + HOST + b"X-A: b\nX-B: c\r\n\r\n", 400),
+        (GET + HOST + b"X-A: b\rX-B: c\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\nHost: x\n\n", 400),
+        (GET + b"Host : x\r\n\r\n", 400),
+        (GET + HOST + b"X-A: a\0b\r\n\r\n", 400),
+        (GET + HOST + b"X\0A: b\r\n\r\n", 400),
+        (GET + HOST + b"nonsense\r\n\r\n", 400),
+        # Whom it is for, and in which version: sections 2.3 and 3.
+        (GET + b"\r\n", 400),
+        (GET + HOST + HOST + b"\r\n", 400),
+        (b"GET /healthz\r\n\r\n", 505),
+        (b"GET /healthz HTTP/2.0\r\n" + HOST + b"\r\n", 505),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"CONNECT x:443 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+        (b"NONSENSE /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+        (b"GET /\xff HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+        (b"GET /heal thz HTTP/1.1\r\n" + HOST + b"\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    ],
+)
+def test_what_two_servers_might_read_differently(
+    protocol_server: Server, sent: bytes, status: int
+) -> None:
+    """One problem, and the end: what follows is no request."""
+    (answer,) = exchange(protocol_server.address, sent, LAST)
+    assert answer.problem["status"] == status
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"\r\n" + GET + HOST + b"\r\n", 200),
+        (GET + HOST + b"X-A: caf\xe9\r\n\r\n", 200),
+        (b"GET http://elsewhere/healthz HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+        (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", 404),
+        (b"OPTIONS /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 405),
+        (b"TRACE /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 405),
+        (b"GET //elsewhere/healthz HTTP/1.1\r\n" + HOST + b"\r\n", 404),
+        (b"GET /static/../../../../etc/passwd HTTP/1.1\r\n" + HOST + b"\r\n", 404),
+        (b"GET /healthz/%00 HTTP/1.1\r\n" + HOST + b"\r\n", 404),
+        (POST + b"Content-Length: 1\r\n\r\nx", 415),
+        (POST + b'Transfer-Encoding:\tChunked\r\n\r\n1;a=b;c="d"\r\nx\r\n0\r\n\r\n', 415),
+        (CHUNKED + b"1\r\nx\r\n0\r\nX-T: y\r\n\r\n", 415),
+        (POST + b"Expect: nonsense\r\nContent-Length: 1\r\n\r\nx", 415),
+    ],
+)
+def test_what_has_one_meaning(protocol_server: Server, sent: bytes, status: int) -> None:
+    """It is answered, and so is the next request on the connection."""
+    first, last = exchange(protocol_server.address, sent, LAST)
+    assert (first.status, last.status) == (status, 200)
+
+
+def test_requests_are_answered_in_order(protocol_server: Server) -> None:
+    """All that were sent at once, the last one no HTTP."""
+    photo = head(len(PHOTO)) + PHOTO
+    classes = b"GET /classes HTTP/1.1\r\n" + HOST + b"\r\n"
+    found = exchange(protocol_server.address, photo + classes + photo + b"nonsense\r\n" + LAST)
+    assert [one.status for one in found] == [200, 200, 200, 400]
+    types = [one.headers["content-type"] for one in found]
+    assert types == ["image/png", "application/json", "image/png", "application/problem+json"]
+
+
+def test_too_many_requests_at_once(protocol_server: Server) -> None:
+    """The first are answered, the rest are not taken."""
+    found = exchange(protocol_server.address, (GET + HOST + b"\r\n") * 1000)
+    assert [one.status for one in found] == [200] * 17 + [429]
+
+
+def test_a_body_that_is_longer_than_it_says(protocol_server: Server) -> None:
+    """What is left over is no part of it, and is no request unless it looks like one."""
+    short = head(len(PHOTO)) + PHOTO
+    assert [one.status for one in exchange(protocol_server.address, short, b"junk\r\n\r\n")] == [
+        200,
+        400,
+    ]
+
+
+@pytest.mark.parametrize("token", [b"websocket", b"h2c"])
+def test_no_other_protocol_is_spoken(protocol_server: Server, token: bytes) -> None:
+    """The request is answered as it is, and what follows is not read."""
+    upgrade = (
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: "
+        + token
+        + b"\r\nHTTP2-Settings: AAMA\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    (answer,) = exchange(protocol_server.address, GET + HOST + upgrade + LAST)
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+@pytest.mark.parametrize("connection", [b"", b"Connection: keep-alive\r\n"])
+def test_http_1_0(protocol_server: Server, connection: bytes) -> None:
+    """Needs no Host; one request a connection."""
+    (answer,) = exchange(
+        protocol_server.address, b"GET /healthz HTTP/1.0\r\n" + connection + b"\r\n" + LAST
+    )
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+
+
+def test_head(protocol_server: Server) -> None:
+    """As GET without the content, wherever there is a GET."""
+    for path in ("/", "/healthz", "/classes", "/metrics"):
+        asked = httpx.head(f"{protocol_server.url}{path}")
+        assert (asked.status_code, asked.content) == (200, b"")
+        assert int(asked.headers["Content-Length"]) > 0
+    assert httpx.head(f"{protocol_server.url}/segment").status_code == 405
+
+
+def test_trailers_are_no_headers(protocol_server: Server) -> None:
+    """A proxy in front may not have looked at them."""
+    chunks = b"".join(
+        [
+            b"%x\r\n" % len(PHOTO),
+            PHOTO,
+            b"\r\n0\r\nX-Request-ID: forged\r\nAccept: text/html\r\n\r\n",
+        ]
+    )
+    (answer,) = exchange(
+        protocol_server.address,
+        POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks,
+    )
+    assert (answer.status, answer.headers["content-type"]) == (200, "image/png")
+    assert answer.headers["x-request-id"] != "forged"
+
+
+# ---- more than there may be ----------------------------------------------------------------------
+
+MIB = 2**20
+
+
+def peak_bytes(server: Server) -> int:
+    """The most memory that a server had so far."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+    return int(kilobytes) * 1024
+
+
+def cpu_s(server: Server) -> float:
+    """The CPU time that a server took so far."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def little_is_spent(server: Server) -> Iterator[None]:
+    """Neither memory nor time go up with what is sent."""
+    memory, seconds = peak_bytes(server), cpu_s(server)
+    yield
+    assert peak_bytes(server) - memory < 16 * MIB
+    assert cpu_s(server) - seconds < 2
+
+
+@pytest.mark.parametrize(
+    ("start", "filler", "status"),
+    [
+        (b"", b"\r\n", 431),
+        (b"", b"A", 400),
+        (b"GET /", b"a", 414),
+        (b"GET /?", b"a=b&", 414),
+        (GET, b"a", 431),
+        (GET + b"X-A: ", b"a", 431),
+        (GET, b"X-A: b\r\n", 431),
+        (CHUNKED + b"1;", b"a", 400),
+        (CHUNKED + b"0\r\nX-T: ", b"a", 400),
+    ],
+)
+def test_what_never_ends(protocol_server: Server, start: bytes, filler: bytes, status: int) -> None:
+    """Lines and heads are read up to a limit, and 32 MiB cost no more than that."""
+    piece = filler * (MIB // len(filler))
+    with little_is_spent(protocol_server):
+        (answer,) = exchange(protocol_server.address, start, *[piece] * 32)
+    assert answer.problem["status"] == status
+
+
+def test_as_much_as_there_may_be(protocol_server: Server) -> None:
+    """A long target and many long headers, just below their limits."""
+    target = b"GET /healthz?" + b"a" * 8100 + b" HTTP/1.1\r\n"
+    headers = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 300) for number in range(98))
+    first, last = exchange(protocol_server.address, target + HOST + headers + b"\r\n", LAST)
+    assert (first.status, last.status) == (200, 200)
+
+
+def test_a_body_that_is_announced_too_large(protocol_server: Server) -> None:
+    """Refused by its head alone; who asks first whether to send it is told not to."""
+    for headers in ((), ("Expect: 100-continue",)):
+        with connect(protocol_server.address) as connection:
+            connection.sendall(head(10**15, *headers))
+            received = until_closed(connection)
+        (answer,) = answers(received)
+        assert received.startswith(b"HTTP/1.1 413")
+        assert answer.problem["type"] == "/problems/body-too-large"
+        assert answer.headers["connection"] == "close"
+
+
+def test_a_body_that_is_asked_for(protocol_server: Server) -> None:
+    """Who waits for it is told to go on, once."""
+    with connect(protocol_server.address) as connection:
+        connection.sendall(head(len(PHOTO), "Expect: 100-continue", "Connection: close"))
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(PHOTO)
+        (answer,) = answers(until_closed(connection))
+    assert answer.headers["content-type"] == "image/png"
+
+
+def test_a_chunked_body_without_an_end(protocol_server: Server) -> None:
+    """Counted as it comes; the rest is thrown away while the client reads why."""
+    chunk = b"100000\r\n" + bytes(MIB) + b"\r\n"
+    (answer,) = exchange(protocol_server.address, CHUNKED, *[chunk] * 64)
+    assert answer.problem["type"] == "/problems/body-too-large"
+
+
+# ---- forms ---------------------------------------------------------------------------------------
+
+FORM = "multipart/form-data; boundary=x"
+
+
+def part(disposition: str, content: bytes = PHOTO, *headers: str) -> bytes:
+    """One part of a form."""
+    lines = ["--x", f"Content-Disposition: form-data; {disposition}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + content + b"\r\n"
+
+
+IMAGE = 'name="image"; filename="x.png"'
+END = b"--x--\r\n"
+
+
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        ("multipart/form-data", part(IMAGE) + END),
+        ("multipart/form-data; boundary=", part(IMAGE) + END),
+        ("multipart/form-data; boundary=" + "x" * 1000, part(IMAGE) + END),
+        ("multipart/form-data; boundary=y", part(IMAGE) + END),
+        (FORM, b""),
+        (FORM, END),
+        (FORM, b"preamble\r\n" * 1_000_000),
+        (FORM, b"--x\r\n" + b"a" * 10 * MIB),
+        (FORM, b"--x\r\nX-A: " + b"a" * 10 * MIB),
+        (FORM, b"--x\r\n" + b"X-A: b\r\n" * MIB),
+        (FORM, b"--x\r\n\r\n" * MIB),
+        (FORM, b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n" + END),
+        (FORM, part('name="note"', b"1") * 100_000 + END),
+        (FORM, part('name="note"', b"a" * 10 * MIB) + END),
+        (FORM, part('name="image"', PHOTO) + END),
+        (FORM, part('name="image[0][photo]"; filename="x.png"') + END),
+        (FORM, part(f'name="{"image[" * 800}"; filename="x.png"') + END),
+        (
+            FORM,
+            part('name="image"; filename="x.png"', b"", "Content-Type: image/png") * 50_000 + END,
+        ),
+    ],
+)
+def test_no_form(protocol_server: Server, path: str, content_type: str, body: bytes) -> None:
+    """400, however long it goes on; and no memory or time to speak of."""
+    with little_is_spent(protocol_server):
+        answer = httpx.post(
+            f"{protocol_server.url}{path}",
+            content=body,
+            headers={"Content-Type": content_type},
+            timeout=PATIENCE_S,
+        )
+    assert answer.status_code == 400
+    assert answer.headers["Content-Type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body"),
+    [
+        (f"{FORM}; charset=nonsense", part(IMAGE) + END),
+        (f"{FORM}; charset=utf-16", part(IMAGE) + END),
+        (
+            "multipart/form-data; boundary=" + "y" * 200,
+            (part(IMAGE) + END).replace(b"--x", b"--" + b"y" * 200),
+        ),
+        (FORM, part('name="image"; filename="../../etc/passwd"') + END),
+        (FORM, part('name="image"; filename="a\0b/c\\\\d.png"') + END),
+        (FORM, part('name="image"; filename="caf\N{LATIN SMALL LETTER E WITH ACUTE}.png"') + END),
+        (FORM, part('name="note"', b"1") + part(IMAGE) + END + b"epilogue"),
+    ],
+)
+def test_an_odd_form(protocol_server: Server, content_type: str, body: bytes) -> None:
+    """What is written around the photo does not matter."""
+    answer = httpx.post(
+        f"{protocol_server.url}/segment", content=body, headers={"Content-Type": content_type}
+    )
+    assert (answer.status_code, answer.headers["Content-Type"]) == (200, "image/png")
+
+
+# ---- slow clients, and many ----------------------------------------------------------------------
+
+STRANGER = "127.0.0.2"
+"""An address that is no trusted proxy's."""
+
+
+@pytest.fixture(scope="module")
+def hurried(tiny_artefact: Path) -> Iterator[Logged]:
+    """A server that takes one photo at once, waits half a second for anybody."""
+    with logged(
+        tiny_artefact,
+        threads=1,
+        queue_size=1,
+        client_timeout_s=0.5,
+        max_pixels=5_000_000,
+    ) as server:
+        assert server.url
+        yield server
+
+
+@pytest.fixture(scope="module")
+def few(tiny_artefact: Path) -> Iterator[Server]:
+    """A server that takes four connections."""
+    with serving(tiny_artefact, max_connections=4) as server:
+        yield server
+
+
+@pytest.mark.parametrize("sent", [b"", LAST.replace(b"Connection: close", b"X-A: b")])
+def test_a_client_that_asks_for_nothing(hurried: Logged, sent: bytes) -> None:
+    """From the start, or after a request: it is let go."""
+    with connect(hurried.address) as connection:
+        connection.sendall(sent)
+        assert [one.status for one in answers(until_closed(connection))] == [200] * bool(sent)
+
+
+@pytest.mark.parametrize("sent", [b"", LAST.replace(b"Connection: close", b"X-A: b")])
+def test_a_head_that_does_not_end(hurried: Logged, sent: bytes) -> None:
+    """408, and the end."""
+    with connect(hurried.address) as connection:
+        connection.sendall(sent + GET + b"X-A: b")
+        *_, answer = answers(until_closed(connection))
+    assert answer.problem["type"] == "/problems/request-timeout"
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "multipart/form-data; boundary=x"])
+def test_a_body_that_stops(hurried: Logged, content_type: str) -> None:
+    """408 whatever was announced; counted, and logged like any other answer."""
+    form = b"" if content_type == "image/png" else part(IMAGE, b"")[:-2]
+    with connect(hurried.address) as connection:
+        connection.sendall(head(100_000, f"Content-Type: {content_type}") + form + PHOTO)
+        (answer,) = answers(until_closed(connection))
+    assert answer.problem["type"] == "/problems/request-timeout"
+    assert answer.headers["connection"] == "close"
+    request_id = answer.headers["x-request-id"]
+    assert hurried.seen("request", request_id=request_id)["status"] == 408
+
+
+def test_a_body_that_comes_byte_by_byte(hurried: Logged) -> None:
+    """Each of them is no progress: 408 while it still comes."""
+    with connect(hurried.address) as connection:
+        connection.settimeout(0.05)
+        connection.sendall(head(100_000))
+        received = b""
+        while not received:
+            connection.sendall(b"x")
+            with contextlib.suppress(TimeoutError):
+                received = connection.recv(65536)
+        connection.settimeout(PATIENCE_S)
+        (answer,) = answers(received + until_closed(connection))
+    assert answer.status == 408
+
+
+def test_no_place_is_held_by_a_body_that_comes_slowly(protocol_server: Server) -> None:
+    """Nor by many of them: there is a place for the photo that is there."""
+    slow_head = head(len(PHOTO), "Connection: close")
+    with contextlib.ExitStack() as opened:
+        slow = [opened.enter_context(connect(protocol_server.address)) for _ in range(70)]
+        for connection in slow:
+            connection.sendall(slow_head + PHOTO[:-1])
+        (answer,) = exchange(protocol_server.address, slow_head + PHOTO)
+        assert answer.status == 200
+        for connection in slow:
+            connection.sendall(PHOTO[-1:])
+            (answer,) = answers(until_closed(connection))
+            assert answer.status == 200
+
+
+def test_an_answer_that_is_not_read(hurried: Logged) -> None:
+    """The connection is cut, and what waited for it is freed."""
+    white = encode(np.full((2000, 2000, 3), 255, dtype=np.uint8))
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(PATIENCE_S)
+        connection.connect(hurried.address)
+        tensor = {"name": "image", "datatype": "BYTES", "shape": [1]}
+        body = json.dumps(
+            {"inputs": [{**tensor, "data": [base64.b64encode(white).decode()]}]}
+        ).encode()
+        request = head(len(body)).replace(b"/segment", b"/v2/models/tiny/infer")
+        connection.sendall(request + body)
+        cut = hurried.seen("the client does not read its answer")
+        assert cut["waiting_bytes"] > MIB
+        received = until_closed(connection)
+    (length,) = re.findall(rb"content-length: (\d+)", received)
+    assert len(received) < int(length)
+    assert exchange(hurried.address, LAST)[0].status == 200
+
+
+@pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
+def test_more_connections_than_there_may_be(few: Server, source: str) -> None:
+    """From one address a quarter, in all no more; each that ends makes room for another."""
+    started = time.monotonic()
+    allowed = 1 if source == STRANGER else 4
+    asked = GET + HOST + b"\r\n"
+    with contextlib.ExitStack() as opened:
+        kept = [opened.enter_context(connect(few.address, source)) for _ in range(allowed)]
+        for connection in kept:
+            connection.sendall(asked)
+            receive_until(connection, b'{"status":"alive"}')
+        (refused,) = exchange(few.address, source=source)
+        assert refused.problem["type"] == "/problems/overloaded"
+        assert refused.headers["retry-after"] == "1"
+        kept.pop().close()
+        # It has to hear of that first.
+        while [one.status for one in exchange(few.address, LAST, source=source)] != [200]:
+            assert time.monotonic() < started + PATIENCE_S
+        for connection in kept:
+            connection.sendall(asked)
+            receive_until(connection, b'{"status":"alive"}')

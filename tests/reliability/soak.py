@@ -1,0 +1,225 @@
+"""20,000 requests of all kinds, good and bad, and a reload every 500: nothing may pile up.
+
+What the service holds is compared at rest: after each round all connections are closed, and what
+was under way is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from PIL import Image
+from tqdm import tqdm
+
+from service.settings import DEFAULT_MODEL
+from tests.benchmarks.bench import Gate
+from tests.benchmarks.photos import MEGAPIXELS_12, MIXED_SIZES, resized, serving_photos
+from tests.benchmarks.wire import HOST, Connection, multipart, request_bytes
+from tests.processes import Logged, logged
+from tests.reliability import resources
+from tests.reliability.report import Report
+from tests.reliability.resources import Resources
+
+REQUESTS: Final = 20_000
+ROUND: Final = 500
+EARLY_ROUNDS: Final = 2
+"""After so many, memory is as large as it should ever be."""
+
+_CONNECTIONS: Final = 8
+_SETTLED_WITHIN_S: Final = 10.0
+
+_FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
+
+_ASKS: Final = (
+    *(("/segment", "image/png"),) * 4,
+    ("/segment?max_side=128", "image/png"),
+    ("/segment?max_side=320&classes=person,cat", "image/png"),
+    ("/segment?view=overlay", "image/jpeg"),
+    ("/segment?view=overlay&alpha=0.8", "image/webp"),
+    ("/segment?view=cutout", "image/png"),
+    ("/segment?view=confidence", "image/png"),
+    ("/segment", "application/json"),
+    ("/segment?mask=polygons", "application/json"),
+    ("/segment?mask=png", "application/json"),
+    ("/segment/batch", "application/x-ndjson"),
+    ("/segment/batch", "application/zip"),
+    ("/hf/image-segmentation", "application/json"),
+)
+
+_BAD_SHARE: Final = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A request, and the status it should get; None: its client hangs up and hears of none."""
+
+    name: str
+    request: bytes
+    status: int | None = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """After so many requests: what the service held, and how often a case got another status."""
+
+    requests: int
+    resources: Resources
+    wrong: dict[str, int]
+
+
+def measure(out: Path) -> Report:
+    """Soak the service with the default model."""
+    sources = serving_photos(out / "photos", None, 8)
+    sizes = (*MIXED_SIZES * 4, MEGAPIXELS_12)
+    photos = [resized(sources[n % len(sources)], size) for n, size in enumerate(sizes)]
+    started = time.monotonic()
+    with (
+        logged(DEFAULT_MODEL, log_level="info") as service,
+        tqdm(total=REQUESTS, unit="request") as progress,
+    ):
+        rounds = []
+        for one in soak(service, photos, REQUESTS // ROUND, ROUND):
+            rounds.append(one)
+            progress.update(ROUND)
+            progress.set_postfix(asdict(one.resources))
+    report = judge(rounds, rounds[EARLY_ROUNDS - 1], growth_percent=3)
+    report.figures["requests_per_s"] = REQUESTS / (time.monotonic() - started)
+    return report
+
+
+def soak(service: Logged, photos: Sequence[bytes], rounds: int, requests: int) -> Iterator[Round]:
+    """So many rounds of so many requests with these JPEGs, each with a reload under way."""
+    _, port = service.address
+    pid = service.process.pid
+    cases = draw(port, photos, random.Random(0))  # noqa: S311 - the same each time, not a secret
+    at_rest = resources.sample(pid)
+    for number in range(1, rounds + 1):
+        service.process.send_signal(signal.SIGHUP)
+        wrong = asyncio.run(_send(port, islice(cases, requests)))
+        service.seen("model replaced", count=number)
+        at_rest = _settled(pid, at_rest.descriptors)
+        yield Round(number * requests, at_rest, dict(wrong))
+
+
+def judge(rounds: Sequence[Round], early: Round, growth_percent: float) -> Report:
+    """Hold the last round against an early one."""
+    first, last = early.resources, rounds[-1].resources
+    wrong = sum((Counter(one.wrong) for one in rounds), Counter())
+    since = f"since request {early.requests}"
+    gates = [
+        Gate(
+            f"memory, growth {since}",
+            (100 * (last.rss_mib / first.rss_mib - 1),),
+            "%",
+            at_most=growth_percent,
+        ),
+        Gate(
+            f"file descriptors, more {since}",
+            (last.descriptors - first.descriptors,),
+            "",
+            at_most=0,
+        ),
+        Gate(f"threads, more {since}", (last.threads - first.threads,), "", at_most=0),
+        Gate("answers of another status than they should have", (wrong.total(),), "", at_most=0),
+    ]
+    return Report(gates, {"wrong": dict(wrong), "rounds": [asdict(one) for one in rounds]})
+
+
+def draw(port: int, photos: Sequence[bytes], rng: random.Random) -> Iterator[Case]:
+    """Requests for ever, a quarter of which are bad in one way or another."""
+    files = [_in_format(photo, _FORMATS[n % len(_FORMATS)]) for n, photo in enumerate(photos)]
+    bad = _bad_cases(port, photos[0])
+    while True:
+        if rng.random() < _BAD_SHARE:
+            yield rng.choice(bad)
+            continue
+        path, accept = rng.choice(_ASKS)
+        form = path.startswith("/segment/batch") or rng.random() < 0.5
+        content_type, body = "image/*", rng.choice(files)
+        if form and not path.startswith("/hf"):
+            content_type, body = multipart("image", body)
+        request = request_bytes(port, path, content_type, body, f"Accept: {accept}")
+        yield Case(f"{path} as {accept}", request)
+
+
+def _in_format(jpeg: bytes, image_format: str) -> bytes:
+    if image_format == "JPEG":
+        return jpeg
+    file = io.BytesIO()
+    with Image.open(io.BytesIO(jpeg)) as image:
+        image.save(file, image_format)
+    return file.getvalue()
+
+
+def _bad_cases(port: int, photo: bytes) -> list[Case]:
+    """Clients that are wrong, and clients that go."""
+
+    def post(path: str, body: bytes, *headers: str) -> bytes:
+        return request_bytes(port, path, "image/*", body, *headers)
+
+    many_pixels = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(many_pixels, "PNG")
+    sound = post("/segment", photo)
+    return [
+        Case("no image", post("/segment", b"no image" * 100), 415),
+        Case("a part of an image", post("/segment", photo[: len(photo) // 2]), 422),
+        Case("too many pixels", post("/segment", many_pixels.getvalue()), 413),
+        Case("too many bytes", post("/segment", bytes(21 * 2**20)), 413),
+        Case("a parameter out of range", post("/segment?alpha=2", photo), 422),
+        Case("no such model", post("/segment?model=none", photo), 404),
+        Case("no such path", request_bytes(port, "/none"), 404),
+        Case("nothing acceptable", post("/segment", photo, "Accept: text/html"), 406),
+        Case("goes before the answer", sound, None),
+        Case("goes in the middle of the photo", sound[: len(sound) // 2], None),
+    ]
+
+
+async def _send(port: int, cases: Iterator[Case]) -> Counter[str]:
+    """Send all of them, over several connections; how often each got another status."""
+    wrong: Counter[str] = Counter()
+
+    async def go_on() -> None:
+        with closing(Connection(port)) as connection:
+            for case in cases:
+                if case.status is None:
+                    await _hang_up(port, case.request)
+                    continue
+                try:
+                    status = (await connection.exchange(case.request)).status
+                except (OSError, EOFError):
+                    connection.close()
+                    status = 0
+                if status != case.status:
+                    wrong[f"{case.name}: {status}"] += 1
+
+    await asyncio.gather(*(go_on() for _ in range(_CONNECTIONS)))
+    return wrong
+
+
+async def _hang_up(port: int, request: bytes) -> None:
+    """Send it, and go."""
+    _, writer = await asyncio.open_connection(HOST, port)
+    writer.write(request)
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+
+
+def _settled(pid: int, descriptors: int) -> Resources:
+    """What is held once the last connections are closed on the other side too."""
+    deadline = time.monotonic() + _SETTLED_WITHIN_S
+    while (held := resources.sample(pid)).descriptors > descriptors:
+        if time.monotonic() > deadline:
+            break
+    return held

@@ -1,0 +1,43 @@
+"""Who may connect, counted by address."""
+
+from collections.abc import Callable
+
+import pytest
+
+from service.connections import Clients
+from service.settings import Settings
+
+
+@pytest.mark.parametrize(
+    ("same", "other"),
+    [
+        (["192.0.2.1", "::ffff:192.0.2.1"], "192.0.2.2"),
+        (["2001:db8::1", "2001:db8::ffff:2"], "2001:db8:0:1::1"),
+    ],
+)
+def test_an_address_has_a_quarter(
+    make_settings: Callable[..., Settings], same: list[str], other: str
+) -> None:
+    """However it is written; one IPv6 network is one address. Who leaves makes room."""
+    clients = Clients(make_settings(max_connections=8))
+    assert [clients.enter(host) for host in [*same, same[0]]] == [True, True, False]
+    assert clients.enter(other)
+    clients.leave(same[1])
+    assert [clients.enter(same[0]), clients.enter(same[0])] == [True, False]
+
+
+def test_trusted_proxies_have_all_that_is_left(make_settings: Callable[..., Settings]) -> None:
+    """They speak for many; nobody has more than there are."""
+    clients = Clients(make_settings(max_connections=4, trusted_proxies="127.0.0.1, 10.0.0.0/8"))
+    assert clients.enter("192.0.2.1")
+    assert [clients.enter(host) for host in ("10.1.2.3", "10.1.2.3", "10.1.2.3")] == [True] * 3
+    assert not clients.enter("10.1.2.3")
+    assert not clients.enter("198.51.100.1")
+    clients.leave("10.1.2.3")
+    assert clients.enter("198.51.100.1")
+
+
+def test_few_connections_are_still_one_for_each(make_settings: Callable[..., Settings]) -> None:
+    """A quarter of two is one; a client without an address counts as one."""
+    clients = Clients(make_settings(max_connections=2))
+    assert [clients.enter(None), clients.enter(None)] == [True, False]

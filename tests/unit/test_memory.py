@@ -1,0 +1,17 @@
+"""What the allocator gives back; Linux with glibc, which the images have."""
+
+import os
+
+from service.memory import give_back_freed
+from tests.reliability.resources import sample
+
+
+def test_what_is_free_between_what_is_used_is_given_back() -> None:
+    """Pieces of a model that was closed lie between pieces of those that were not."""
+    pieces = [bytearray(64 * 1024) for _ in range(2 * 1024)]
+    kept = pieces[::16]
+    del pieces
+    before = sample(os.getpid())
+    give_back_freed()
+    assert before.rss_mib - sample(os.getpid()).rss_mib > 64
+    assert len(kept) == 128

@@ -1,0 +1,115 @@
+"""The watchdog, over a service whose device the test holds still."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import structlog
+
+from service import segmenter
+from service.answers import Options
+from service.app import open_service
+from service.errors import InferenceFailed
+from service.routes.state import Phase, Service
+from service.settings import Settings
+from service.watchdog import EXIT_STATUS, Watchdog
+from tests.artefacts import encode, two_class_photo
+from tests.fakes import FakeSession
+
+pytestmark = pytest.mark.anyio
+
+PHOTO = encode(two_class_photo())
+LIMIT_S = 0.2
+PATIENCE_S = 30.0
+
+
+class End:
+    """Where the process would end."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.came = threading.Event()
+
+    def __call__(self, status: int) -> None:
+        """Take down the status."""
+        self.status = status
+        self.came.set()
+
+
+@pytest.fixture
+def session() -> FakeSession:
+    """A device that the test holds still."""
+    return FakeSession()
+
+
+@pytest.fixture
+async def service(
+    make_settings: Callable[..., Settings], session: FakeSession
+) -> AsyncIterator[Service]:
+    """A service on it, whose device goes on at the end."""
+    async with open_service(make_settings(), session) as running:
+        yield running
+        session.gate.set()
+
+
+async def test_a_batch_that_hangs_ends_the_process(service: Service, session: FakeSession) -> None:
+    """Unready first; who waits is answered, and the log says who it was."""
+    end = End()
+    session.gate.clear()
+    service.requests.append("r1")
+    waiting = asyncio.create_task(service.segmenter.segment(PHOTO, Options()))
+    waiting.add_done_callback(lambda _: service.requests.remove("r1"))
+    with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
+        assert await asyncio.to_thread(end.came.wait, PATIENCE_S)
+    assert end.status == EXIT_STATUS != 0
+    assert service.phase is Phase.DRAINING
+    with pytest.raises(InferenceFailed):
+        await waiting
+    last = [line for line in lines if line["log_level"] == "critical"]
+    assert [(line["event"], line["requests"]) for line in last] == [
+        ("this process hangs and ends", ["r1"])
+    ]
+    assert last[0]["reason"].startswith("a batch has been running for")
+
+
+async def test_a_photo_that_hangs_its_decoder_ends_the_process(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else would ever free the thread that it holds."""
+    end = End()
+    monkeypatch.setattr(segmenter, "decode", lambda *_: end.came.wait(PATIENCE_S))
+    with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
+        hung = asyncio.create_task(service.segmenter.segment(PHOTO, Options()))
+        assert await asyncio.to_thread(end.came.wait, PATIENCE_S)
+    assert end.status == EXIT_STATUS
+    with pytest.raises(AttributeError):  # what it decoded to was no photo
+        await hung
+    assert service.segmenter.working_s == pytest.approx(0, abs=LIMIT_S)
+    last = [line for line in lines if line["log_level"] == "critical"]
+    assert last[0]["reason"].startswith("a photo has been worked on for")
+
+
+async def test_a_loop_that_hangs_ends_the_process(service: Service) -> None:
+    """Nobody can be answered then: who is lost is in the log."""
+    end = End()
+    service.requests.append("r1")
+    with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
+        # In the event loop itself.
+        assert end.came.wait(PATIENCE_S)
+    assert end.status == EXIT_STATUS
+    reasons = {line["event"]: line for line in lines if line["log_level"] == "critical"}
+    assert "the event loop" in reasons["this process hangs and ends"]["reason"]
+    assert reasons["requests lost"]["requests"] == ["r1"]
+
+
+async def test_a_service_that_works_is_left_alone(service: Service) -> None:
+    """Turns are told all the time, and several batches are no long one."""
+    end = End()
+    turns = asyncio.Semaphore(0)
+    with Watchdog(service, 10 * LIMIT_S, on_turn=turns.release, end=end):
+        for _ in range(12):
+            await turns.acquire()
+            await service.segmenter.segment(PHOTO, Options())
+    assert not end.came.is_set()
+    assert service.phase is Phase.READY
