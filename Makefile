@@ -170,9 +170,9 @@ check: .venv/ready ## linters, types, import rules
 	.venv/bin/lint-imports
 	.venv/bin/hadolint Dockerfile
 
-# Not among the checks, which need nothing but a package index: this asks pypi.org's own database of
-# vulnerabilities. Strict, because a mirror that has no such database would pass everything.
-audit: .venv/ready ## look the locked packages up among known vulnerabilities; needs pypi.org
+# Not among the checks, which any package index will do for: this asks the public one's own database
+# of vulnerabilities. Strict, because a mirror that has no such database would pass everything.
+audit: .venv/ready ## look the locked packages up among known vulnerabilities; needs the public index
 	.venv/bin/pip-audit --strict --disable-pip --require-hashes \
 		$(patsubst %,-r %,requirements-cpu.txt requirements-gpu.txt requirements-dev.txt)
 
