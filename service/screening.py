@@ -20,7 +20,7 @@ from service.errors import UndecodableImage
 MAX_READS: Final = 1 << 18
 """Reads by which Pillow may take in one file.
 
-A file of 20 MiB in chunks of 1 KiB takes 83,000. So many that are empty take a quarter of a second.
+A file of 20 MiB in chunks of 1 KiB takes about a third of that.
 """
 
 MAX_HEADER_BYTES: Final = 8 << 20
@@ -82,7 +82,7 @@ def check_before_opening(data: bytes, image_format: str) -> None:
 def check_before_decoding(data: bytes, image: ImageFile.ImageFile) -> None:
     """Look for what is too much to decode in an opened image. Raises `UndecodableImage`."""
     codec = image.tile[0].codec_name if image.tile else ""
-    # Pillow's only decoder in Python: a microsecond for each of up to ten million runs.
+    # Pillow's only decoder in Python: its time grows with the runs, up to ten million of them.
     if codec == _RUN_LENGTH_CODEC:
         raise UndecodableImage("run-length encoded BMP is not supported")
     if codec == "jpeg":

@@ -59,6 +59,14 @@ async def in_process(
             yield InProcess(http, state["service"])
 
 
+def address_of(url: str) -> tuple[str, int]:
+    """A URL's host and port."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return parts.hostname, parts.port
+
+
 @dataclass(frozen=True)
 class Server:
     """A running ``fcn-segment serve``."""
@@ -69,10 +77,7 @@ class Server:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
-        parts = urlsplit(self.url)
-        assert parts.hostname is not None
-        assert parts.port is not None
-        return parts.hostname, parts.port
+        return address_of(self.url)
 
 
 def environment(**variables: object) -> dict[str, str]:

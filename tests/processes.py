@@ -13,11 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
-from tests.clients import command_line, environment, receive_until, under_load
+from tests.clients import address_of, command_line, environment, receive_until, under_load
 
 PATIENCE_S = 60.0
 """What nothing takes, however busy the machine is."""
@@ -70,10 +69,7 @@ class Logged:
     @property
     def address(self) -> tuple[str, int]:
         """Host and port."""
-        parts = urlsplit(self.url)
-        assert parts.hostname is not None
-        assert parts.port is not None
-        return parts.hostname, parts.port
+        return address_of(self.url)
 
     def connect(self, worker: int) -> socket.socket:
         """A connection that this worker has accepted; it has to come to the others' too."""
