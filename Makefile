@@ -193,7 +193,7 @@ bench-gpu: .venv-gpu/ready ## the GPU's path against its limits, nine minutes by
 overload: .venv/ready ## five times what it can answer for a minute, then kill -9 under load
 	@.venv/bin/python -m tests.reliability overload recovery $(ARGS)
 
-soak: .venv/ready ## 20,000 requests of all kinds, with reloads: nothing may pile up; 20 minutes at most
+soak: .venv/ready ## 20,000 requests of all kinds: nothing may pile up; 20 minutes at most
 	@.venv/bin/python -m tests.reliability soak $(ARGS)
 
 docker: ## the CPU image, fcn-segment:cpu

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity, given
@@ -50,8 +50,16 @@ PEAK_BYTES: Final = 64 * MAX_PIXELS + (32 << 20)
 ROUND: Final = 500
 """Files of one round: few, because Hypothesis remembers all of them."""
 
-Send = Callable[[bytes], str]
-"""Sends a file to the app; returns what became of it. Raises `AssertionError` if that is wrong."""
+
+class Sent(NamedTuple):
+    """What became of a file, and the CPU time that it took in seconds."""
+
+    outcome: str
+    cpu_s: float
+
+
+Send = Callable[[bytes], Sent]
+"""Sends a file to the app. Raises `AssertionError` if what comes back is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +130,14 @@ def fuzz(send: Send, seed: int, cases: int) -> Round:
     @given(hostile_files())
     def send_each(data: bytes) -> None:
         nonlocal failure, longest_s
-        started = time.process_time()
         try:
-            outcomes[send(data)] += 1
+            sent = send(data)
         # Whatever it is, it is no answer.
         except Exception as exc:
             failure = Failure(data, f"{type(exc).__name__}: {exc}"[:500])
             raise
-        longest_s = max(longest_s, time.process_time() - started)
+        outcomes[sent.outcome] += 1
+        longest_s = max(longest_s, sent.cpu_s)
 
     with contextlib.suppress(Exception):  # it is in `failure`, as small as Hypothesis could make it
         send_each()
@@ -146,15 +154,17 @@ def running_app(model: Path) -> Iterator[Send]:
         app = in_process(settings)
         client = runner.run(app.__aenter__())
 
-        def send(data: bytes) -> str:
+        def send(data: bytes) -> Sent:
+            started = time.process_time()
             response = runner.run(client.http.post("/segment", content=data))
+            cpu_s = time.process_time() - started
             kind = response.headers["Content-Type"]
             if response.status_code == 200:
                 assert kind == "image/png", kind
-                return "200"
+                return Sent("200", cpu_s)
             assert 400 <= response.status_code < 500, response.text
             assert kind == "application/problem+json", kind
-            return f"{response.status_code} {response.json()['type']}"
+            return Sent(f"{response.status_code} {response.json()['type']}", cpu_s)
 
         try:
             yield send
@@ -166,19 +176,19 @@ def bounded(send: Send, current: Path) -> Send:
     """``send`` under the limits, with each file written to ``current`` before it is sent."""
     send(encode(two_class_photo()))  # so that all is loaded that needs loading
 
-    def send_bounded(data: bytes) -> str:
+    def send_bounded(data: bytes) -> Sent:
         current.write_bytes(data)
         before = _memory_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         # The signal's own action ends the process, wherever it is.
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         try:
-            outcome = send(data)
+            sent = send(data)
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         taken = _memory_bytes("VmHWM") - before
         assert taken <= PEAK_BYTES, f"{taken} bytes of memory"
-        return outcome
+        return sent
 
     return send_bounded
 
@@ -262,7 +272,7 @@ def run(given: argparse.Namespace, folder: Path) -> Totals:
 def replay(path: Path, folder: Path) -> int:
     """Send one file again, and say what becomes of it."""
     with running_app(build_artefact(folder / "tiny")) as send:
-        print(bounded(send, folder / "current")(path.read_bytes()))
+        print(bounded(send, folder / "current")(path.read_bytes()).outcome)
     return 0
 
 

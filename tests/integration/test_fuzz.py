@@ -21,7 +21,7 @@ def test_damaged_files_are_answered_or_refused(tiny_artefact: Path) -> None:
     """By the whole app: 200, or a problem of the 4xx kind; undamaged ones by 200."""
     with fuzz.running_app(tiny_artefact) as send:
         done = fuzz.fuzz(send, 7, 150)
-        undamaged = {name: send(data) for name, data in samples().items()}
+        undamaged = {name: send(data).outcome for name, data in samples().items()}
     assert done.failure is None
     assert done.outcomes.total() == 150
     assert {outcome[:3] for outcome in done.outcomes} >= {"200", "415", "422"}
@@ -32,7 +32,7 @@ def test_damaged_files_are_answered_or_refused(tiny_artefact: Path) -> None:
 def test_a_file_that_fails_is_shrunk() -> None:
     """To the least damage that still fails: here, one bit of the first sample."""
 
-    def send(data: bytes) -> str:
+    def send(data: bytes) -> fuzz.Sent:
         raise ValueError("too much")
 
     failure = fuzz.fuzz(send, 0, 100).failure
@@ -57,10 +57,10 @@ def test_a_file_that_ends_the_process_is_kept(
     """A native crash, or more CPU time than there is for a file; another process goes on."""
 
     def work(connection: Connection, _model: Path, current: Path) -> None:
-        def send(data: bytes) -> str:
+        def send(data: bytes) -> fuzz.Sent:
             if data != PHOTO:  # which comes first, to warm up
                 exec(last_act, {"os": os, "signal": signal})  # noqa: S102
-            return "200"
+            return fuzz.Sent("200", 0.0)
 
         faulthandler.disable()  # pytest's, which would show a crash that is meant
         connection.recv()

@@ -64,9 +64,9 @@ def test_retry_after_is_held_against_the_work_ahead() -> None:
 def test_a_soak_is_held_against_an_early_round() -> None:
     """Growth in any kind, and an answer that should have been another, are each told."""
     early = soak.Round(1000, Resources(100.0, 10, 8), {})
-    assert missed(soak.judge([early, early], early, 3)) == []
+    assert missed(soak.judge([early, early], 1, 3)) == []
     late = soak.Round(2000, Resources(104.0, 11, 9), {"no image: 500": 1})
-    assert len(missed(soak.judge([early, late], early, 3))) == 4
+    assert len(missed(soak.judge([early, late], 1, 3))) == 4
 
 
 def test_a_report_says_what_was_missed() -> None:
