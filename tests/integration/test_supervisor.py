@@ -47,8 +47,9 @@ def supervised(model: Path, **variables: object) -> Iterator[Logged]:
         yield service
 
 
-def test_a_killed_worker_is_started_again(tiny_artefact: Path) -> None:
-    """Both answer on the one port; a kill costs the requests in flight on one, and no other."""
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_worker_is_started_again(tiny_artefact: Path, end: signal.Signals) -> None:
+    """Both answer on the one port; what ends one, a native crash too, costs no other's requests."""
     with supervised(tiny_artefact) as service:
         pids = [service.seen("worker started", worker=worker)["pid"] for worker in (0, 1)]
         assert len({service.process.pid, *pids}) == 3
@@ -57,7 +58,7 @@ def test_a_killed_worker_is_started_again(tiny_artefact: Path) -> None:
             begin(service, 0) as lost,
             begin(service, 1) as kept,
         ):
-            os.kill(pids[0], signal.SIGKILL)
+            os.kill(pids[0], end)
             assert service.seen("worker exited", worker=0)["restart_in_s"] == 0
             with contextlib.suppress(ConnectionError):
                 assert lost.recv(65536) == b""
