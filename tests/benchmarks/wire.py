@@ -40,6 +40,8 @@ class Connection:
 
     async def exchange(self, request: bytes) -> Answer:
         """Send a request and read its whole answer. Raises `OSError` or `EOFError`."""
+        if self._reader is not None and self._reader.at_eof():
+            self.close()  # idle for so long that the other side has hung up
         if self._reader is None or self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(
                 HOST, self._port, limit=2**26
