@@ -1,8 +1,18 @@
-"""``python -m service`` is ``fcn-segment``."""
+"""``fcn-segment``, also as ``python -m service``."""
 
 import sys
 
-from service.cli import main
+from service.memory import keep_freed_buffers
+
+
+def main() -> int:
+    """Run the command line; returns the exit status. See `service.cli.main`."""
+    # First: some libraries start threads as they are loaded, and memory is shared out by then.
+    keep_freed_buffers()
+    from service.cli import main as run  # noqa: PLC0415
+
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,7 +18,9 @@ _KEPT_BYTES: Final = 64 * 2**20
 
 
 def keep_freed_buffers() -> None:
-    """Keep the buffers of one photo for the next, whichever thread has them. To be called first.
+    """Keep the buffers of one photo for the next, whichever thread it is in.
+
+    To be called before there is a second thread.
 
     Left alone the allocator gives each buffer of half a megabyte back to the kernel, and taking it
     again page by page is half the time of resizing a 500x375 photo. Larger ones are still given

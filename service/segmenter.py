@@ -14,10 +14,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from service.answers import MediaType, Options, encode_answer
 from service.batcher import Answer
@@ -27,6 +28,7 @@ from service.engine import Engine, Output
 from service.engines import Engines
 from service.errors import DeadlineExceeded, Overloaded
 from service.lanes import Task, Upsampled
+from service.memory import give_back_freed
 from service.metrics import Metrics
 from service.preprocessing import Geometry, preprocess
 from service.schemas import ModelName
@@ -36,6 +38,11 @@ from service.upsampling import Labels, upsample
 T = TypeVar("T")
 
 POOL_THREAD_NAME: Final = "images"
+
+REST_S: Final = 10.0
+"""Without a photo for so long, the memory kept for the next one is given back."""
+
+_log: Any = structlog.get_logger("service.segmenter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +116,7 @@ class Segmenter:
         self._max_pixels = max_pixels
         self._deadline_s = deadline_s
         self._in_flight = 0
+        self._rest: asyncio.TimerHandle | None = None
         self._began: dict[int, float] = {}
 
     async def segment(self, data: bytes, options: Options) -> Result:
@@ -167,10 +175,15 @@ class Segmenter:
         self.require_place()
         held = min(wanted, self.max_in_flight - self._in_flight)
         self._in_flight += held
+        if self._rest is not None:
+            self._rest.cancel()
         try:
             yield held
         finally:
             self._in_flight -= held
+            if not self._in_flight:
+                loop = asyncio.get_running_loop()
+                self._rest = loop.call_later(REST_S, loop.run_in_executor, None, _rest)
 
     def require_place(self) -> None:
         """Raises `Overloaded` while there is no place: then nobody need send a photo."""
@@ -305,6 +318,11 @@ def _preprocess(
         started,
         {"decode": (decoded - started) * 1000, "preprocess": (preprocessed - decoded) * 1000},
     )
+
+
+def _rest() -> None:
+    give_back_freed()
+    _log.debug("freed memory given back")
 
 
 async def _run(engine: Engine, prepared: _Prepared) -> Answer[Output]:

@@ -24,7 +24,6 @@ from service.app import create_app, with_state
 from service.connections import Clients, Connection
 from service.engines import Engines
 from service.errors import SettingsError
-from service.memory import keep_freed_buffers
 from service.routes.state import LifespanState
 from service.settings import Settings
 from service.siblings import Siblings
@@ -57,7 +56,6 @@ def answer(
     """
     # So that a crash in a library's native code tells where it was.
     faulthandler.enable()
-    keep_freed_buffers()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_answer(listener, settings, hangup, parent))
 

@@ -97,6 +97,32 @@ async def test_places_can_be_held_for_several_photos(
         assert segmenter.in_flight == 0
 
 
+async def test_memory_is_given_back_at_rest(
+    make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once no photo has come for a while, and not while one is worked on."""
+    given_back: asyncio.Queue[int] = asyncio.Queue()
+    async with open_service(make_settings(), session) as service:
+        loop, segmenter = asyncio.get_running_loop(), service.segmenter
+
+        def give_back() -> None:
+            loop.call_soon_threadsafe(given_back.put_nowait, segmenter.in_flight)
+
+        monkeypatch.setattr(module, "give_back_freed", give_back)
+        monkeypatch.setattr(module, "REST_S", 0.0)
+        with segmenter.hold():
+            pass
+        with segmenter.hold():  # the rest has not begun
+            for _ in range(3):
+                await segmenter.segment(PHOTO, Options())
+            assert given_back.empty()
+        for _ in range(2):  # and again after the next
+            assert await asyncio.wait_for(given_back.get(), 10) == 0
+            assert given_back.empty()
+            with segmenter.hold():
+                pass
+
+
 async def test_a_photo_that_the_format_cannot_hold(
     make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
