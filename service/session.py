@@ -164,7 +164,10 @@ class Model:
         """
         stride, classes = self.contract.stride, len(self.contract.classes)
         sessions = {id(session): session for session in (self.session, *self.shares)}
-        for session, (height, width) in product(sessions.values(), self.contract.shapes):
+        # From a shape's second run on, ONNX Runtime takes what it needs in one piece. The largest
+        # one is had here; otherwise memory would grow whenever that run happened to come.
+        shapes = (*self.contract.shapes, self.contract.shapes[-1])
+        for session, (height, width) in product(sessions.values(), shapes):
             image = np.zeros((batch_size, height, width, 3), dtype=np.uint8)
             logits = self.run(image, session)
             wanted = (batch_size, classes, height // stride, width // stride)
