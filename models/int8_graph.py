@@ -18,7 +18,7 @@ ONNX Runtime's repository for those of its domain ``com.microsoft``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -95,6 +95,8 @@ class GraphWriter:
         self._makers = {name: node for node in source.graph.node for name in node.output}
         self._tensors: dict[str, Quantized] = {}
         self._graph = GraphBuilder()
+        self._logits = dict.fromkeys(self._names_of_logits(), "")
+        """float32 ``[N, h, w, classes]`` here, by their name in the float graph."""
 
     def write(self) -> GraphProto:
         """Return the graph, its input and output those of the float graph.
@@ -116,6 +118,8 @@ class GraphWriter:
             # These belong to a convolution: normalisation and weights before it, ReLU after it.
             elif node.op_type not in {"Relu", "Transpose", "Cast", "Sub", "Div", "Mul"}:
                 raise GraphError(f"{node.output[0]}: cannot quantise {node.op_type}")
+        logits = self._logits[OUTPUT_NAME]
+        self._graph.emit("Transpose", [logits], OUTPUT_NAME, perm=[0, 3, 1, 2])
         return self._graph.make("int8", self._source.graph)
 
     # ---- the float graph's operators -------------------------------------------------------------
@@ -123,8 +127,8 @@ class GraphWriter:
     def _conv(self, node: NodeProto) -> None:
         conv = self._read_convolution(node)
         channels = len(conv.bias)
-        if conv.name == OUTPUT_NAME:
-            self._logits(conv, self._tensors[node.input[0]])
+        if conv.name in self._logits:
+            self._logits[conv.name] = self._predict(conv, self._tensors[node.input[0]])
         elif node.input[0] not in self._tensors:
             self._first_conv(conv, node)
         else:
@@ -226,8 +230,8 @@ class GraphWriter:
             "Reshape", [pairs, self._graph.constant([0, 0, -1, outputs], np.int64)], y.name
         )
 
-    def _logits(self, conv: Convolution, x: Quantized) -> None:
-        """The classifier, a 1x1 convolution, with its sums left exact: float32 logits, NCHW."""
+    def _predict(self, conv: Convolution, x: Quantized) -> str:
+        """A classifier, which is a 1x1 convolution, with its sums left exact."""
         weights, scales = self._int8_weights(conv, as_matrix=True)
         sums = self._graph.emit(
             "MatMulInteger",
@@ -235,8 +239,7 @@ class GraphWriter:
         )
         real = self._graph.emit("Cast", [sums], to=TensorProto.FLOAT)
         scaled = self._graph.emit("Mul", [real, self._graph.constant(x.scale * scales, np.float32)])
-        logits = self._graph.emit("Add", [scaled, self._graph.constant(conv.bias, np.float32)])
-        self._graph.emit("Transpose", [logits], OUTPUT_NAME, perm=[0, 3, 1, 2])
+        return self._graph.emit("Add", [scaled, self._graph.constant(conv.bias, np.float32)])
 
     def _max_pool(self, node: NodeProto) -> None:
         x = self._tensors[node.input[0]]
@@ -249,6 +252,10 @@ class GraphWriter:
         self._graph.emit("NhwcMaxPool", [x.name], y.name, domain=CONTRIB, **keep)
 
     def _add(self, node: NodeProto) -> None:
+        if node.output[0] in self._logits:
+            parts = [self._logits[name] for name in node.input]
+            self._logits[node.output[0]] = self._graph.emit("Add", parts)
+            return
         a, b = (self._tensors[name] for name in node.input)
         y = self._output(node.output[0], a.channels, max(a.stride, b.stride))
         self._graph.emit(
@@ -278,17 +285,35 @@ class GraphWriter:
         )
 
     def _resize(self, node: NodeProto) -> None:
-        x = self._tensors[node.input[0]]
         _, _, *factors = _array(self._constants[node.input[2]])
         step = int(factors[0])
-        if factors != [step, step] or x.stride % step:
+        if factors != [step, step]:
             raise GraphError(f"{node.output[0]}: only whole factors, the same along both axes")
+        scales = self._graph.constant([1, step, step, 1], np.float32)
+        attributes = attributes_of(node)
+        if node.output[0] in self._logits:
+            small = self._logits[node.input[0]]
+            large = self._graph.emit("Resize", [small, "", scales], **attributes)
+            self._logits[node.output[0]] = large
+            return
+        x = self._tensors[node.input[0]]
+        if x.stride % step:
+            raise GraphError(f"{node.output[0]}: finer than the photo's pixels")
         y = Quantized(node.output[0], x.channels, x.stride // step, x.scale, x.zero_point)
         self._tensors[node.output[0]] = y
-        scales = self._graph.constant([1, step, step, 1], np.float32)
-        self._graph.emit("Resize", [x.name, "", scales], y.name, **attributes_of(node))
+        self._graph.emit("Resize", [x.name, "", scales], y.name, **attributes)
 
     # ---- reading the float graph -----------------------------------------------------------------
+
+    def _names_of_logits(self) -> Iterator[str]:
+        """The output, and whatever is interpolated and summed to it: the predictions of skips."""
+        names = [OUTPUT_NAME]
+        while names:
+            name = names.pop()
+            yield name
+            maker = self._makers[name]
+            if maker.op_type in ("Add", "Resize"):
+                names += [one for one in maker.input if one in self._makers]
 
     def _read_convolution(self, node: NodeProto) -> Convolution:
         """Read what `models.export` wrote: weights alone, or fp16 weights times a scale."""
