@@ -94,9 +94,10 @@ async def _answer(
             url = _listen(listener, config.backlog)
 
             def on_start() -> None:
-                _log.info("listening", url=url)
+                # First: whoever reads the log may take this worker for one that is watched.
                 if parent is not None:
                     parent.tell_ready()
+                _log.info("listening", url=url)
 
             server = _Server(config, on_start=on_start, on_stop=service.begin_draining)
             async with _reloading(service.engines, hangup):

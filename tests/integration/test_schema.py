@@ -40,7 +40,7 @@ def test_schemathesis_finds_nothing(server: tuple[Logged, str], tmp_path: Path) 
             *(sys.executable, "-m", "schemathesis.cli", "--config-file", CONFIG),
             *("run", f"{running.url}/openapi.json", "--header", f"Authorization: Bearer {key}"),
             *("--checks", "all", "--phases", "coverage", "--seed", "7", "--no-color"),
-            *("--continue-on-failure", "--workers", "2"),
+            *("--continue-on-failure", "--workers", "1"),
         ],
         capture_output=True,
         text=True,
