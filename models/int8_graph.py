@@ -19,14 +19,13 @@ ONNX Runtime's repository for those of its domain ``com.microsoft``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from models.graph_builder import GraphBuilder, attributes_of
+from models.int8_tensors import Convolution, Quantized, Range
 from models.network_file import FloatNetwork, GraphError
 from service.contract import INPUT_NAME, OUTPUT_NAME
 
@@ -38,47 +37,6 @@ GEMM_MIN_CHANNELS = {1: 512, 3: 256}
 
 PIXELS = 4
 """Pixels that the first convolution reads as one cell of 12 channels."""
-
-Range = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """A uint8 tensor ``name`` of shape ``[N, h/stride, w/stride, channels]``.
-
-    It means ``scale * (value - zero_point)``. A stride of 0 is one cell for the whole photo.
-    """
-
-    name: str
-    channels: int
-    stride: int
-    scale: float
-    zero_point: int
-
-    @classmethod
-    def of_range(cls, name: str, channels: int, stride: int, limits: Range) -> Self:
-        """With the finest scale that holds the least and greatest value and an exact zero."""
-        low, high = min(limits[0], 0.0), max(limits[1], 0.0)
-        scale = (high - low) / 255 or 1.0
-        return cls(name, channels, stride, scale, round(-low / scale))
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """One convolution: ``weights (O, I, k, k)`` times ``scale (O,)``, plus ``bias (O,)``."""
-
-    name: str
-    weights: TensorProto
-    scale: NDArray[np.float64]
-    bias: NDArray[np.float64]
-    kernel: int
-    stride: int
-    dilation: int
-
-    @property
-    def padding(self) -> int:
-        """Pixels of zeros on every side."""
-        return self.dilation * (self.kernel // 2)
 
 
 class GraphWriter:

@@ -26,7 +26,8 @@ from onnxruntime.quantization import (  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from models.dataset import DatasetError, Sample, read_split
-from models.int8_graph import OPSETS, GraphWriter, Range
+from models.int8_graph import OPSETS, GraphWriter
+from models.int8_tensors import Range
 from models.network_file import FILES, FloatNetwork, save
 from models.transforms import fit
 from service.contract import INPUT_NAME, ModelContract
