@@ -119,8 +119,9 @@ def _set_axes(axes: Axes, points: Sequence[Point]) -> None:
         xscale="log",
         xlim=(min(times) / 1.3, max(times) * 1.3),
         ylim=(min(accuracies) - margin, max(accuracies) + margin),
-        xlabel="milliseconds a photo, from its pixels to its mask",
-        ylabel="mean IoU; at the points, pixels of the longest side",
+        xlabel="milliseconds a photo, from its pixels to its mask;"
+        " along a line the longest side grows, as written at the first network's",
+        ylabel="mean IoU",
     )
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -161,21 +162,20 @@ def _draw_ours(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
         for precision, style in STYLES.items():
             line = [point for point in mine if point.precision == precision]
             axes.plot([p.ms for p in line], [p.miou for p in line], **look, **style)
-            for point in line:
-                _write_size(axes, point, look["color"], below=number % 2 == 1)
+            # All have the same sizes; written at every line they would cover each other.
+            for point in line if number == 0 else ():
+                _write_size(axes, point, look["color"])
     return legend
 
 
-def _write_size(axes: Axes, point: Point, color: str, *, below: bool) -> None:
-    """Beside a point where its own line, which rises, does not run: right below or left above."""
+def _write_size(axes: Axes, point: Point, color: str) -> None:
     axes.annotate(
         str(point.size),
         (point.ms, point.miou),
-        xytext=(7, -13) if below else (-6, 6),
+        xytext=(0, 8),
         textcoords="offset points",
-        ha="left" if below else "right",
+        ha="center",
         color=color,
         fontsize=9,
         path_effects=[patheffects.withStroke(linewidth=3, foreground="white")],
-        zorder=2,  # under lines and markers
     )

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from service import cli, serving
+from service import serving
+from service.__main__ import main
 from service.app import create_app
 from service.contract import ModelContract, TensorInfo
 
@@ -88,4 +89,6 @@ class StoredLogits:
 if __name__ == "__main__":
     session = StoredLogits(Path(sys.argv[1]))
     serving.create_app = partial(create_app, session=session)  # type: ignore[attr-defined]
-    sys.exit(cli.main(sys.argv[2:]))
+    del sys.argv[1]  # the rest is the service's own
+    # Its whole start: what it asks of the allocator is a quarter of what a request costs here.
+    sys.exit(main())
