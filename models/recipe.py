@@ -5,9 +5,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RECIPES: Final = Path(__file__).parent / "recipes"
 
 
 class RecipeError(Exception):
@@ -52,6 +54,12 @@ class Recipe(BaseModel):
     """Compile the network, or where stages are frozen, these alone: on a CPU that is what gains."""
     checkpoint_every: int = Field(gt=0)
     evaluate_every: int = Field(gt=0)
+
+
+def find_recipe(given: str) -> Path:
+    """``full`` is ``models/recipes/full.toml``; whatever ends in ``.toml`` is a path."""
+    path = Path(given)
+    return path if path.suffix == ".toml" else RECIPES / f"{given}.toml"
 
 
 def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:

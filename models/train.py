@@ -49,7 +49,7 @@ from models.losses import cross_entropy
 from models.networks import SegmentationNetwork, build_network
 from models.networks.segmentation import Features
 from models.prediction import open_device, predict_photo, score, torch_infer
-from models.recipe import Recipe, load_recipe
+from models.recipe import Recipe, find_recipe, load_recipe
 from models.transforms import Augmentation
 
 LOG_EVERY = 20
@@ -101,7 +101,8 @@ def set_training_mode(network: SegmentationNetwork, recipe: Recipe) -> None:
             module.requires_grad_(requires_grad=False).eval()
     if recipe.batch_norm == "frozen":
         for module in network.backbone.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            # Several GPUs' is no subclass of the other.
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
 
 
@@ -139,7 +140,7 @@ class Run:
             if weights != RANDOM:
                 load_start(network, weights)
         if world > 1 and device.type == "cuda":
-            # One process's share of the batch is too little for the head's statistics.
+            # One process's share of the batch is too little for statistics of its own.
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         set_training_mode(self.network, recipe)
@@ -249,7 +250,6 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
         forward = DistributedDataParallel(network)
     if recipe.compile and not recipe.frozen_stages:
         forward = torch.compile(forward)  # type: ignore[assignment]
-    writer = SummaryWriter(run.checkpoint.parent / "tensorboard", purge_step=run.iteration)
     mean_iou = run.history[-1]["mean_iou"] if run.history else math.nan
     batches = ResumableBatches(
         repeat_factors(training.samples, recipe.repeat_threshold),
@@ -259,7 +259,7 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
         recipe.seed,
     )
     with (
-        contextlib.closing(writer),
+        _tensorboard(run) as writer,
         tqdm(
             total=recipe.iterations * recipe.batch_size,
             initial=run.iteration * recipe.batch_size,
@@ -291,8 +291,9 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
                 if not math.isfinite(value):
                     raise TrainingError(f"loss is {value} at iteration {run.iteration}")
                 rate = recipe.learning_rate * factor
-                writer.add_scalar("train/loss", value, run.iteration)
-                writer.add_scalar("train/learning_rate", rate, run.iteration)
+                if writer is not None:
+                    writer.add_scalar("train/loss", value, run.iteration)
+                    writer.add_scalar("train/learning_rate", rate, run.iteration)
                 progress.set_postfix(
                     loss=f"{value:.3f}",
                     mIoU="-" if math.isnan(mean_iou) else f"{mean_iou:.3f}",
@@ -300,7 +301,7 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
                     refresh=False,
                 )
             progress.update(recipe.batch_size)
-            if rank > 0:
+            if writer is None:
                 continue
             if run.iteration % recipe.evaluate_every == 0 or last:
                 mean_iou, accuracy = run.evaluate(held_out, autocast)
@@ -321,9 +322,25 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
                 run.save()
 
 
+@contextlib.contextmanager
+def _tensorboard(run: Run) -> Iterator[SummaryWriter | None]:
+    """The first process's log; None in the others, which leave evaluation and saving to it."""
+    if run.rank > 0:
+        yield None
+        return
+    folder = run.checkpoint.parent / "tensorboard"
+    with SummaryWriter(folder, purge_step=run.iteration) as writer:
+        yield writer
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's options."""
-    parser.add_argument("--recipe", type=Path, required=True, help="TOML of hyper-parameters")
+    parser.add_argument(
+        "--recipe",
+        type=find_recipe,
+        required=True,
+        help="TOML of hyper-parameters, or the name of one in models/recipes",
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -227,6 +227,7 @@ def test_two_processes_train_as_one(offline: Offline) -> None:
             moved = [run["network"][f"backbone.{key}"] - before for run in (ours, theirs)]
             # Not to the last bit: the mean of two halves' means weighs void pixels differently.
             assert (moved[0] - moved[1]).norm() < 0.2 * moved[1].norm()
+    assert len(list((offline.folder / "two" / "tensorboard").iterdir())) == 1
 
 
 def test_another_recipe_does_not_continue_a_run(
@@ -242,6 +243,14 @@ def test_another_recipe_does_not_continue_a_run(
     assert main(arguments) == 1
     assert "momentum differ" in capsys.readouterr().err
     assert load_checkpoint(offline.folder / "run" / "checkpoint.pt")["iteration"] == 10
+
+
+def test_val_has_no_part_in_calibration(
+    offline: Offline, artefact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused before anything is read."""
+    assert offline.stage("quantize", artifact=artefact, data=offline.data, split="val") == 1
+    assert "--split val" in capsys.readouterr().err
 
 
 def test_the_graph_is_what_the_contract_promises(artefact: Path) -> None:

@@ -1,4 +1,4 @@
-"""The fp16 graph of every network gives the float network's logits, but for the rounding."""
+"""The fp16 graph gives the float network's logits, but for the rounding."""
 
 import shutil
 from pathlib import Path

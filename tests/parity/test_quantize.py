@@ -1,4 +1,4 @@
-"""The int8 graph of every network gives the float network's logits, but for the rounding."""
+"""The int8 graph gives the float network's logits, but for the rounding."""
 
 import shutil
 from pathlib import Path

@@ -166,7 +166,13 @@ def test_the_leading_stages_can_be_computed_before(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "rate"), [("fcn_vgg16_32s", 1e-3), ("densenet_fcn", 1e-2), ("atrous_densenet", 1e-2)]
+    ("name", "rate"),
+    [
+        ("fcn_vgg16_32s", 1e-3),
+        ("atrous_fcn_vgg16_16s", 1e-3),
+        ("densenet_fcn", 1e-2),
+        ("atrous_densenet", 1e-2),
+    ],
 )
 def test_a_training_step_lowers_the_loss(name: str, rate: float) -> None:
     """On the batch that it was taken on, with the same layers dropped out."""

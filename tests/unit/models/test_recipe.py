@@ -6,7 +6,7 @@ import pytest
 
 import models
 from models.networks import NETWORKS
-from models.recipe import RecipeError, load_recipe
+from models.recipe import RecipeError, find_recipe, load_recipe
 
 RECIPES = sorted((Path(models.__file__).parent / "recipes").glob("*.toml"))
 
@@ -35,6 +35,12 @@ def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, named: str) 
     path.write_text(text.replace(old, new), encoding="utf-8")
     with pytest.raises(RecipeError, match=named):
         load_recipe(path)
+
+
+def test_a_committed_recipe_goes_by_its_name() -> None:
+    """Anything else is a path."""
+    assert load_recipe(find_recipe("full")).frozen_stages == 0
+    assert find_recipe("mine/full.toml") == Path("mine/full.toml")
 
 
 def test_a_missing_recipe_is_named(tmp_path: Path) -> None:

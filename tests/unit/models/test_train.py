@@ -64,6 +64,17 @@ def test_frozen_means_no_gradient_and_no_new_statistics(network: nn.Module) -> N
             assert module.training is not name.startswith("backbone.")
 
 
+def test_statistics_shared_by_several_gpus_freeze_alike() -> None:
+    """Those that a run under torchrun has in the place of each BatchNorm."""
+    with torch.device("meta"):
+        built = build_network("fcn_resnet50_32s")
+        nn.SyncBatchNorm.convert_sync_batchnorm(built)  # type: ignore[no-untyped-call]
+    set_training_mode(built, CPU)
+    shared = [m for m in built.backbone.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(shared) == 53
+    assert not any(module.training for module in shared)
+
+
 def test_batch_norm_trains_where_the_recipe_says_so() -> None:
     """Except in frozen stages."""
     recipe = Recipe.model_validate({**CPU.model_dump(), "batch_norm": "train"})
