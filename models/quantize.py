@@ -96,8 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Calibrate, and write the int8 network into the artefact folder."""
     network = args.artifact / FILES["fp32"]
-    if args.split == "val":
-        raise DatasetError("--split val: what a network is scored on has no part in making it")
+    if args.split in ("val", "trainval"):
+        raise DatasetError(f"--split {args.split}: photos to score on have no part in calibration")
     samples = read_split(args.data, args.split)
     if not 1 <= args.images <= len(samples):
         raise DatasetError(f"--images {args.images}: {args.split} has {len(samples)}")

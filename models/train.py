@@ -101,7 +101,7 @@ def set_training_mode(network: SegmentationNetwork, recipe: Recipe) -> None:
             module.requires_grad_(requires_grad=False).eval()
     if recipe.batch_norm == "frozen":
         for module in network.backbone.modules():
-            # Several GPUs' is no subclass of the other.
+            # What several GPUs have in its place is no BatchNorm2d.
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
 

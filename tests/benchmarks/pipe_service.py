@@ -90,5 +90,5 @@ if __name__ == "__main__":
     session = StoredLogits(Path(sys.argv[1]))
     serving.create_app = partial(create_app, session=session)  # type: ignore[attr-defined]
     del sys.argv[1]  # the rest is the service's own
-    # Its whole start: what it asks of the allocator is a quarter of what a request costs here.
+    # Its whole start: what it asks of the allocator is part of what a request costs.
     sys.exit(main())

@@ -245,12 +245,13 @@ def test_another_recipe_does_not_continue_a_run(
     assert load_checkpoint(offline.folder / "run" / "checkpoint.pt")["iteration"] == 10
 
 
+@pytest.mark.parametrize("split", ["val", "trainval"])
 def test_val_has_no_part_in_calibration(
-    offline: Offline, artefact: Path, capsys: pytest.CaptureFixture[str]
+    offline: Offline, artefact: Path, split: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Refused before anything is read."""
-    assert offline.stage("quantize", artifact=artefact, data=offline.data, split="val") == 1
-    assert "--split val" in capsys.readouterr().err
+    assert offline.stage("quantize", artifact=artefact, data=offline.data, split=split) == 1
+    assert f"--split {split}: photos to score on" in capsys.readouterr().err
 
 
 def test_the_graph_is_what_the_contract_promises(artefact: Path) -> None:

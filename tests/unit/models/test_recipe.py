@@ -4,14 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import models
 from models.networks import NETWORKS
-from models.recipe import RecipeError, find_recipe, load_recipe
-
-RECIPES = sorted((Path(models.__file__).parent / "recipes").glob("*.toml"))
+from models.recipe import RECIPES, RecipeError, find_recipe, load_recipe
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_committed_recipes_are_valid(path: Path) -> None:
     """Each names a network that exists."""
     assert load_recipe(path).network in NETWORKS
@@ -29,7 +26,7 @@ def test_committed_recipes_are_valid(path: Path) -> None:
 )
 def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, named: str) -> None:
     """Out of range, misspelt, missing, or no TOML at all."""
-    text = (RECIPES[0].parent / "cpu.toml").read_text(encoding="utf-8")
+    text = (RECIPES / "cpu.toml").read_text(encoding="utf-8")
     assert old in text
     path = tmp_path / "wrong.toml"
     path.write_text(text.replace(old, new), encoding="utf-8")
@@ -51,7 +48,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 
 def test_a_change_takes_the_place_of_the_files_value() -> None:
     """As --set gives it: any line of TOML, checked like the rest."""
-    path = RECIPES[0].parent / "cpu.toml"
+    path = RECIPES / "cpu.toml"
     recipe = load_recipe(path, ["jitter=0.1", "scale_range = [0.75, 1.5]"])
     assert recipe.jitter == 0.1
     assert recipe.scale_range == (0.75, 1.5)
