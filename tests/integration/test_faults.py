@@ -72,7 +72,7 @@ def test_a_batch_that_fails_costs_its_members_alone(
 
 def test_a_batch_that_hangs_ends_the_process(faulty: Path) -> None:
     """At its deadline the request is answered; then the process ends with every thread's stack."""
-    with logged(faulty, threads=1, deadline_s=1, watchdog_s=2) as service:
+    with logged(faulty, threads=1, deadline_s=1, watchdog_s=4) as service:
         hung = post(service.url, encode(faulty_photo("hang")))
         assert_problem(hung, 504, "deadline-exceeded")
         assert httpx.get(f"{service.url}/readyz").status_code == 200
