@@ -56,7 +56,7 @@ def test_the_head_learns_faster_and_vectors_are_not_decayed(network: nn.Module) 
 
 def test_frozen_means_no_gradient_and_no_new_statistics(network: nn.Module) -> None:
     """The recipe's stages, and the backbone's BatchNorms; the head's BatchNorms do learn."""
-    frozen = ("backbone.conv1.", "backbone.bn1.", "backbone.layer1.")
+    frozen = tuple(f"backbone.{name}." for name in ("conv1", "bn1", "layer1", "layer2"))
     for name, parameter in network.named_parameters():
         assert parameter.requires_grad is not name.startswith(frozen)
     for name, module in network.named_modules():
@@ -81,5 +81,5 @@ def test_batch_norm_trains_where_the_recipe_says_so() -> None:
     with torch.device("meta"):
         built = build_network("fcn_resnet50_32s")
     set_training_mode(built, recipe)
-    assert not built.backbone.get_submodule("layer1.0.bn1").training
-    assert built.backbone.get_submodule("layer2.0.bn1").training
+    assert not built.backbone.get_submodule("layer2.0.bn1").training
+    assert built.backbone.get_submodule("layer3.0.bn1").training
