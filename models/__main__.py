@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from models import describe, evaluate, export, fetch, half, manifest, quantize, train, verify
 from models.checkpoint import CheckpointError
 from models.dataset import DatasetError
-from models.network_file import GraphError
+from models.graphs.network_file import GraphError
 from models.prediction import DeviceError
 from models.recipe import RecipeError
+from models.stages import describe, evaluate, export, fetch, half, manifest, quantize, train, verify
 from service.errors import SegmentError
 
 STAGES = {

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.transforms import Augmentation, Example
-from service.voc import CLASSES, IGNORE_INDEX
+from service.artefact.voc import CLASSES, IGNORE_INDEX
 
 
 class DatasetError(Exception):

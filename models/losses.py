@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from service.voc import IGNORE_INDEX
+from service.artefact.voc import IGNORE_INDEX
 
 STEP = 4
 """Pixels between two that the loss is taken at, along either axis. Neighbouring pixels say nearly

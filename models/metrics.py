@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from service.voc import CLASSES, IGNORE_INDEX
+from service.artefact.voc import CLASSES, IGNORE_INDEX
 
 BAND_WIDTHS: Final = (1, 2, 4, 8, 16, 32)
 """Pixels; each twice the one before, as `boundary_rings` needs."""

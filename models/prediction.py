@@ -21,11 +21,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.dataset import Sample
-from models.graph_builder import GraphBuilder, attributes_of
+from models.graphs.builder import GraphBuilder, attributes_of
 from models.metrics import ConfusionMatrix
 from models.transforms import fit, upsample
-from service.contract import INPUT_NAME, OUTPUT_NAME, SHAPE_MULTIPLE, ModelContract
-from service.preprocessing import Geometry
+from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, SHAPE_MULTIPLE, ModelContract
+from service.artefact.preprocessing import Geometry
 
 Infer = Callable[[NDArray[np.uint8]], Tensor]
 """``(N, h, w, 3) uint8 RGB`` -> ``(N, 21, h/stride, w/stride) float32`` logits."""

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from models.networks.segmentation import Normalize
-from service.preprocessing import Geometry, preprocess
-from service.voc import IGNORE_INDEX
+from service.artefact.preprocessing import Geometry, preprocess
+from service.artefact.voc import IGNORE_INDEX
 
 _RED, _GREEN, _BLUE = (round(255 * channel) for channel in Normalize.MEAN)
 PADDING_COLOR = (_RED, _GREEN, _BLUE)

@@ -16,35 +16,26 @@ from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.decoding import keep_readers_quiet
-from service.engine import CPU_QUEUE, GPU_QUEUE, open_engine
-from service.engines import Engines
 from service.errors import SettingsError
-from service.metrics import Metrics, Peers
-from service.routes import (
-    batch,
-    catalogue,
-    health,
-    hugging_face,
-    label_studio,
-    metrics,
-    open_inference,
-    page,
-    problems,
-    segment,
-)
-from service.routes.access import Access
-from service.routes.middleware import RequestContext
-from service.routes.observation import is_probe
-from service.routes.state import LifespanState, Phase, Service
-from service.routes.tensors import InferenceRequest
+from service.http import problems
+from service.http.access import Access
+from service.http.dependencies import LifespanState, Phase, Service
+from service.http.middleware import RequestContext
+from service.http.observation import is_probe
+from service.images.decoding import keep_readers_quiet
+from service.inference.engine import CPU_QUEUE, GPU_QUEUE, open_engine
+from service.inference.engines import Engines
+from service.inference.session import InferenceSession, available_cores
+from service.routes import batch, catalogue, health, metrics, page, segment
+from service.routes.protocols import hugging_face, label_studio, open_inference
+from service.routes.protocols.tensors import InferenceRequest
 from service.schemas import Problem
 from service.segmenter import POOL_THREAD_NAME, Segmenter
-from service.session import InferenceSession, available_cores
 from service.settings import Settings
+from service.telemetry.metrics import Metrics, Peers
 
 if TYPE_CHECKING:  # it needs the extra `tracing`
-    from service.tracing import Traces
+    from service.telemetry.tracing import Traces
 
 API_VERSION: Final = "1"
 """Of the API: another one breaks clients. Which release answers is not told to everybody."""
@@ -205,7 +196,7 @@ def _configured_traces() -> Traces | None:
     if endpoint is None:
         return None
     try:
-        from service.tracing import Traces  # noqa: PLC0415  the extra brings what it needs
+        from service.telemetry.tracing import Traces  # noqa: PLC0415  the extra brings what it needs
     except ImportError as exc:
         raise SettingsError(f"{endpoint} is set: {exc}") from exc
     return Traces(exclude=is_probe)

@@ -36,19 +36,19 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
 from service.app import create_app
-from service.batcher import Answer
-from service.contract import ModelContract
-from service.engine import Engine, Output, open_engine
-from service.engines import Engines
+from service.artefact.contract import ModelContract
+from service.artefact.manifest import Manifest
 from service.errors import InferenceFailed, ModelUnavailable, Overloaded, SegmentError
-from service.lanes import Task
-from service.manifest import Manifest
-from service.metrics import Families, Metrics
+from service.http.observation import REQUEST_ID_HEADER
+from service.inference.batcher import Answer
+from service.inference.engine import Engine, Output, open_engine
+from service.inference.engines import Engines
+from service.inference.lanes import Task
 from service.routes.metrics import engine_families
-from service.routes.observation import REQUEST_ID_HEADER
 from service.settings import Settings, load_settings
+from service.telemetry import logs
+from service.telemetry.metrics import Families, Metrics
 
 _log: Any = structlog.get_logger("service.cluster")
 
@@ -75,7 +75,7 @@ class Arguments(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class RemoteModel:
-    """`service.engine.ServedModel` of a model that is in a device's process."""
+    """`service.inference.engine.ServedModel` of a model that is in a device's process."""
 
     contract: ModelContract
     manifest: Manifest
@@ -172,7 +172,7 @@ class Device:
 
 
 class RemoteQueue:
-    """`service.engine.Queue` whose devices are `Device` replicas behind a handle."""
+    """`service.inference.engine.Queue` whose devices are `Device` replicas behind a handle."""
 
     def __init__(self, device: DeploymentHandle, model: RemoteModel) -> None:
         self._device = device
@@ -240,7 +240,7 @@ class RemoteQueue:
 
 
 class Replicas:
-    """`service.metrics.Peers` that are replicas of both deployments."""
+    """`service.telemetry.metrics.Peers` that are replicas of both deployments."""
 
     label: Final = "replica"
 

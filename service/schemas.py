@@ -6,8 +6,8 @@ from datetime import date
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.contract import Precision, Shape
-from service.manifest import Accuracy
+from service.artefact.contract import Precision, Shape
+from service.artefact.manifest import Accuracy
 
 Color = tuple[int, int, int]
 

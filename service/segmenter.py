@@ -20,20 +20,20 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from service.answers import MediaType, Options, encode_answer
-from service.batcher import Answer
-from service.contract import ModelContract
-from service.decoding import Photo, decode
-from service.engine import Engine, Output
-from service.engines import Engines
+from service.artefact.contract import ModelContract
+from service.artefact.preprocessing import Geometry, preprocess
 from service.errors import DeadlineExceeded, Overloaded
-from service.lanes import Task, Upsampled
-from service.memory import give_back_freed
-from service.metrics import Metrics
-from service.preprocessing import Geometry, preprocess
+from service.images.decoding import Photo, decode
+from service.inference.batcher import Answer
+from service.inference.engine import Engine, Output
+from service.inference.engines import Engines
+from service.inference.lanes import Task, Upsampled
+from service.inference.memory import give_back_freed
+from service.inference.upsampling import Labels, upsample
 from service.schemas import ModelName
-from service.stages import note
-from service.upsampling import Labels, upsample
+from service.telemetry.metrics import Metrics
+from service.telemetry.timings import note
+from service.views import MediaType, Options, encode_answer
 
 T = TypeVar("T")
 

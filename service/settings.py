@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.access import parse_rate_limits
-from service.contract import one_line
+from service.artefact.contract import one_line
 from service.errors import SettingsError
 
 ENV_PREFIX: Final = "FCN_"

@@ -14,9 +14,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from service import voc
-from service.contract import ModelContract, Precision
-from service.manifest import FileEntry, Manifest, load_manifest
+from service.artefact import voc
+from service.artefact.contract import ModelContract, Precision
+from service.artefact.manifest import FileEntry, Manifest, load_manifest
 
 STRIDE = 16
 SHAPES = ((64, 96), (96, 64), (96, 96))

@@ -10,7 +10,7 @@ import schemathesis
 from fastapi import FastAPI
 from schemathesis.specs.openapi.schemas import OpenApiSchema
 
-from service.routes.middleware import HEADERS
+from service.http.middleware import HEADERS
 from service.settings import Settings
 from tests.clients import Check
 

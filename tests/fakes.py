@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from service.contract import ModelContract, TensorInfo
+from service.artefact.contract import ModelContract, TensorInfo
 from tests.artefacts import make_contract
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from service.manifest import FileEntry, load_manifest
+from service.artefact.manifest import FileEntry, load_manifest
 from tests.artefacts import add_precision, build_artefact, two_class_photo
 from tests.host_device import cpp_compiler
 

@@ -34,8 +34,8 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity, given
 from tqdm import tqdm
 
-from service import logs
 from service.settings import Settings
+from service.telemetry import logs
 from tests.artefacts import build_artefact, encode, two_class_photo
 from tests.clients import in_process
 from tests.mutations import hostile_files

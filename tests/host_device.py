@@ -1,4 +1,4 @@
-"""A GPU made of the host: what `service.cuda` does, on the CPU, with the same kernel.
+"""A GPU made of the host: what `service.inference.cuda` does, on the CPU, with the same kernel.
 
 The kernel's source is compiled as C++ and called once for each thread of each block; device memory
 is the host's. Everything else of the GPU's path is the service's own: packing, rounds, binding,
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from service.cuda import KERNEL
+from service.inference.cuda import KERNEL
 
 _HOST = f"""
 #include <cmath>
@@ -77,7 +77,7 @@ def address(array: npt.NDArray[Any]) -> int:
 
 @dataclass
 class HostChannel:
-    """`service.lanes.Channel` in the host's memory; ``commands`` are those given so far.
+    """`service.inference.lanes.Channel` in the host's memory; ``commands`` are those given so far.
 
     What was not uploaded is not there: device buffers are apart from the host's.
     """
@@ -127,7 +127,7 @@ class HostChannel:
 
 
 class HostDevice:
-    """`service.cuda.CudaDevice`, as far as the service uses it."""
+    """`service.inference.cuda.CudaDevice`, as far as the service uses it."""
 
     kind = "cpu"
     name = "host"

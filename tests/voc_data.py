@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from service.voc import FULL_PALETTE, IGNORE_INDEX, PALETTE
+from service.artefact.voc import FULL_PALETTE, IGNORE_INDEX, PALETTE
 
 CLASS_IDS = (8, 12, 15)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from service.voc import NUM_CLASSES
+from service.artefact.voc import NUM_CLASSES
 
 Features = tuple[Tensor, ...]
 """The normalised image and the outputs of leading stages."""

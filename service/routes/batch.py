@@ -21,15 +21,15 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.answers import Options
-from service.archive import Archive
-from service.routes.disconnects import unless_gone
-from service.routes.negotiation import negotiate
-from service.routes.parameters import OptionsDep
-from service.routes.problems import documented, embedded_problem
-from service.routes.state import ReadyServiceDep, Service
-from service.routes.uploads import FIELD, MULTIPART, Upload, open_images
+from service.http.dependencies import ReadyServiceDep, Service
+from service.http.disconnects import unless_gone
+from service.http.negotiation import negotiate
+from service.http.parameters import OptionsDep
+from service.http.problems import documented, embedded_problem
+from service.http.uploads import FIELD, MULTIPART, Upload, open_images
+from service.routes.archive import Archive
 from service.schemas import BatchEntry, BatchIndex, BatchItem, ModelName, Problem
+from service.views import Options
 
 T = TypeVar("T")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from service import voc
-from service.routes.problems import documented
-from service.routes.state import ServiceDep
+from service.artefact import voc
+from service.http.dependencies import ServiceDep
+from service.http.problems import documented
 from service.schemas import ClassLabel, LabelMap, ListedModel, ModelDescription, ModelList
 
 router = APIRouter(tags=["catalogue"])

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from service.errors import Draining
-from service.routes.problems import documented
-from service.routes.state import Phase, ServiceDep
+from service.http.dependencies import Phase, ServiceDep
+from service.http.problems import documented
 from service.schemas import Health
 
 router = APIRouter(tags=["health"])

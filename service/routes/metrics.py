@@ -1,4 +1,4 @@
-"""``GET /metrics``: what `service.metrics` counts, for Prometheus."""
+"""``GET /metrics``: what `service.telemetry.metrics` counts, for Prometheus."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service.engine import Engine
-from service.metrics import EngineFacts, Families, Metrics, encode, merge
-from service.routes.state import Phase, Service, ServiceDep
+from service.http.dependencies import Phase, Service, ServiceDep
+from service.inference.engine import Engine
+from service.telemetry.metrics import EngineFacts, Families, Metrics, encode, merge
 
 router = APIRouter(tags=["health"])
 

@@ -7,15 +7,15 @@ from typing import Final
 
 from fastapi import APIRouter, Request, Response
 
-from service.answers import IMAGE_FORMATS, MEDIA_TYPES
-from service.decoding import MEDIA_TYPES as IMAGE_TYPES
-from service.routes.disconnects import unless_gone
-from service.routes.negotiation import negotiate
-from service.routes.parameters import OptionsDep
-from service.routes.problems import documented
-from service.routes.state import ReadyServiceDep
-from service.routes.uploads import FIELD, MULTIPART, read_image
+from service.http.dependencies import ReadyServiceDep
+from service.http.disconnects import unless_gone
+from service.http.negotiation import negotiate
+from service.http.parameters import OptionsDep
+from service.http.problems import documented
+from service.http.uploads import FIELD, MULTIPART, read_image
+from service.images.decoding import MEDIA_TYPES as IMAGE_TYPES
 from service.schemas import Segmentation
+from service.views import IMAGE_FORMATS, MEDIA_TYPES
 
 router = APIRouter(tags=["segmentation"])
 

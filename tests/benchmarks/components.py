@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
-from service.decoding import decode
-from service.encoding import encode_image, encode_mask
-from service.preprocessing import Geometry
-from service.upsampling import upsample
+from service.artefact.preprocessing import Geometry
+from service.images.decoding import decode
+from service.images.encoding import encode_image, encode_mask
+from service.inference.upsampling import upsample
 
 if TYPE_CHECKING:
     from tests.benchmarks.bench import Bench
@@ -72,7 +72,7 @@ def store_inputs(folder: Path, photo: Path, artefact: Path) -> None:
     """Real logits, masks and photos of every size, as files."""
     import torch
 
-    from service.session import load_model
+    from service.inference.session import load_model
     from tests.benchmarks import photos
     from tests.benchmarks.peers import pipeline
 

@@ -32,14 +32,16 @@ from PIL import Image
 
 from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
-from service import decoding, preprocessing, session, upsampling
-from service.contract import SHAPE_MULTIPLE, ModelContract, Precision
-from service.decoding import Photo, decode
-from service.manifest import load_manifest, sha256_of
-from service.preprocessing import Geometry, preprocess
-from service.session import Model, available_cores, load_model
+from service.artefact import preprocessing
+from service.artefact.contract import SHAPE_MULTIPLE, ModelContract, Precision
+from service.artefact.manifest import load_manifest, sha256_of
+from service.artefact.preprocessing import Geometry, preprocess
+from service.images import decoding
+from service.images.decoding import Photo, decode
+from service.inference import session, upsampling
+from service.inference.session import Model, available_cores, load_model
+from service.inference.upsampling import upsample
 from service.settings import DEFAULT_MODEL
-from service.upsampling import upsample
 from tests.benchmarks.bench import environment
 from tests.benchmarks.components import MAX_PIXELS
 from tests.benchmarks.front_points import Candidate, Point, Role, draw, table

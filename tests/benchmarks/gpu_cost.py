@@ -11,7 +11,7 @@ from typing import Final
 import onnx
 from onnx import NodeProto, TensorProto
 
-from service.contract import INPUT_NAME, OUTPUT_NAME, Shape
+from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, Shape
 
 _READ_AND_WRITTEN: Final = {"Conv", "MaxPool", "ReduceMean", "Concat"}
 """The operators that cannot be part of the one before them."""

@@ -20,13 +20,13 @@ from unittest import mock
 import numpy as np
 import numpy.typing as npt
 
-from service import providers
-from service.contract import Precision, Shape
-from service.cuda import CudaDevice
-from service.decoding import decode
-from service.lanes import NO_GRAPH, Channel, Task
-from service.preprocessing import Geometry, preprocess
-from service.session import DeviceOptions, Model, load_model
+from service.artefact.contract import Precision, Shape
+from service.artefact.preprocessing import Geometry, preprocess
+from service.images.decoding import decode
+from service.inference import providers
+from service.inference.cuda import CudaDevice
+from service.inference.lanes import NO_GRAPH, Channel, Task
+from service.inference.session import DeviceOptions, Model, load_model
 from service.settings import Settings
 from tests.benchmarks.bench import Bench
 from tests.host_device import HostDevice

@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 from onnx import TensorProto
 
-from service import providers
-from service.cuda import CudaDevice
+from service.inference import providers
+from service.inference.cuda import CudaDevice
 from tests.benchmarks.gpu_cost import matrix_product, network_cost
 from tests.benchmarks.gpu_device import (
     CPU,

@@ -14,9 +14,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from service import providers
-from service.contract import Precision, Shape
-from service.lanes import NO_GRAPH
+from service.artefact.contract import Precision, Shape
+from service.inference import providers
+from service.inference.lanes import NO_GRAPH
 from tests.benchmarks.gpu_device import (
     CPU,
     GpuBench,
@@ -54,7 +54,7 @@ SWEPT: Final[Mapping[Precision, tuple[str, ...]]] = {
     "fp16": tuple(CHOICES),
     "fp32": ("cudnn_conv_algo_search", "prefer_nhwc", "use_tf32"),
 }
-DEFAULTS: Final = "service/providers.py"
+DEFAULTS: Final = "service/inference/providers.py"
 GAIN: Final = 1.02
 """What an option has to bring to be taken into the combination."""
 

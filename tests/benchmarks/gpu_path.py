@@ -13,10 +13,10 @@ from typing import Final
 
 import numpy as np
 
-from service.contract import Precision, Shape
-from service.engine import GPU_BATCH, LANES
-from service.lanes import OUTPUT_BYTES, Channel, Lane, Task
-from service.preprocessing import Geometry
+from service.artefact.contract import Precision, Shape
+from service.artefact.preprocessing import Geometry
+from service.inference.engine import GPU_BATCH, LANES
+from service.inference.lanes import OUTPUT_BYTES, Channel, Lane, Task
 from tests.benchmarks.gpu_device import (
     CPU,
     GpuBench,

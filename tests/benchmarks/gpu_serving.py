@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from service.session import available_cores
+from service.inference.session import available_cores
 from tests.benchmarks import photos as photo_files
 from tests.benchmarks.gpu_device import CPU, GpuBench, Utilisation
 from tests.benchmarks.servers import Running, Side, running

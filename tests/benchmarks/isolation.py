@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.decoding import Photo, decode
+from service.images.decoding import Photo, decode
 from service.settings import Settings
 from tests.benchmarks.bench import environment, markdown_table
 from tests.benchmarks.photos import LANDSCAPE, MEGAPIXELS_12, resized, serving_photos
@@ -56,7 +56,7 @@ class DecodingProcess:
         os.close(memory)
 
     def decode(self, data: bytes, needed_side: int | None) -> Photo:
-        """As `service.decoding.decode`, for photos that are sound."""
+        """As `service.images.decoding.decode`, for photos that are sound."""
         self._shared[: len(data)] = data
         self._socket.send(_ASK.pack(len(data), needed_side or 0))
         height, width, *size, left, top, right, bottom = _ANSWER.unpack(

@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from service.session import InferenceSession, Model, load_model
+from service.inference.session import InferenceSession, Model, load_model
 from tests.benchmarks.bench import Bench
 
 SHAPE: Final = (384, 512)

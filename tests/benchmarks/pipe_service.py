@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from service import serving
 from service.__main__ import main
 from service.app import create_app
-from service.contract import ModelContract, TensorInfo
+from service.artefact.contract import ModelContract, TensorInfo
+from service.server import serving
 
 
 @dataclass(frozen=True)

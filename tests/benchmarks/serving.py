@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from service.session import load_model
+from service.inference.session import load_model
 from service.settings import Settings
 from tests.benchmarks import photos as photo_files
 from tests.benchmarks import sides

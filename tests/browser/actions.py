@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 from playwright.sync_api import Page, ViewportSize, expect
 
-from service import voc
+from service.artefact import voc
 from tests.clients import Server, mask_of
 
 DESKTOP: ViewportSize = {"width": 1280, "height": 800}

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from service import voc
+from service.artefact import voc
 from service.settings import DEFAULT_MODEL
 from tests.browser.actions import CAT, DESKTOP, ask_mask, expect_result, inside_of, move_over
 from tests.clients import serving

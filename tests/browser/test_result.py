@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 from playwright.sync_api import Locator, Page, expect
 
-from service import voc
+from service.artefact import voc
 from tests.browser.actions import (
     ASTRONAUT,
     CAT,

@@ -10,7 +10,7 @@ from tests.browser.conftest import MAX_BYTES
 
 
 def refuse(route: Route) -> None:
-    """Answer as `service.routes.problems` does when the queue is full."""
+    """Answer as `service.http.problems` does when the queue is full."""
     problem = {"type": "/problems/overloaded", "title": "Overloaded", "detail": "queue is full"}
     route.fulfill(
         status=503,

@@ -21,13 +21,13 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from service.contract import Precision, Shape
-from service.cuda import CudaDevice
-from service.lanes import Lane, Task
-from service.preprocessing import Geometry, preprocess
-from service.session import DeviceOptions, Model, load_model
+from service.artefact.contract import Precision, Shape
+from service.artefact.preprocessing import Geometry, preprocess
+from service.inference.cuda import CudaDevice
+from service.inference.lanes import Lane, Task
+from service.inference.session import DeviceOptions, Model, load_model
+from service.inference.upsampling import Labels, upsample
 from service.settings import DEFAULT_MODEL
-from service.upsampling import Labels, upsample
 
 MAX_BATCH = 8
 MAX_SIDE = 2048

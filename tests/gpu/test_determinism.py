@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.lanes import Lane, Task
+from service.inference.lanes import Lane, Task
 from tests.gpu.conftest import MAX_BATCH, Gpu, Photo, differing, masks
 
 Mask = npt.NDArray[np.uint8]

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from service.contract import Precision
-from service.lanes import Lane, Task, batch_sizes
+from service.artefact.contract import Precision
+from service.inference.lanes import Lane, Task, batch_sizes
 from tests.gpu.conftest import MAX_BATCH, Gpu, Photo, differing, masks, open_gpu
 
 SAME = 1e-4

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from models.metrics import ConfusionMatrix
-from service.lanes import OUTPUT_BYTES, Lane, Task
-from service.upsampling import Labels
+from service.inference.lanes import OUTPUT_BYTES, Lane, Task
+from service.inference.upsampling import Labels
 from tests.gpu.conftest import Gpu, Photo, differing, masks
 
 NEAR_TIES = 1e-4

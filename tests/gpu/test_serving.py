@@ -8,9 +8,9 @@ import httpx
 import numpy as np
 import pytest
 
-from service.lanes import Task
+from service.inference.lanes import Task
+from service.inference.upsampling import Labels
 from service.settings import DEFAULT_MODEL
-from service.upsampling import Labels
 from tests.artefacts import encode
 from tests.clients import Server, mask_of, serving
 from tests.gpu.conftest import Photo, differing

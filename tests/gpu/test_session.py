@@ -2,8 +2,8 @@
 
 import pytest
 
-from service import providers
-from service.session import DeviceOptions, load_model
+from service.inference import providers
+from service.inference.session import DeviceOptions, load_model
 from service.settings import DEFAULT_MODEL
 from tests.gpu.conftest import Gpu
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 
-from service import voc
+from service.artefact import voc
 from tests.artefacts import encode, paint, two_class_photo
 from tests.clients import InProcess, assert_problem, mask_of
 

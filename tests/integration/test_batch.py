@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 from starlette.types import Message, Scope
 
-from service import segmenter, voc
-from service.decoding import Photo, decode
+from service import segmenter
+from service.artefact import voc
+from service.images.decoding import Photo, decode
 from service.routes.batch import in_order
 from service.settings import Settings
 from tests.artefacts import encode, paint, two_class_photo

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 from skimage import data
 
-from service import voc
+from service.artefact import voc
 from service.client import AsyncClient, Client, RequestRefused
 from tests.artefacts import encode, two_class_photo
 from tests.clients import Server

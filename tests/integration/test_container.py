@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
+from service.server.supervisor import _GRACE_S
 from service.settings import Settings, load_settings
-from service.supervisor import _GRACE_S
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = Path(sys.executable).parent / "docker-compose"

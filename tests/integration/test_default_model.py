@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 from skimage import data
 
-from service import voc
+from service.artefact import voc
 from service.settings import DEFAULT_MODEL
 from tests.artefacts import encode
 from tests.clients import Server, mask_of, serving

@@ -16,7 +16,7 @@ from typing import NoReturn
 import httpx
 import pytest
 
-from service.watchdog import EXIT_STATUS
+from service.server.watchdog import EXIT_STATUS
 from tests.artefacts import encode, two_class_photo
 from tests.clients import (
     Server,

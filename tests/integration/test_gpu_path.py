@@ -18,9 +18,9 @@ import pytest
 from anyio import create_task_group
 from skimage import data
 
-from service import providers, session
-from service.engine import LANES
 from service.errors import DeviceMemoryExhausted
+from service.inference import providers, session
+from service.inference.engine import LANES
 from service.settings import DEFAULT_MODEL, Settings
 from tests.artefacts import build_artefact, encode
 from tests.clients import InProcess, in_process, mask_of

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 
-from service import voc
+from service.artefact import voc
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, Server, mask_of
 

@@ -14,9 +14,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from service.metrics import Metrics
+from service.server.supervisor import _GRACE_S
 from service.settings import Settings
-from service.supervisor import _GRACE_S
+from service.telemetry.metrics import Metrics
 from tests.integration.test_container import read_dockerfile
 
 ROOT = Path(__file__).parents[2]

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pytest
 from pydantic import ValidationError
 
-from service import voc
-from service.brush import RowRuns
+from service.artefact import voc
+from service.images.brush_rle import RowRuns
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, in_process, mask_of

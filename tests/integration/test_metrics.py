@@ -24,10 +24,10 @@ from structlog.typing import EventDict
 
 from service.app import with_state
 from service.errors import NotAcceptable, Overloaded, RateLimited, SegmentError
-from service.metrics import STAGES
-from service.routes.middleware import RequestContext
-from service.routes.problems import KINDS, Kind
+from service.http.middleware import RequestContext
+from service.http.problems import KINDS, Kind
 from service.settings import Settings
+from service.telemetry.metrics import STAGES
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, in_process, serving
 from tests.fakes import FakeSession

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from httpx import Response
 
-from service.engines import Engines
-from service.manifest import MANIFEST_NAME
+from service.artefact.manifest import MANIFEST_NAME
+from service.inference.engines import Engines
 from service.settings import Settings
 from tests.artefacts import build_artefact, encode, two_class_photo
 from tests.clients import InProcess, in_process

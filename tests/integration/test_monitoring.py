@@ -21,9 +21,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.app import create_app
-from service.metrics import OTHER, STAGES
-from service.routes.problems import REASONS
+from service.http.problems import REASONS
 from service.settings import Settings
+from service.telemetry.metrics import OTHER, STAGES
 from tests.artefacts import encode, two_class_photo
 from tests.clients import in_process, serving
 from tests.host_device import HostDevice

@@ -20,14 +20,14 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-from models import evaluate, train
 from models.__main__ import main
 from models.checkpoint import load_checkpoint, load_network, save_checkpoint
 from models.dataset import read_split
-from models.network_file import FILES
+from models.graphs.network_file import FILES
 from models.networks import build_network
 from models.prediction import torch_infer
-from service.manifest import FileEntry, load_manifest, read_files
+from models.stages import evaluate, train
+from service.artefact.manifest import FileEntry, load_manifest, read_files
 from tests.clients import serving
 from tests.voc_data import make_voc
 
@@ -197,8 +197,8 @@ def test_a_killed_run_resumes_to_the_same_weights(offline: Offline) -> None:
 
 KILL_AT_FIRST_CHECKPOINT = """
 import os, signal, sys
-from models import train
-from models import train
+from models.stages import train
+from models.stages import train
 from models.__main__ import main
 
 save = train.Run.save

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from service import voc
 from service.app import create_app
+from service.artefact import voc
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import Server

@@ -19,10 +19,10 @@ from PIL import Image
 from pycocotools.coco import COCO  # type: ignore[import-untyped]
 from skimage import data
 
-from service import voc
-from service.cli import main
+from service.artefact import voc
+from service.cli.main import main
+from service.cli.outputs import CocoFile
 from service.client import AsyncClient, Retries, ServiceUnreachable
-from service.outputs import CocoFile
 from tests.artefacts import encode, two_class_photo
 from tests.clients import Server, command_line, environment
 
@@ -308,7 +308,8 @@ def test_without_httpx_a_service_cannot_be_asked(
 ) -> None:
     """It says what to install."""
     monkeypatch.setitem(sys.modules, "httpx", None)
-    monkeypatch.delitem(sys.modules, "service.client")
+    for name in ("service.client", "service.client.client", "service.client.requests"):
+        monkeypatch.delitem(sys.modules, name)
     command = ["predict", str(tmp_path / "x"), "--out", str(tmp_path), "--url", "http://x"]
     assert main(command) == 2
     assert "pip install 'fcn-segment[client]'" in capsys.readouterr().err

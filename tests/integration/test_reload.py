@@ -14,8 +14,8 @@ import pytest
 import structlog
 from httpx import Response
 
-from service.engine import Engine
-from service.manifest import MANIFEST_NAME
+from service.artefact.manifest import MANIFEST_NAME
+from service.inference.engine import Engine
 from service.settings import Settings
 from tests.artefacts import build_artefact, encode, make_contract, two_class_photo
 from tests.clients import InProcess, in_process

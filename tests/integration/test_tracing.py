@@ -20,9 +20,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from service.errors import SettingsError
-from service.metrics import STAGES
 from service.settings import Settings
-from service.tracing import SparingHandler
+from service.telemetry.metrics import STAGES
+from service.telemetry.tracing import SparingHandler
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, fails, in_process
 from tests.processes import PATIENCE_S, logged
@@ -212,7 +212,7 @@ async def test_a_collector_that_hangs_holds_nobody(
     collector: Collector, traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests are answered while it hangs, more of them than wait to be sent; so is the end."""
-    monkeypatch.setattr("service.tracing.LONGEST_FLUSH_S", 0.01)
+    monkeypatch.setattr("service.telemetry.tracing.LONGEST_FLUSH_S", 0.01)
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
     collector.gate.clear()
@@ -316,5 +316,5 @@ def test_a_missing_extra_is_one_line(
 
 def test_without_an_endpoint_nothing_is_loaded() -> None:
     """Who wants no traces does not wait for them, at the start neither."""
-    code = "import sys, service.cli; sys.exit('opentelemetry.sdk' in sys.modules)"
+    code = "import sys, service.cli.main; sys.exit('opentelemetry.sdk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,11 +8,11 @@ import torch
 
 from models.checkpoint import rounded_weights
 from models.dataset import read_split
-from models.export import export
-from models.half import halve
-from models.network_file import FILES
+from models.graphs.network_file import FILES
 from models.networks import build_network
-from models.quantize import calibrate, quantize
+from models.stages.export import export
+from models.stages.half import halve
+from models.stages.quantize import calibrate, quantize
 from tests.parity.test_export import contract_of
 from tests.voc_data import make_voc
 

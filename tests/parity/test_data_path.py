@@ -14,10 +14,11 @@ from skimage import data
 from models.networks.segmentation import Normalize
 from models.prediction import SHAPES, predict_photo
 from models.transforms import PADDING_COLOR, upsample
-from service import preprocessing, upsampling
-from service.contract import ModelContract
-from service.decoding import decode
-from service.session import load_model
+from service.artefact import preprocessing
+from service.artefact.contract import ModelContract
+from service.images.decoding import decode
+from service.inference import upsampling
+from service.inference.session import load_model
 from service.settings import DEFAULT_MODEL
 
 CONTRACT = ModelContract(

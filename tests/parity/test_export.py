@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from models.checkpoint import rounded_weights
-from models.export import ExportError, export
 from models.networks import NETWORKS, SegmentationNetwork, build_network
 from models.networks.segmentation import Normalize
 from models.prediction import SHAPES
-from service.contract import ModelContract
+from models.stages.export import ExportError, export
+from service.artefact.contract import ModelContract
 
 
 def contract_of(name: str, network: SegmentationNetwork) -> ModelContract:

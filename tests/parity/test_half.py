@@ -10,10 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from models.half import halve
-from models.network_file import FILES, GraphError
+from models.graphs.network_file import FILES, GraphError
 from models.prediction import onnx_infer, with_rounding
-from service.contract import ModelContract
+from models.stages.half import halve
+from service.artefact.contract import ModelContract
 from tests.parity.test_quantize import save_sigmoid, smooth_photos
 
 # All of them have CUDA kernels in ONNX Runtime, none of which reads a tensor on the CPU.

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from models.network_file import FILES, GraphError
-from models.quantize import quantize
-from service.contract import ModelContract
+from models.graphs.network_file import FILES, GraphError
+from models.stages.quantize import quantize
+from service.artefact.contract import ModelContract
 from tests.artefacts import make_contract
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.archive import Archive
+from service.routes.archive import Archive
 
 
 def test_the_pieces_are_an_archive() -> None:

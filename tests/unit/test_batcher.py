@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 import structlog
 
-from service.batcher import THREAD_NAME, Batcher
 from service.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
+from service.inference.batcher import THREAD_NAME, Batcher
 
 pytestmark = pytest.mark.anyio
 

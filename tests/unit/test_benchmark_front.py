@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from models.dataset import read_split
-from service.contract import ModelContract
-from service.decoding import Photo
-from service.session import load_model
+from service.artefact.contract import ModelContract
+from service.images.decoding import Photo
+from service.inference.session import load_model
 from tests.artefacts import STRIDE, make_contract, two_class_photo
 from tests.benchmarks.front import (
     Side,

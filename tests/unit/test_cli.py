@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from service import __version__
-from service.cli import main
+from service.cli.main import main
 from service.settings import Settings
 
 

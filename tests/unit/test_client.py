@@ -30,7 +30,7 @@ from service.client import (
     ServiceUnreachable,
     UnexpectedAnswer,
 )
-from service.encoding import encode_mask
+from service.images.encoding import encode_mask
 from service.schemas import BatchItem, Problem
 from tests.artefacts import encode, two_class_photo
 

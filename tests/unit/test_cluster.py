@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batcher import Answer
-from service.engine import Output
+from service.artefact.manifest import load_manifest
+from service.artefact.preprocessing import Geometry
 from service.errors import InferenceFailed, ModelUnavailable, Overloaded, SegmentError
-from service.lanes import Task
-from service.manifest import load_manifest
-from service.preprocessing import Geometry
+from service.inference.batcher import Answer
+from service.inference.engine import Output
+from service.inference.lanes import Task
 from tests.artefacts import build_artefact, make_contract
 
 with warnings.catch_warnings():

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service.connections import Clients
+from service.server.connections import Clients
 from service.settings import Settings
 
 

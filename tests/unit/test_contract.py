@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 from pydantic import ValidationError
 
-from service.contract import ModelContract
+from service.artefact.contract import ModelContract
 from service.errors import ContractError
 from tests.artefacts import make_contract
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from cuda.bindings import driver
 
-from service import cuda, providers
 from service.errors import DeviceUnavailable
+from service.inference import cuda, providers
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90", "sm_120"])

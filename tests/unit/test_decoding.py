@@ -14,9 +14,9 @@ import simplejpeg  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from PIL import Image, ImageCms, ImageOps
 
-from service import decoding
-from service.decoding import MEDIA_TYPES, SCALING_MARGIN, Photo, sniff
 from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
+from service.images import decoding
+from service.images.decoding import MEDIA_TYPES, SCALING_MARGIN, Photo, sniff
 from tests.artefacts import encode
 from tests.mutations import PNG_SIGNATURE, chunk, hostile_files, interlaced_png, samples, save
 

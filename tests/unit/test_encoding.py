@@ -14,8 +14,8 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 
-from service import voc
-from service.encoding import (
+from service.artefact import voc
+from service.images.encoding import (
     Runs,
     compress_counts,
     cutout,
@@ -76,7 +76,7 @@ def test_mask_png_comes_back_exactly(
     monkeypatch: pytest.MonkeyPatch, stripe_bytes: int, mask: npt.NDArray[np.uint8]
 ) -> None:
     """Any ids, any size from one pixel on, in one stripe or many."""
-    monkeypatch.setattr("service.encoding.STRIPE_BYTES", stripe_bytes)
+    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", stripe_bytes)
     assert np.array_equal(read_png(encode_mask(mask)), mask)
 
 
@@ -137,7 +137,7 @@ def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     image = rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)
     mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
     whole = overlay(image, mask, 0.3)
-    monkeypatch.setattr("service.encoding.STRIPE_BYTES", 60)
+    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", 60)
     assert np.array_equal(overlay(image, mask, 0.3), whole)
     exact = np.where((mask == 0)[..., None], image, image * 0.7 + voc.PALETTE[mask] * 0.3)
     assert np.abs(whole - exact).max() <= 1.5
@@ -148,7 +148,7 @@ def test_cutout_keeps_the_chosen_classes(
     stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their pixels, opaque; elsewhere nothing, not even a colour that nobody sees."""
-    monkeypatch.setattr("service.encoding.STRIPE_BYTES", stripe_bytes)
+    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", stripe_bytes)
     rng = np.random.default_rng(0)
     image = rng.integers(1, 256, (13, 17, 3), dtype=np.uint8)
     mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
@@ -203,7 +203,7 @@ def test_image_png_comes_back_exactly(
     shape: tuple[int, int], stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PNG loses nothing, wherever stripes begin."""
-    monkeypatch.setattr("service.encoding.STRIPE_BYTES", stripe_bytes)
+    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", stripe_bytes)
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert np.array_equal(read_png(encode_image(image, "PNG")), image)
 

@@ -12,12 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.batcher import Batcher
-from service.contract import Shape
+from service.artefact.contract import Shape
+from service.artefact.preprocessing import Geometry
 from service.errors import DeviceMemoryExhausted, Overloaded
-from service.lanes import NO_GRAPH, PIECE, WARM_UP_RUNS, Lane, Task, batch_sizes, plan_rounds
-from service.preprocessing import Geometry
-from service.upsampling import upsample
+from service.inference.batcher import Batcher
+from service.inference.lanes import (
+    NO_GRAPH,
+    PIECE,
+    WARM_UP_RUNS,
+    Lane,
+    Task,
+    batch_sizes,
+    plan_rounds,
+)
+from service.inference.upsampling import upsample
 from tests.artefacts import STRIDE, make_contract
 from tests.host_device import HostDevice, host_kernel
 

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import structlog
 
-from service import logs
+from service.telemetry import logs
 
 
 @pytest.fixture

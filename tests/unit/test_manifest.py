@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from service.artefact.manifest import MANIFEST_NAME, Accuracy, load_manifest, read_files
 from service.errors import ContractError, IntegrityError
-from service.manifest import MANIFEST_NAME, Accuracy, load_manifest, read_files
 from tests.artefacts import build_artefact, make_contract
 
 

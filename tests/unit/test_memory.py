@@ -2,7 +2,7 @@
 
 import os
 
-from service.memory import give_back_freed
+from service.inference.memory import give_back_freed
 from tests.reliability.resources import sample
 
 

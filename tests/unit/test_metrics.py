@@ -15,7 +15,8 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.metrics import (
+from service.server.peers import Siblings
+from service.telemetry.metrics import (
     STAGES,
     EngineFacts,
     Families,
@@ -24,7 +25,6 @@ from service.metrics import (
     memory_limit_bytes,
     merge,
 )
-from service.siblings import Siblings
 
 TIMING_MS = dict(zip(STAGES, (7.0, 2.0, 0.5, 40.0, 60.0, 3.0, 1.0), strict=True))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from service.errors import NotAcceptable
-from service.routes.negotiation import negotiate
+from service.http.negotiation import negotiate
 
 AVAILABLE = ("image/png", "image/jpeg", "application/json")
 

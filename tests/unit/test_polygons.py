@@ -12,10 +12,10 @@ from pycocotools import mask as coco  # type: ignore[import-untyped]
 from skimage import data
 from skimage.measure import label
 
-from service.encoding import Runs
-from service.polygons import TOLERANCE, trace_polygons
-from service.preprocessing import Geometry
-from service.upsampling import upsample
+from service.artefact.preprocessing import Geometry
+from service.images.encoding import Runs
+from service.images.polygons import TOLERANCE, trace_polygons
+from service.inference.upsampling import upsample
 
 Mask = npt.NDArray[np.uint8]
 Rings = list[list[float]]
@@ -166,7 +166,7 @@ def test_stripes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The corners are those of the whole mask, wherever stripes begin."""
     mask = blobs(1, 90, 70)
     whole = trace(mask)
-    monkeypatch.setattr("service.polygons.STRIPE_BYTES", 1)
+    monkeypatch.setattr("service.images.polygons.STRIPE_BYTES", 1)
     assert trace(mask) == whole
 
 
@@ -184,7 +184,7 @@ def test_only_the_classes_that_are_asked_for() -> None:
 def test_of_too_many_outlines_the_largest_are_kept(most: int, mask: Mask) -> None:
     """Regions and holes; what is left is still whole: no ring runs into one that was dropped."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("service.polygons.MAX_RINGS", most)
+        patch.setattr("service.images.polygons.MAX_RINGS", most)
         kept = trace(mask, 0)
     for class_id, rings in trace(mask, 0).items():
         assert 1 <= len(kept[class_id]) <= min(most, len(rings))

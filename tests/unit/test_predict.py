@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from service.cli.outputs import plan_outputs
 from service.errors import SettingsError
-from service.outputs import plan_outputs
 
 
 def touch(folder: Path, *names: str) -> None:

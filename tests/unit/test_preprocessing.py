@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from service import preprocessing
-from service.preprocessing import Geometry, preprocess
+from service.artefact import preprocessing
+from service.artefact.preprocessing import Geometry, preprocess
 
 SHAPES = ((384, 512), (512, 384), (512, 512))
 

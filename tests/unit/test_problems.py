@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from service import errors
-from service.routes.problems import DESCRIPTIONS, KINDS
+from service.http.problems import DESCRIPTIONS, KINDS
 
 # These stop the start, or are nobody's fault but the service's: 500, and the cause in the log.
 NOT_FOR_CALLERS = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.decoding import decode
 from service.errors import UndecodableImage
-from service.screening import MAX_HEADER_BYTES, MAX_READS, MAX_SCAN_PIXELS, MAX_STRIPS
+from service.images.decoding import decode
+from service.images.screening import MAX_HEADER_BYTES, MAX_READS, MAX_SCAN_PIXELS, MAX_STRIPS
 from tests.artefacts import encode
 from tests.mutations import PNG_SIGNATURE, chunk, save
 
@@ -164,7 +164,7 @@ def test_what_is_merely_odd_is_answered(make: Make, side: int) -> None:
 PEAK: Final = """
 import sys
 from PIL import Image
-from service.decoding import decode
+from service.images.decoding import decode
 
 def peak_kib() -> int:
     with open("/proc/self/status") as status:

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service import engine, voc
 from service import segmenter as module
-from service.answers import MEDIA_TYPES, Options
 from service.app import open_service
-from service.batcher import THREAD_NAME
+from service.artefact import voc
 from service.errors import DeadlineExceeded, InferenceFailed, NotAcceptable, Overloaded
+from service.inference import engine
+from service.inference.batcher import THREAD_NAME
 from service.segmenter import POOL_THREAD_NAME
 from service.settings import Settings
+from service.views import MEDIA_TYPES, Options
 from tests.artefacts import encode, two_class_photo
 from tests.fakes import FakeSession
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort  # type: ignore[import-untyped]
 import pytest
 
-from service import providers, session
+from service.artefact.manifest import FileEntry, load_manifest
 from service.errors import (
     ArtefactError,
     ContractError,
@@ -18,9 +18,9 @@ from service.errors import (
     DeviceUnavailable,
     IntegrityError,
 )
-from service.lanes import NO_GRAPH
-from service.manifest import FileEntry, load_manifest
-from service.session import DeviceOptions, PrecisionChoice, available_cores, load_model
+from service.inference import providers, session
+from service.inference.lanes import NO_GRAPH
+from service.inference.session import DeviceOptions, PrecisionChoice, available_cores, load_model
 from tests.artefacts import STRIDE, add_precision, build_artefact, make_contract, two_class_photo
 from tests.fakes import FakeSession
 from tests.host_device import HostDevice

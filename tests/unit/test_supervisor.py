@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping
 import pytest
 
 from service.errors import SegmentError, SettingsError
-from service.session import available_cores
+from service.inference.session import available_cores
+from service.server.supervisor import Backoff, Supervisor, plan
+from service.server.watchdog import EXIT_STATUS
 from service.settings import Settings
-from service.supervisor import Backoff, Supervisor, plan
-from service.watchdog import EXIT_STATUS
 
 pytestmark = pytest.mark.anyio
 

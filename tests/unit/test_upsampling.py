@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from service.preprocessing import Geometry
-from service.upsampling import upsample
+from service.artefact.preprocessing import Geometry
+from service.inference.upsampling import upsample
 
 STRIDE = 16
 SHAPES = ((64, 96), (96, 64), (96, 96))

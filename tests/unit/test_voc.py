@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from service import voc
+from service.artefact import voc
 
 
 def test_palette_is_vocs() -> None:

@@ -8,12 +8,12 @@ import pytest
 import structlog
 
 from service import segmenter
-from service.answers import Options
 from service.app import open_service
 from service.errors import InferenceFailed
-from service.routes.state import Phase, Service
+from service.http.dependencies import Phase, Service
+from service.server.watchdog import EXIT_STATUS, Watchdog
 from service.settings import Settings
-from service.watchdog import EXIT_STATUS, Watchdog
+from service.views import Options
 from tests.artefacts import encode, two_class_photo
 from tests.fakes import FakeSession
 

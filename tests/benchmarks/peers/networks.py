@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from models.networks import build_network
 from models.networks.resnet import CHANNELS, EXPANSION, Bottleneck
 from models.networks.segmentation import Normalize
-from service.voc import NUM_CLASSES
+from service.artefact.voc import NUM_CLASSES
 from tests.benchmarks.peers.pipeline import Network
 
 

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from service import voc
-from service.preprocessing import Geometry, preprocess
+from service.artefact import voc
+from service.artefact.preprocessing import Geometry, preprocess
 
 Engine = Literal["onnx", "context-bf16", "torchvision-fp32", "null-logits", "null-mask"]
 """A network: an ONNX file; our own architecture in torch's bf16 autocast; torchvision's

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import describe
 from models.__main__ import main
 from models.networks import NETWORKS, build_network
 from models.networks.segmentation import Backbone, Features, SegmentationNetwork
-from models.networks.structure import SIDE, Stage, structure_of
+from models.stages import describe
+from models.structure import SIDE, Stage, structure_of
 
 structure = cache(describe.describe)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from models.evaluate import (
+from models.metrics import BAND_WIDTHS, confusion_by_ring
+from models.stages.evaluate import (
     EvaluationError,
     add_arguments,
     caption,
@@ -17,9 +18,8 @@ from models.evaluate import (
     summarise,
     worst_first,
 )
-from models.metrics import BAND_WIDTHS, confusion_by_ring
-from service.manifest import Accuracy
-from service.voc import CLASSES
+from service.artefact.manifest import Accuracy
+from service.artefact.voc import CLASSES
 
 CAT, DOG, SHEEP = (CLASSES.index(name) for name in ("cat", "dog", "sheep"))
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from scipy.io import savemat  # type: ignore[import-untyped]
 
-from models import fetch
 from models.__main__ import main
 from models.dataset import read_split
-from models.fetch import Source
+from models.stages import fetch
+from models.stages.fetch import Source
 from tests.voc_data import make_voc
 
 CONTENT = np.random.default_rng(0).bytes(300_000)

@@ -15,7 +15,7 @@ from models.metrics import (
     confusion_by_ring,
     mean_iou,
 )
-from service.voc import CLASSES, IGNORE_INDEX
+from service.artefact.voc import CLASSES, IGNORE_INDEX
 
 MASKS = hnp.arrays(
     np.uint8,

@@ -10,13 +10,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from models.export import ExportError, export, make_contract
 from models.networks import NETWORKS, build_network
 from models.networks.densenet import DenseBlock, DenseNet121
 from models.networks.segmentation import Backbone, LinearHead, Normalize, SegmentationNetwork
 from models.networks.vgg16 import VGG16
 from models.recipe import load_recipe
-from service.contract import ModelContract
+from models.stages.export import ExportError, export, make_contract
+from service.artefact.contract import ModelContract
 
 COST = {
     "fcn_resnet50_32s": (23_551_061, 21.364e9),

@@ -9,7 +9,7 @@ from torch import nn
 import models
 from models.networks import build_network
 from models.recipe import Recipe, load_recipe
-from models.train import learning_rate_factor, parameter_groups, set_training_mode
+from models.stages.train import learning_rate_factor, parameter_groups, set_training_mode
 
 CPU = load_recipe(Path(models.__file__).parent / "recipes" / "cpu.toml")
 

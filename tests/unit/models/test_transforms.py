@@ -17,8 +17,8 @@ from models.transforms import (
     fit,
     upsample,
 )
-from service.preprocessing import Geometry
-from service.voc import FULL_PALETTE, PALETTE
+from service.artefact.preprocessing import Geometry
+from service.artefact.voc import FULL_PALETTE, PALETTE
 
 
 def painted(labels: NDArray[np.uint8]) -> Example:

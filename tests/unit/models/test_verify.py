@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from models.verify import passes
+from models.stages.verify import passes
 
 
 def report(**changes: dict[str, float]) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""The network files of an artefact: one set of weights, in the float network's file.
+
+The other precisions' files lie beside it and read the weights out of it as ONNX external data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import onnx
+from onnx import GraphProto, ModelProto, OperatorSetIdProto, TensorProto, helper
+
+from service.artefact.contract import ModelContract, Precision
+
+FILES: Final[dict[Precision, str]] = {
+    "fp32": "network.onnx",
+    "fp16": "network.fp16.onnx",
+    "int8": "network.int8.onnx",
+}
+"""The name within an artefact folder; fp32's is always there."""
+
+
+class GraphError(Exception):
+    """The network holds something that no other precision is known for; the message names it."""
+
+
+class FloatNetwork:
+    """An exported network, as the source of a file beside it that computes in another precision."""
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        self._bytes = path.read_bytes()
+        self._model = onnx.load_model_from_string(self._bytes)
+        self.graph = self._model.graph
+        self.contract = ModelContract.from_metadata(
+            {p.key: p.value for p in self._model.metadata_props}
+        )
+
+    def refer(self, tensor: TensorProto) -> TensorProto:
+        """One of its tensors by reference. Source: ONNX, ``docs/ExternalData.md``.
+
+        Raises:
+            GraphError: the tensor's bytes are not in the file as they are.
+        """
+        offset = self._bytes.find(tensor.raw_data)
+        if not tensor.raw_data or offset < 0:
+            raise GraphError(f"{tensor.name}: not stored as raw data in {self._name}")
+        external = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        external.data_location = TensorProto.EXTERNAL
+        entries = {"location": self._name, "offset": offset, "length": len(tensor.raw_data)}
+        for key, value in entries.items():
+            external.external_data.add(key=key, value=str(value))
+        return external
+
+    def derive(
+        self, graph: GraphProto, precision: Precision, opsets: Sequence[OperatorSetIdProto]
+    ) -> ModelProto:
+        """Return ``graph`` as this network in another precision, with its contract."""
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=self._model.ir_version)
+        model.producer_name = self._model.producer_name
+        contract = self.contract.model_copy(update={"precision": precision})
+        helper.set_model_props(model, contract.to_metadata())
+        return model
+
+
+def save(model: ModelProto, artifact: Path, precision: Precision) -> None:
+    """Write a network into an artefact folder, whole or not at all, and print its size."""
+    path = artifact / FILES[precision]
+    temporary = path.with_suffix(".tmp")
+    onnx.save(model, temporary)
+    temporary.replace(path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

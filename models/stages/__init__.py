@@ -1,0 +1,1 @@
+"""The offline stages, one command each; they meet through files."""

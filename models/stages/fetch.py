@@ -1,0 +1,368 @@
+r"""Fetch what a training run starts from: VOC 2012, SBD's masks, ImageNet's ResNet-50.
+
+    python -m models fetch voc2012 --data VOCdevkit
+    python -m models fetch sbd --data VOCdevkit
+    python -m models fetch resnet50 --out resnet50.pth
+
+Nothing is used before its sha256 is right. Bytes arrive in a ``.part`` file; after a break, or when
+the same command is given again, the rest is asked for and not the whole. That is why the download
+is written here: pooch and torch.hub start a file of 2 GB anew. What is there is not fetched again.
+
+An archive stays in ``--data`` and may be deleted. Of VOC's, only what segmentation needs is
+unpacked. SBD's masks become ``VOC2012/SegmentationClassAug/*.png``, and the list ``trainaug`` is
+VOC's train and all of SBD without VOC's val, the field's 10,582 images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import re
+import sys
+import tarfile
+import urllib.request
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path, PurePosixPath
+from time import sleep
+from typing import IO
+from urllib.error import HTTPError
+
+from PIL import Image
+from scipy.io import loadmat  # type: ignore[import-untyped]
+from tqdm import tqdm
+
+from models.dataset import DatasetError, read_split, voc_root
+from service.artefact.manifest import sha256_of
+from service.artefact.voc import FULL_PALETTE
+
+TIMEOUT_S = 30.0
+PAUSES_S = (1.0, 2.0, 4.0, 8.0)
+"""Between the tries of one mirror."""
+BLOCK_BYTES = 1 << 16
+
+
+class FetchError(Exception):
+    """A file cannot be had or is not the one it should be; the message says what to do."""
+
+
+class _Interrupted(Exception):
+    """The connection broke or the server is busy: worth another try."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public file: its mirrors, the first tried first, and the sha256 it has on each."""
+
+    urls: tuple[str, ...]
+    sha256: str
+
+    @property
+    def name(self) -> str:
+        """The file's own name."""
+        return PurePosixPath(self.urls[0]).name
+
+
+# The archives' sha256 are those of torchvision (torchvision/prototype/datasets/_builtin/voc.py and
+# sbd.py). Of the weights' it documents the first eight digits, in the file's name; the others are
+# as public projects pin them. These weights are IMAGENET1K_V1: torchvision's own FCN starts from
+# them.
+SOURCES = {
+    "voc2012": Source(
+        (
+            "http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+            "https://data.pjreddie.com/files/VOCtrainval_11-May-2012.tar",
+        ),
+        "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb",
+    ),
+    "sbd": Source(
+        (
+            "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/"
+            "semantic_contours/benchmark.tgz",
+        ),
+        "6a5a2918d5c73ce032fdeba876574d150d9d04113ab87540a1304cbcc715be53",
+    ),
+    "resnet50": Source(
+        ("https://download.pytorch.org/models/resnet50-0676ba61.pth",),
+        "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+    ),
+}
+SPLITS = {"voc2012": ("train", "val"), "sbd": ("trainaug",)}
+"""The lists that are complete once an archive is unpacked."""
+SEGMENTATION = (
+    "VOC2012/ImageSets/Segmentation/",
+    "VOC2012/JPEGImages/",
+    "VOC2012/SegmentationClass/",
+)
+
+
+def make_opener() -> urllib.request.OpenerDirector:
+    """Return urllib's default opener without ``file:``, ``ftp:`` and ``data:``."""
+    opener = urllib.request.OpenerDirector()
+    for handler in (
+        urllib.request.ProxyHandler(),
+        urllib.request.UnknownHandler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
+        urllib.request.HTTPRedirectHandler(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+class Download:
+    """One URL on its way into a file. What an earlier run left in the file is gone on from."""
+
+    def __init__(self, url: str, part: Path) -> None:
+        self.url = url
+        self.part = part
+        self._opener = make_opener()
+        self._etag: str | None = None
+
+    def run(self) -> None:
+        """Receive the whole file, trying again after a break.
+
+        Raises:
+            FetchError: the server refuses, or no try got to the end.
+        """
+        for pause_s in (*PAUSES_S, None):
+            try:
+                self._receive()
+                return
+            except _Interrupted as exc:
+                if pause_s is None:
+                    raise FetchError(f"{self.url}: {exc}") from exc
+                print(f"{self.url}: {exc}; again in {pause_s:.0f} s", file=sys.stderr)
+                sleep(pause_s)
+
+    def _receive(self) -> None:
+        """Append what is missing; start anew if the server cannot or should not go on."""
+        offset = self.part.stat().st_size if self.part.exists() else 0
+        response = self._open(offset)
+        if response is None:
+            return
+        with response:
+            etag = response.headers["ETag"]
+            # A weak one does not promise the same bytes (RFC 9110, 13.1.5).
+            self._etag = None if etag is None or etag.startswith("W/") else etag
+            if response.status != 206:
+                offset = 0
+            length = response.headers["Content-Length"]
+            total = None if length is None else offset + int(length)
+            progress = tqdm(total=total, initial=offset, unit="B", unit_scale=True, disable=None)
+            with self.part.open("ab" if offset else "wb") as file, progress:
+                for block in blocks(response):
+                    file.write(block)
+                    progress.update(len(block))
+        received = self.part.stat().st_size
+        if total is not None and received < total:
+            raise _Interrupted(f"the connection broke after {received} of {total} bytes")
+
+    def _open(self, offset: int) -> HTTPResponse | None:
+        """Ask for the bytes from ``offset`` on; None if there are no more."""
+        headers = {"User-Agent": "fcn-segment"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+            if self._etag:
+                headers["If-Range"] = self._etag
+        request = urllib.request.Request(self.url, headers=headers)  # noqa: S310  (see make_opener)
+        try:
+            response: HTTPResponse = self._opener.open(request, timeout=TIMEOUT_S)
+        except HTTPError as exc:
+            with exc:
+                if exc.code == 416 and exc.headers["Content-Range"] == f"bytes */{offset}":
+                    return None
+            if exc.code == 416:
+                self.part.unlink(missing_ok=True)
+            elif exc.code not in (408, 429) and exc.code < 500:
+                raise FetchError(f"{self.url}: {exc}") from exc
+            raise _Interrupted(str(exc)) from exc
+        except (OSError, HTTPException) as exc:
+            raise _Interrupted(str(getattr(exc, "reason", exc))) from exc
+        return response
+
+
+def blocks(response: HTTPResponse) -> Iterator[bytes]:
+    """Yield what is received, translating what goes wrong with that and nothing else."""
+    try:
+        while block := response.read(BLOCK_BYTES):
+            yield block
+    except (OSError, HTTPException) as exc:
+        raise _Interrupted(str(exc)) from exc
+
+
+def fetch(source: Source, target: Path) -> None:
+    """Make ``target`` the file that ``source`` names, from the first mirror that has it.
+
+    Raises:
+        FetchError: ``target`` is another file, or no mirror gave the right one. What was received
+            of it stays in ``<target>.part``; a wrong file is removed.
+    """
+    if target.exists():
+        actual = sha256_of(target)
+        if actual != source.sha256:
+            raise FetchError(
+                f"{target}: sha256 {actual}, expected {source.sha256}; move it away and try again"
+            )
+        print(f"{target}: already there, sha256 {actual}")
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.part")
+    problems = []
+    for url in source.urls:
+        try:
+            Download(url, part).run()
+        except FetchError as exc:
+            problems.append(str(exc))
+            continue
+        actual = sha256_of(part)
+        if actual == source.sha256:
+            part.replace(target)
+            print(f"{target}: sha256 {actual}")
+            return
+        part.unlink()
+        problems.append(f"{url}: sha256 {actual}, expected {source.sha256}")
+    raise FetchError(
+        f"{'; '.join(problems)}. Give the same command again later, or get {source.name} "
+        f"elsewhere, put it at {target} and give it then"
+    )
+
+
+def unpack_voc(archive: Path, data: Path) -> None:
+    """Unpack what segmentation needs into ``data/VOC2012``.
+
+    Raises:
+        FetchError: it is no tar archive, or a file of it would land outside ``data``.
+    """
+
+    def select(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
+        name = str(PurePosixPath(member.name)).removeprefix("VOCdevkit/")
+        checked = tarfile.data_filter(member.replace(name=name, deep=False), path)
+        return checked if checked.name.startswith(SEGMENTATION) else None
+
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            # The lists last: whatever a list names is there.
+            members = sorted(tar.getmembers(), key=lambda member: "ImageSets" in member.name)
+            progress = tqdm(members, desc=archive.name, unit="files", disable=None)
+            tar.extractall(data, progress, filter=select)  # noqa: S202  (data_filter checks)
+    except tarfile.TarError as exc:
+        raise FetchError(f"{archive}: cannot be unpacked: {exc}") from exc
+
+
+def unpack_sbd(archive: Path, data: Path) -> None:
+    """Write SBD's masks and the list ``trainaug`` beside VOC's; the list last.
+
+    Raises:
+        DatasetError: VOC is not there.
+        FetchError: it is no tar archive.
+    """
+    root = voc_root(data)
+    names = {sample.name for sample in read_split(data, "train")}
+    (root / "SegmentationClassAug").mkdir(exist_ok=True)
+    try:
+        with tarfile.open(archive, "r:gz") as tar:
+            progress = tqdm(tar, desc=archive.name, unit="files", disable=None)
+            for path, file in regular_files(tar, progress):
+                image = root / "JPEGImages" / f"{path.stem}.jpg"
+                if path.match("dataset/cls/[!.]*.mat"):
+                    save_mask(file, root / "SegmentationClassAug" / f"{path.stem}.png")
+                elif path.match("dataset/img/[!.]*.jpg") and not image.exists():
+                    image.write_bytes(file.read())
+                elif path.match("dataset/train.txt") or path.match("dataset/val.txt"):
+                    names.update(file.read().decode().split())
+    except tarfile.TarError as exc:
+        raise FetchError(f"{archive}: cannot be unpacked: {exc}") from exc
+    names -= {sample.name for sample in read_split(data, "val")}
+    listing = root / "ImageSets" / "Segmentation" / "trainaug.txt"
+    temporary = listing.with_suffix(".tmp")
+    temporary.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
+    temporary.replace(listing)
+
+
+def regular_files(
+    tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo]
+) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
+    """Yield the files of an archive that is read but never extracted."""
+    for member in members:
+        file = tar.extractfile(member)
+        if file is not None:
+            yield PurePosixPath(member.name), file
+
+
+def save_mask(mat: IO[bytes], path: Path) -> None:
+    """Write the class ids in SBD's ``GTcls.Segmentation``, (H, W) uint8, as VOC's palette PNG."""
+    # From memory: loadmat seeks back, and a gzip archive would be read from its start each time.
+    labels = loadmat(io.BytesIO(mat.read()))["GTcls"][0]["Segmentation"][0]
+    mask = Image.fromarray(labels)
+    mask.putpalette(FULL_PALETTE.tobytes())
+    mask.save(path)
+
+
+def is_complete(name: str, data: Path) -> bool:
+    """Tell whether all that an archive's lists name is in ``data``."""
+    try:
+        return all(read_split(data, split) for split in SPLITS[name])
+    except DatasetError:
+        return False
+
+
+def fetch_data(name: str, source: Source, archive: Path, data: Path) -> None:
+    """Fetch an archive and unpack it into ``data``, unless that was done before.
+
+    Raises:
+        DatasetError: the archive lacks what its lists name; the message names it.
+        FetchError: VOC has to be there before SBD; see `fetch` and the two that unpack.
+    """
+    if is_complete(name, data):
+        print(f"{data}: {name} is already there")
+        return
+    if name == "sbd" and not is_complete("voc2012", data):
+        raise FetchError(f"{data}: SBD's masks are of VOC's photos; fetch voc2012 first")
+    fetch(source, archive)
+    unpack = {"voc2012": unpack_voc, "sbd": unpack_sbd}[name]
+    unpack(archive, data)
+    for split in SPLITS[name]:
+        print(f"{data}: {split}, {len(read_split(data, split))} images")
+
+
+def sha256_digits(text: str) -> str:
+    """Parse ``--sha256``."""
+    if not re.fullmatch("[0-9a-fA-F]{64}", text):
+        raise argparse.ArgumentTypeError("expected 64 hexadecimal digits")
+    return text.lower()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's options."""
+    parser.add_argument("name", choices=SOURCES)
+    parser.add_argument("--data", type=Path, default=Path("VOCdevkit"), help="default: VOCdevkit")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where the file itself goes; default: resnet50.pth, an archive into --data",
+    )
+    parser.add_argument(
+        "--sha256", type=sha256_digits, help="demand this one instead of the documented one"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Fetch, verify and unpack."""
+    source = SOURCES[args.name]
+    if args.sha256:
+        source = replace(source, sha256=args.sha256)
+    try:
+        if args.name == "resnet50":
+            fetch(source, args.out or Path("resnet50.pth"))
+        else:
+            fetch_data(args.name, source, args.out or args.data / source.name, args.data)
+    except OSError as exc:
+        if exc.errno != errno.ENOSPC:
+            raise
+        raise FetchError("the disk is full; make room and give the same command again") from exc
+    return 0

@@ -1,0 +1,154 @@
+r"""Compare a checkpoint in PyTorch with its networks in ONNX Runtime; fail below the gates.
+
+python -m models verify --checkpoint runs/cpu/checkpoint.pt --data VOCdevkit \
+        --artifact models/artifacts/context_fcn_resnet50_8s --out parity.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from models.checkpoint import load_network
+from models.dataset import Sample, read_split
+from models.graphs.network_file import FILES
+from models.metrics import ConfusionMatrix
+from models.prediction import Infer, onnx_infer, predict_photo, torch_infer
+from models.transforms import fit, upsample
+from service.artefact.preprocessing import Geometry
+
+MIN_PIXEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98}
+MAX_MEAN_IOU_LOSS = {"fp32": 0.0005, "fp16": 0.0005, "int8": 0.005}
+WORKING_SIZES = (320, 512, 640)
+"""Three sizes of the longest side; with both orientations, six shapes or more."""
+BATCH_SIZES = (1, 4)
+
+
+def compare_shapes(
+    reference: Infer, exported: Infer, samples: Sequence[Sample], stride: int
+) -> list[dict[str, Any]]:
+    """Compare both networks on batches of several shapes.
+
+    Returns:
+        One record per shape and batch size: the largest difference of any logit, and the share
+        of pixels whose class agrees at the photos' own size.
+    """
+    records = []
+    loaded = [sample.load()[0] for sample in samples]
+    for size in WORKING_SIZES:
+        groups: dict[tuple[int, ...], list[tuple[NDArray[np.uint8], Geometry]]] = {}
+        for image in loaded:
+            padded, geometry = fit(image, size, shapes=())
+            groups.setdefault(padded.shape, []).append((padded, geometry))
+        group = max(groups.values(), key=len)
+        for batch_size in BATCH_SIZES:
+            members = [group[i % len(group)] for i in range(batch_size)]
+            batch = np.stack([padded for padded, _ in members])
+            ours, theirs = reference(batch), exported(batch)
+            agree = torch.cat(
+                [
+                    (upsample(a, g, stride).argmax(0) == upsample(b, g, stride).argmax(0)).flatten()
+                    for a, b, (_, g) in zip(ours, theirs, members, strict=True)
+                ]
+            )
+            records.append(
+                {
+                    "shape": list(batch.shape[1:3]),
+                    "batch": batch_size,
+                    "max_logit_difference": float((ours - theirs).abs().max()),
+                    "pixel_agreement": float(agree.double().mean()),
+                }
+            )
+    return records
+
+
+def compare_set(
+    reference: Infer,
+    exported: Mapping[str, Infer],
+    samples: Sequence[Sample],
+    working_size: int,
+    stride: int,
+) -> dict[str, Any]:
+    """Score every network on a set; the pixels compared are those of every whole photo.
+
+    Returns:
+        The mean IoU of ``torch`` and, by precision, that of each exported network and the share
+        of pixels on which it agrees with ``torch``.
+    """
+    infers = {"torch": reference, **exported}
+    matrices = {name: ConfusionMatrix() for name in infers}
+    agreeing = dict.fromkeys(exported, 0)
+    total = 0
+    for sample in tqdm(samples, unit="images", disable=None):
+        image, mask = sample.load()
+        masks = {
+            name: predict_photo(image, infer, working_size=working_size, stride=stride, shapes=())
+            for name, infer in infers.items()
+        }
+        for name, prediction in masks.items():
+            matrices[name].update(np.asarray(mask), prediction)
+        for name in exported:
+            agreeing[name] += int((masks[name] == masks["torch"]).sum())
+        total += masks["torch"].size
+    return {
+        "images": len(samples),
+        "mean_iou": {name: matrix.mean_iou() for name, matrix in matrices.items()},
+        "pixel_agreement": {name: count / total for name, count in agreeing.items()},
+    }
+
+
+def passes(shapes: Sequence[dict[str, Any]], whole: dict[str, Any]) -> bool:
+    """Whether every comparison is at or above its precision's gates."""
+    agreement = dict(whole["pixel_agreement"])
+    agreement["fp32"] = min(agreement["fp32"], *(r["pixel_agreement"] for r in shapes))
+    mean_iou = whole["mean_iou"]
+    return all(
+        agreement[precision] >= MIN_PIXEL_AGREEMENT[precision]
+        and mean_iou["torch"] - mean_iou[precision] <= MAX_MEAN_IOU_LOSS[precision]
+        for precision in agreement
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's options."""
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--artifact", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--split", default="val")
+    parser.add_argument("--limit", type=int, help="only the first N images of the split")
+    parser.add_argument("--out", type=Path, required=True, help="report, JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compare, write the report, and return 1 below the gate."""
+    network, recipe = load_network(args.checkpoint)
+    reference = torch_infer(network, torch.device("cpu"))
+    exported, contract = onnx_infer(args.artifact / FILES["fp32"])
+    networks: dict[str, Infer] = {"fp32": exported}
+    for precision, name in FILES.items():
+        if precision not in networks and (args.artifact / name).exists():
+            networks[precision], _ = onnx_infer(args.artifact / name)
+    samples = read_split(args.data, args.split)[: args.limit]
+    shapes = compare_shapes(reference, exported, samples[: max(BATCH_SIZES) * 4], contract.stride)
+    whole = compare_set(reference, networks, samples, recipe.working_size, contract.stride)
+    passed = passes(shapes, whole)
+    report = {
+        "passed": passed,
+        "min_pixel_agreement": MIN_PIXEL_AGREEMENT,
+        "max_mean_iou_loss": MAX_MEAN_IOU_LOSS,
+        "split": args.split,
+        "set": whole,
+        "shapes": shapes,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report, indent=2))
+    return 0 if passed else 1

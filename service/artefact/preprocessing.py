@@ -1,0 +1,104 @@
+"""A photo to the network's input, and the geometry that leads back to the photo's pixels.
+
+The longest side is brought to the working size, the result is padded at the bottom and on the
+right to a listed shape. The offline half evaluates and calibrates through this module too: a level
+of 255 is enough to move pixels from one class to another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from service.artefact.contract import SHAPE_MULTIPLE, Shape
+
+try:
+    import cykooz_resizer  # type: ignore[import-untyped]
+except ImportError:  # no wheel for this platform
+    cykooz_resizer = None
+
+Box = tuple[float, float, float, float]
+"""``(left, top, right, bottom)`` in pixels, whole or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where a photo's pixels lie in the network's input. All sizes are ``(height, width)`` pixels.
+
+    ``photo`` is the photo's own size, ``resized`` what it was scaled to, ``padded`` the network's
+    input, whose top left ``resized`` part holds the photo.
+    """
+
+    photo: Shape
+    resized: Shape
+    padded: Shape
+
+    @classmethod
+    def plan(cls, photo: Shape, max_side: int, shapes: Iterable[Shape]) -> Self:
+        """Plan the way of a photo of size ``photo`` whose longest side becomes ``max_side``.
+
+        ``shapes`` are the contract's listed shapes, ascending by area: the first that contains
+        the resized photo is taken. If none does, both sides go up to the next multiple of 32.
+        """
+        height, width = photo
+        scale = max_side / max(height, width)
+        resized = max(1, round(height * scale)), max(1, round(width * scale))
+        for shape in shapes:
+            if resized[0] <= shape[0] and resized[1] <= shape[1]:
+                return cls(photo, resized, shape)
+        return cls(photo, resized, (_round_up(resized[0]), _round_up(resized[1])))
+
+
+def preprocess(
+    image: npt.NDArray[np.uint8],
+    geometry: Geometry,
+    padding_color: tuple[int, int, int],
+    box: Box | None = None,
+) -> npt.NDArray[np.uint8]:
+    """Resize and pad a photo to the network's input.
+
+    ``image``: ``(H, W, 3) uint8`` RGB, the photo of ``geometry.photo`` or a smaller copy of it that
+    lies in ``box`` of ``image``: ``(left, top, right, bottom)`` in pixels (None: all of it).
+    Returns ``(h, w, 3) uint8`` RGB of size ``geometry.padded``, contiguous. Bilinear, antialiased
+    where it shrinks: Pillow's ``BILINEAR``, but for the rounding: some values are a level of 255
+    beside Pillow's, hardly any two.
+    """
+    height, width = geometry.resized
+    padded = np.empty((*geometry.padded, 3), dtype=np.uint8)
+    padded[:height, :width] = _resize(image, geometry.resized, box)
+    padded[height:] = padding_color
+    padded[:height, width:] = padding_color
+    return padded
+
+
+def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.NDArray[np.uint8]:
+    height, width, _ = image.shape
+    whole = (0.0, 0.0, float(width), float(height))
+    left, top, right, bottom = whole if box is None else box
+    if size == (height, width) and (left, top, right, bottom) == whole:
+        return image
+    if cykooz_resizer is None:
+        picture = Image.fromarray(image).resize(
+            (size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom)
+        )
+        return np.asarray(picture)
+    rgb = cykooz_resizer.PixelType.U8x3
+    source = cykooz_resizer.ImageData(width, height, rgb, image.tobytes())
+    resized = cykooz_resizer.ImageData(size[1], size[0], rgb)
+    options = cykooz_resizer.ResizeOptions(
+        resize_alg=cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear),
+        crop_box=cykooz_resizer.CropBox(left, top, right - left, bottom - top),
+        use_alpha=False,
+    )
+    # One for each call: it works without the interpreter's lock, in one thread at a time.
+    cykooz_resizer.Resizer().resize(source, resized, options)
+    return np.frombuffer(resized.get_buffer(), dtype=np.uint8).reshape(*size, 3)
+
+
+def _round_up(size: int) -> int:
+    return -(-size // SHAPE_MULTIPLE) * SHAPE_MULTIPLE

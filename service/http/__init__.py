@@ -1,0 +1,1 @@
+"""HTTP plumbing that endpoints share: parameters, uploads, problems, keys, middleware."""

@@ -1,0 +1,75 @@
+"""Around every request: what is told of it, its id and headers, the answer of last resort."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.http.observation import REQUEST_ID_HEADER, Observation
+from service.http.problems import INTERNAL, LOGGED, REFUSAL, problem_response, refusal
+from service.telemetry import logs
+from service.telemetry.metrics import Metrics
+
+HEADERS: Final = {
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+"""What every answer says unless its endpoint says otherwise.
+
+Source: OWASP's REST Security Cheat Sheet. Strict-Transport-Security is for whoever has TLS, the
+proxy in front.
+"""
+
+_log: Any = structlog.get_logger("service.access")
+
+
+class RequestContext:
+    """ASGI middleware: headers, an `Observation` told to ``metrics`` and log, and 500 for the rest.
+
+    The rest is what nobody expected.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; other scopes pass through."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        scope.setdefault("state", {})
+        with Observation(scope, self._metrics) as seen:
+            scope["state"]["request_id"] = seen.request_id
+
+            async def send_with_headers(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    headers = MutableHeaders(scope=message)
+                    headers[REQUEST_ID_HEADER] = seen.request_id
+                    for name, value in HEADERS.items():
+                        headers.setdefault(name, value)
+                await send(message)
+
+            counted = seen.sending(send_with_headers)
+            try:
+                app = self.app
+                if REFUSAL in scope["state"]:
+                    app = await refusal(scope, scope["state"][REFUSAL])
+                await app(scope, seen.receiving(receive), counted)
+            except ClientDisconnect:
+                _log.debug("the client went away", path=logs.shortened(scope["path"]))
+            # The last boundary: whatever it was, the caller gets an answer and the log the cause.
+            except Exception:  # noqa: BLE001
+                _log.exception("unforeseen error", path=logs.shortened(scope["path"]))
+                if seen.answering:
+                    seen.crashed()
+                else:
+                    response = problem_response(scope, INTERNAL, LOGGED)
+                    await response(scope, receive, counted)

@@ -1,0 +1,192 @@
+"""What is told of each request when it has ended: a line in the log, its metrics, its spans."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import ExitStack
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any, Final, Self
+
+import structlog
+from opentelemetry import trace
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from service.http.dependencies import Service
+from service.http.problems import INTERNAL
+from service.telemetry import logs
+from service.telemetry.metrics import OTHER, Metrics
+from service.telemetry.timings import note, noting
+
+REQUEST_ID_HEADER: Final = "X-Request-ID"
+
+CLIENT_GONE: Final = 499
+"""nginx's number for a client that went away before it had the answer. Nobody is sent it."""
+
+PROBES: Final = frozenset(
+    {
+        *("/healthz", "/readyz", "/metrics"),
+        *("/v2/health/live", "/v2/health/ready", "/label-studio/health"),
+    }
+)
+"""What orchestrators and Prometheus ask every few seconds; nobody wants to read of it."""
+
+ANSWERED: Final = "answered"
+REFUSED: Final = "refused"
+GONE: Final = "client-gone"
+CANCELLED: Final = "cancelled"
+"""How requests end, beside the problems that they are answered with."""
+
+_TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
+
+_log: Any = structlog.get_logger("service.access")
+
+
+def is_probe(scope: Scope) -> bool:
+    """Whether a request is one of `PROBES`."""
+    return scope["path"] in PROBES
+
+
+class Observation:
+    """One request, seen from its head to its end.
+
+    Within it each line of the log carries the request's ids, and the service lists it among those
+    that it answers. Leaving it counts the request in ``metrics`` and tells of it, however it ended.
+    ``answering``: the answer has begun.
+    """
+
+    def __init__(self, scope: Scope, metrics: Metrics) -> None:
+        self.request_id = logs.request_id(Headers(scope=scope).get(REQUEST_ID_HEADER))
+        self._scope = scope
+        self._metrics = metrics
+        self._service: Service = scope["state"]["service"]
+        self._status = CLIENT_GONE
+        self._outcome: str | None = None
+        self.answering = False
+        self._received_bytes = 0
+        self._sent_bytes = 0
+        self._entered = ExitStack()
+
+    def __enter__(self) -> Self:
+        self._started_s = time.perf_counter()
+        ids = {"request_id": self.request_id, **_trace_id(self._scope)}
+        self._entered.enter_context(structlog.contextvars.bound_contextvars(**ids))
+        self._stages = self._entered.enter_context(noting())
+        self._service.requests.append(self.request_id)
+        return self
+
+    def receiving(self, receive: Receive) -> Receive:
+        """``receive``, with the body's bytes counted and the time until its end noted."""
+
+        async def counted() -> Message:
+            message = await receive()
+            if message["type"] == "http.request":
+                self._received_bytes += len(message.get("body", b""))
+                if self._received_bytes and not message.get("more_body", False):
+                    seconds = time.perf_counter() - self._started_s
+                    note(self._started_s, {"read": seconds * 1000})
+                    self._metrics.read(seconds)
+            return message
+
+        return counted
+
+    def sending(self, send: Send) -> Send:
+        """``send``, with the answer's bytes counted."""
+
+        async def counted(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.start":
+                self.answering = True
+                self._status = int(message["status"])
+            elif message["type"] == "http.response.body":
+                self._sent_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    self._outcome = self._answer()
+
+        return counted
+
+    def crashed(self) -> None:
+        """Something unforeseen broke off an answer that had begun."""
+        if self._outcome is None:
+            self._status = INTERNAL.status
+            self._scope["state"]["problem"] = self._outcome = INTERNAL.reason
+
+    def __exit__(
+        self,
+        _: type[BaseException] | None,
+        raised: BaseException | None,
+        __: TracebackType | None,
+    ) -> None:
+        self._service.requests.remove(self.request_id)
+        if self._outcome is None and isinstance(raised, asyncio.CancelledError):
+            # Only a stop that takes too long does that: our doing, whatever was sent so far.
+            self._status, self._outcome = INTERNAL.status, CANCELLED
+        elif self._outcome is None:
+            self._status, self._outcome = CLIENT_GONE, GONE
+        # Set by the router, with placeholders in place of what varies.
+        route = getattr(self._scope.get("route"), "path", None)
+        seconds = time.perf_counter() - self._started_s
+        self._metrics.request(
+            route or OTHER,
+            self._scope["method"],
+            self._status,
+            seconds,
+            self._scope["state"].get("problem"),
+        )
+        self._write_line(route or OTHER, seconds)
+        if self._service.traces is not None:
+            self._service.traces.tell(self._stages)
+        self._entered.close()
+
+    def _answer(self) -> str:
+        """The outcome of an answer that is whole."""
+        refused = REFUSED if self._status >= HTTPStatus.BAD_REQUEST else ANSWERED
+        outcome: str = self._scope["state"].get("problem", refused)
+        return outcome
+
+    def _write_line(self, route: str, seconds: float) -> None:
+        scope = self._scope
+        client = scope.get("client")
+        as_ever = is_probe(scope) and self._status < HTTPStatus.BAD_REQUEST
+        known = {
+            "client": None if client is None else client[0],
+            "key": scope["state"].get("key"),
+            "stages_ms": self._stages_ms() or None,
+        }
+        _log.log(
+            logging.DEBUG if as_ever else logging.INFO,
+            "request",
+            method=logs.shortened(scope["method"]),
+            path=logs.shortened(scope["path"]),
+            route=route,
+            status=self._status,
+            outcome=self._outcome,
+            ms=round(seconds * 1000, 1),
+            received_bytes=self._received_bytes,
+            sent_bytes=self._sent_bytes,
+            **{name: value for name, value in known.items() if value is not None},
+        )
+
+    def _stages_ms(self) -> dict[str, float]:
+        """Milliseconds of each stage that ended, those of several photos together."""
+        sums: dict[str, float] = {}
+        for stage in self._stages:
+            sums[stage.name] = sums.get(stage.name, 0.0) + stage.seconds * 1000
+        return {name: round(value, 1) for name, value in sums.items()}
+
+
+def _trace_id(scope: Scope) -> dict[str, str]:
+    """The trace that a request is part of: that of its span, else that of its client.
+
+    Source: W3C Trace Context, section 3.2.
+    """
+    found = trace.get_current_span().get_span_context()
+    headers = Headers(scope=scope)
+    if not found.is_valid and "traceparent" in headers:
+        sent = _TRACE_CONTEXT.extract(headers)
+        found = trace.get_current_span(sent).get_span_context()
+    return {"trace_id": trace.format_trace_id(found.trace_id)} if found.is_valid else {}

@@ -1,0 +1,1 @@
+"""Photos and masks: decoding, screening, encoding, run lengths, polygons."""

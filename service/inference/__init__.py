@@ -1,0 +1,1 @@
+"""Models on their devices: sessions, engines, batching, upsampling."""

@@ -1,0 +1,1 @@
+"""Endpoints that follow other services' protocols."""

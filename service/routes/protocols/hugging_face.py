@@ -1,0 +1,173 @@
+"""``POST /hf/image-segmentation``: Hugging Face's task, as ``InferenceClient`` speaks it.
+
+Source: https://huggingface.co/docs/inference-providers/tasks/image-segmentation.
+"""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from service.artefact import voc
+from service.errors import InvalidParameter, NoImage
+from service.http.dependencies import ReadyServiceDep
+from service.http.problems import documented_errors
+from service.http.uploads import read_body
+from service.images.brush_rle import RowRuns
+from service.images.decoding import MEDIA_TYPES as IMAGE_TYPES
+from service.images.decoding import decode
+from service.images.encoding import encode_binary_mask
+from service.inference.upsampling import Labels
+from service.routes.protocols.messages import (
+    DATA_URI,
+    Message,
+    base64_bytes,
+    check_size,
+    complaint,
+    decode_base64,
+    decode_data_uri,
+    label,
+    parse,
+)
+from service.schemas import ModelName, Schema
+from service.segmenter import Reading
+from service.settings import Settings
+
+router = APIRouter(prefix="/hf", tags=["hugging face"])
+
+_ENVELOPE_BYTES: Final = 64 * 1024
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class SegmentationParameters(Message):
+    """What of the segmentation is wanted."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    subtask: Literal["semantic"] | None = Field(None, description="there is no other")
+    threshold: Fraction | None = Field(None, description="least score of a segment")
+    mask_threshold: Fraction | None = Field(
+        None, description="least probability of its class that a pixel of a mask must have"
+    )
+    overlap_mask_area_threshold: Fraction | None = Field(
+        None, description="without effect: masks of classes do not overlap"
+    )
+
+
+class SegmentationRequest(Message):
+    """A photo with parameters."""
+
+    inputs: str = Field(description="the image file in base64, or as a data: URI")
+    # Wrong ones are told apart from what is no JSON, so they are read one by one.
+    parameters: dict[str, Any] | None = Field(
+        None,
+        json_schema_extra={
+            "anyOf": [{"$ref": "#/components/schemas/SegmentationParameters"}, {"type": "null"}]
+        },
+    )
+
+
+class Segment(Schema):
+    """One class that is present."""
+
+    label: str
+    score: float = Field(description="mean over the class's pixels of its probability, 0 to 1")
+    mask: str = Field(description="base64 of a greyscale PNG of the photo's size, 255 or 0")
+
+
+_ANSWER: Final = TypeAdapter(list[Segment])
+_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
+
+class ImageSegmentation:
+    """One request and its answer; `read` and `write` are for `Segmenter.label`, in this order."""
+
+    def __init__(self, body: bytes, settings: Settings) -> None:
+        self._body = body
+        self._max_bytes = settings.max_bytes
+        self._parameters = SegmentationParameters()
+
+    def read(self, max_pixels: int, working_size: int) -> Reading:
+        """The photo. Raises `RequestError` or `ImageError`."""
+        data = self._body
+        # No image begins like JSON; headers are often missing, and may lie.
+        if data[:1].isspace() or data.startswith(b"{"):
+            request = parse(SegmentationRequest, data)
+            self._parameters = _parameters(request.parameters)
+            is_uri = request.inputs.startswith(DATA_URI)
+            data = (decode_data_uri if is_uri else decode_base64)(request.inputs, self._max_bytes)
+        check_size(len(data), self._max_bytes)
+        return Reading(decode(data, max_pixels, working_size), working_size, with_confidence=True)
+
+    def write(self, labels: Labels, _: ModelName) -> bytes:
+        """The segments as JSON, most pixels first."""
+        wanted = self._parameters
+        pixels, scores = RowRuns.of(labels.mask).counts(), labels.class_confidence()
+        segments = []
+        for class_id in np.argsort(-pixels, stable=True)[: np.count_nonzero(pixels)]:
+            if scores[class_id] < (wanted.threshold or 0):
+                continue
+            chosen = labels.mask == class_id
+            if wanted.mask_threshold is not None and labels.confidence is not None:
+                chosen &= labels.confidence >= wanted.mask_threshold * 255
+            segments.append(
+                Segment(
+                    label=voc.CLASSES[class_id],
+                    score=float(scores[class_id]),
+                    mask=base64.b64encode(encode_binary_mask(chosen)).decode(),
+                )
+            )
+        return _ANSWER.dump_json(segments)
+
+
+@router.post(
+    "/image-segmentation",
+    summary="Segment a photo as Hugging Face's pipeline does",
+    response_class=Response,
+    responses={
+        200: {"description": "The segments, most pixels first", "model": list[Segment]},
+        **documented_errors(400, 404, 408, 413, 415, 422, 503, 504),
+    },
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "description": f"The image file ({', '.join(IMAGE_TYPES)}), or JSON that holds it; "
+            "told by their bytes, whatever Content-Type the body claims.",
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": f"#/components/schemas/{SegmentationRequest.__name__}"}
+                },
+                "application/octet-stream": _BINARY,
+            },
+        }
+    },
+)
+async def image_segmentation(
+    request: Request,
+    service: ReadyServiceDep,
+    model: Annotated[
+        str | None, Query(description="name of the model, of those that `GET /models` lists")
+    ] = None,
+) -> Response:
+    """`InferenceClient(model="http://.../hf/image-segmentation").image_segmentation(photo)`."""
+    settings = service.settings
+    envelope = base64_bytes(settings.max_bytes) - settings.max_bytes + _ENVELOPE_BYTES
+    body = await read_body(request, settings.max_bytes, envelope)
+    if not body:
+        raise NoImage("the body is empty: send an image file, or JSON with inputs")
+    call = ImageSegmentation(body, settings)
+    content, headers = await label(request, service, call.read, call.write, model)
+    return Response(content, media_type="application/json", headers=headers)
+
+
+def _parameters(given: dict[str, Any] | None) -> SegmentationParameters:
+    """Raises `InvalidParameter`."""
+    try:
+        return SegmentationParameters.model_validate(given or {})
+    except ValidationError as exc:
+        raise InvalidParameter(complaint(exc)) from exc

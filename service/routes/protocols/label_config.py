@@ -1,0 +1,84 @@
+"""Label Studio's labelling configuration: which of its labels stand for which classes.
+
+Source: https://labelstud.io/tags/brushlabels.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass
+from typing import Final
+
+from service.artefact import voc
+from service.errors import InvalidParameter
+
+_MAX_LENGTH: Final = 2**18
+# Nothing that a configuration needs; it is how XML is made to grow or to name files.
+_DECLARATION: Final = re.compile(r"<!(DOCTYPE|ENTITY)", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class BrushControl:
+    """A ``<BrushLabels>`` tag over an ``<Image>``.
+
+    ``data_key`` is where a task has its image; ``labels`` are the class ids of each label that
+    stands for any, in the configuration's order.
+    """
+
+    from_name: str
+    to_name: str
+    data_key: str
+    labels: dict[str, frozenset[int]]
+
+
+def parse_label_config(config: str) -> list[BrushControl]:
+    """The brush controls of a configuration.
+
+    A label stands for the class of its name, case, spaces and punctuation aside ("Potted plant"),
+    or for those that its attribute ``predicted_values`` lists. Raises `InvalidParameter` if the
+    configuration cannot be read, or nothing in it can be pre-labelled.
+    """
+    if len(config) > _MAX_LENGTH:
+        raise InvalidParameter(f"label_config: may have at most {_MAX_LENGTH} characters")
+    if _DECLARATION.search(config):
+        raise InvalidParameter("label_config: declarations are not allowed")
+    try:
+        root = ET.fromstring(config)  # noqa: S314 - nothing is declared in it
+    except (ET.ParseError, ValueError) as exc:
+        raise InvalidParameter("label_config: not well-formed XML") from exc
+    images = {
+        tag.get("name", ""): tag.get("value", "").removeprefix("$")
+        for tag in root.iter("Image")
+        if tag.get("value", "").startswith("$")
+    }
+    controls = []
+    for tag in root.iter("BrushLabels"):
+        from_name, to_name = tag.get("name", ""), tag.get("toName", "")
+        if from_name and to_name in images:
+            labels = {}
+            for child in tag.findall("Label"):
+                name = child.get("alias") or child.get("value")
+                if name and (class_ids := _class_ids(child)):
+                    labels[name] = class_ids
+            controls.append(BrushControl(from_name, to_name, images[to_name], labels))
+    if not controls:
+        raise InvalidParameter('label_config: no <BrushLabels> over an <Image value="$...">')
+    if not any(control.labels for control in controls):
+        raise InvalidParameter(
+            f"label_config: no label is one of the classes {', '.join(voc.CLASSES)}"
+        )
+    return controls
+
+
+def _class_ids(tag: ET.Element) -> frozenset[int]:
+    names = [tag.get("value", ""), tag.get("alias", "")]
+    if tag.get("predicted_values"):
+        names = tag.get("predicted_values", "").split(",")
+    plain = {_plain(name) for name in names}
+    return frozenset(index for index, name in enumerate(voc.CLASSES) if _plain(name) in plain)
+
+
+def _plain(name: str) -> str:
+    """Lower-case letters and digits alone: VOC writes ``pottedplant``, people do not."""
+    return "".join(character for character in name.lower() if character.isalnum())

@@ -1,0 +1,307 @@
+"""``/v2``: the Open Inference Protocol's REST half, as Triton's and KServe's clients speak it.
+
+Sources: https://github.com/kserve/open-inference-protocol, ``inference_rest.md``, and Triton's
+``extension_binary_data.md`` and ``extension_model_repository.md``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from fastapi import APIRouter, Header, Request, Response
+from pydantic import Field
+from starlette.exceptions import HTTPException
+
+from service import __version__
+from service.errors import Draining, MalformedRequest, ModelUnavailable, UnknownModel
+from service.http.dependencies import Phase, ReadyServiceDep, Service, ServiceDep
+from service.http.problems import documented_errors
+from service.http.uploads import read_body
+from service.routes.protocols.messages import Message, base64_bytes, label, parse
+from service.routes.protocols.tensors import (
+    CONFIDENCE,
+    IMAGE,
+    MASK,
+    Inference,
+    InferenceRequest,
+    InferenceResponse,
+)
+from service.schemas import Schema
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])
+
+JSON_LENGTH: Final = "Inference-Header-Content-Length"
+
+# The JSON around a tensor; ids and parameters are short.
+_ENVELOPE_BYTES: Final = 64 * 1024
+_INDEX_BYTES: Final = 4096
+
+_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+_INFER: Final[dict[str, Any]] = {
+    "response_class": Response,
+    "responses": {
+        200: {
+            "description": "The outputs; with binary data, the tensors after the JSON",
+            "model": InferenceResponse,
+            "content": {"application/json": {}, "application/octet-stream": _BINARY},
+            "headers": {
+                JSON_LENGTH: {
+                    "schema": {"type": "integer"},
+                    "description": "bytes of JSON, where binary data follows",
+                }
+            },
+        },
+        **documented_errors(400, 404, 408, 413, 415, 422, 503, 504),
+    },
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": f"#/components/schemas/{InferenceRequest.__name__}"}
+                },
+                "application/octet-stream": _BINARY,
+            },
+        }
+    },
+}
+
+
+class ServerMetadata(Schema):
+    """Who serves, and which extensions of the protocol it speaks."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ServerLive(Schema):
+    """Whether the server is alive."""
+
+    live: bool
+
+
+class ServerReady(Schema):
+    """Whether the server takes photos."""
+
+    ready: bool
+
+
+class ModelReady(Schema):
+    """Whether a model takes photos."""
+
+    name: str
+    ready: bool
+
+
+class TensorMetadata(Schema):
+    """An input or an output; -1 stands for any size."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(Schema):
+    """A model's inputs and outputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class IndexRequest(Message):
+    """Which models to list."""
+
+    ready: bool = Field(False, description="only those that take photos")
+
+
+class IndexEntry(Schema):
+    """A model of the repository; one that is not in memory yet is ready: a request loads it."""
+
+    name: str
+    version: str
+    state: str = Field(description="READY or UNAVAILABLE")
+    reason: str
+
+
+@router.get("", summary="The server's metadata")
+async def server_metadata() -> ServerMetadata:
+    """Name, version and the extensions of the protocol."""
+    return ServerMetadata(
+        name="fcn-segment", version=__version__, extensions=["binary_tensor_data"]
+    )
+
+
+@health.get("/live", summary="Alive")
+async def server_live() -> ServerLive:
+    """As `GET /healthz`."""
+    return ServerLive(live=True)
+
+
+@health.get("/ready", summary="Ready", responses=documented_errors(503))
+async def server_ready(_: ReadyServiceDep) -> ServerReady:
+    """As `GET /readyz`."""
+    return ServerReady(ready=True)
+
+
+@router.get("/models/{name}", summary="A model's metadata", responses=documented_errors(404, 503))
+async def model_metadata(service: ServiceDep, name: str) -> ModelMetadata:
+    """Its inputs and outputs. `image` may also be BYTES `[1]`, holding an image file."""
+    return _describe(service, name)
+
+
+@router.get(
+    "/models/{name}/versions/{version}",
+    summary="A model version's metadata",
+    responses=documented_errors(404, 503),
+)
+async def model_version_metadata(service: ServiceDep, name: str, version: str) -> ModelMetadata:
+    """The same; a model has one version."""
+    _check_version(service, name, version)
+    return _describe(service, name)
+
+
+@router.get(
+    "/models/{name}/ready", summary="A model is ready", responses=documented_errors(404, 503)
+)
+async def model_ready(service: ReadyServiceDep, name: str) -> ModelReady:
+    """It takes photos; one that is not in memory is loaded by the first."""
+    service.engines.manifest(name)
+    return ModelReady(name=name, ready=True)
+
+
+@router.get(
+    "/models/{name}/versions/{version}/ready",
+    summary="A model version is ready",
+    responses=documented_errors(404, 503),
+)
+async def model_version_ready(service: ReadyServiceDep, name: str, version: str) -> ModelReady:
+    """The same; a model has one version."""
+    _check_version(service, name, version)
+    return ModelReady(name=name, ready=True)
+
+
+@router.post("/models/{name}/infer", summary="Segment a photo by a model", **_INFER)
+async def infer(
+    request: Request,
+    service: ReadyServiceDep,
+    name: str,
+    json_length: Annotated[
+        str | None, Header(alias=JSON_LENGTH, description="bytes of JSON before binary data")
+    ] = None,
+) -> Response:
+    """One photo in, `mask` and `confidence` out: UINT8 of the photo's size.
+
+    `image` is UINT8 `[H, W, 3]` RGB, with or without a leading 1, or BYTES `[1]`, an image file as
+    `POST /segment` takes it (in JSON as base64). Without a list of outputs both are answered; the
+    service is faster when `mask` is asked for alone.
+    """
+    return await _infer(request, service, name, json_length)
+
+
+@router.post(
+    "/models/{name}/versions/{version}/infer",
+    summary="Segment a photo by a version of a model",
+    **_INFER,
+)
+async def infer_version(
+    request: Request,
+    service: ReadyServiceDep,
+    name: str,
+    version: str,
+    json_length: Annotated[
+        str | None, Header(alias=JSON_LENGTH, description="bytes of JSON before binary data")
+    ] = None,
+) -> Response:
+    """The same; a model has one version."""
+    _check_version(service, name, version)
+    return await _infer(request, service, name, json_length)
+
+
+@router.post(
+    "/repository/index",
+    summary="All models",
+    responses=documented_errors(400, 408, 413, 503),
+    openapi_extra={
+        "requestBody": {
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": f"#/components/schemas/{IndexRequest.__name__}"}
+                }
+            },
+        }
+    },
+)
+async def repository_index(request: Request, service: ServiceDep) -> list[IndexEntry]:
+    """The default first, then the artefact folders beside it, as in `GET /models`."""
+    wanted = parse(IndexRequest, await read_body(request, _INDEX_BYTES) or b"{}")
+    entries = [_entry(service, name) for name in service.engines.names]
+    return [entry for entry in entries if entry.state == "READY" or not wanted.ready]
+
+
+async def _infer(
+    request: Request, service: Service, name: str, json_length: str | None
+) -> Response:
+    service.engines.manifest(name)  # before megabytes are read for a model that is not there
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise HTTPException(415, "Content-Encoding: a request must not be compressed")
+    settings = service.settings
+    body = await read_body(
+        request,
+        settings.max_bytes,
+        base64_bytes(settings.max_bytes) - settings.max_bytes + _ENVELOPE_BYTES,
+    )
+    inference = Inference(body, _json_bytes(json_length, len(body)), settings)
+    (content, json_bytes), headers = await label(
+        request, service, inference.read, inference.write, name
+    )
+    if json_bytes is None:
+        return Response(content, media_type="application/json", headers=headers)
+    headers[JSON_LENGTH] = str(json_bytes)
+    return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+def _json_bytes(header: str | None, body_bytes: int) -> int | None:
+    if header is None:
+        return None
+    # Longer numbers than any body has are not worth parsing.
+    if not (header.isascii() and header.isdecimal() and len(header) < 20):
+        raise MalformedRequest(f"{JSON_LENGTH}: not a number of bytes")
+    if int(header) > body_bytes:
+        raise MalformedRequest(f"{JSON_LENGTH}: the body has {body_bytes} bytes")
+    return int(header)
+
+
+def _check_version(service: Service, name: str, version: str) -> None:
+    served = service.engines.manifest(name).version
+    if version != served:
+        raise UnknownModel(f"model {name} is served in version {served} alone")
+
+
+def _describe(service: Service, name: str) -> ModelMetadata:
+    return ModelMetadata(
+        name=name,
+        versions=[service.engines.manifest(name).version],
+        platform="onnxruntime_onnx",
+        inputs=[TensorMetadata(name=IMAGE, datatype="UINT8", shape=[-1, -1, 3])],
+        outputs=[
+            TensorMetadata(name=output, datatype="UINT8", shape=[-1, -1])
+            for output in (MASK, CONFIDENCE)
+        ],
+    )
+
+
+def _entry(service: Service, name: str) -> IndexEntry:
+    version, reason = "", ""
+    try:
+        version = service.engines.manifest(name).version
+        if service.phase is not Phase.READY:
+            raise Draining(f"the service is {service.phase.value}")
+    except (ModelUnavailable, Draining) as exc:
+        reason = str(exc)
+    state = "UNAVAILABLE" if reason else "READY"
+    return IndexEntry(name=name, version=version, state=state, reason=reason)

@@ -1,0 +1,210 @@
+"""Serving in this process: the server, its signals, and who looks whether it hangs.
+
+SIGTERM and SIGINT stop it in order, SIGHUP reloads the models.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any, Final
+
+import structlog
+import uvicorn
+import uvloop
+
+from service.app import create_app, with_state
+from service.errors import SettingsError
+from service.http.dependencies import LifespanState
+from service.inference.engines import Engines
+from service.server.connections import Clients, Connection
+from service.server.peers import Siblings
+from service.server.watchdog import Watchdog
+from service.server.worker import Parent
+from service.settings import Settings
+
+# Longer than a request is on its way to a connection that its client believes to be open.
+_LINGER_S: Final = 0.5
+
+_log: Any = structlog.get_logger("service.serving")
+
+
+def keep_hangups() -> threading.Event:
+    """An event that SIGHUP sets, which would end a process that has nothing to reload yet."""
+    came = threading.Event()
+    signal.signal(signal.SIGHUP, lambda *_: came.set())
+    return came
+
+
+def answer(
+    listener: socket.socket,
+    settings: Settings,
+    hangup: threading.Event,
+    parent: Parent | None = None,
+) -> None:
+    """Serve on ``listener`` until SIGTERM or SIGINT.
+
+    ``hangup`` says whether SIGHUP came so far, by `keep_hangups`; ``parent`` is the supervisor, if
+    there is one. Raises what opening the service raises.
+    """
+    # So that a crash in a library's native code tells where it was.
+    faulthandler.enable()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_answer(listener, settings, hangup, parent))
+
+
+async def _answer(
+    listener: socket.socket, settings: Settings, hangup: threading.Event, parent: Parent | None
+) -> None:
+    """Serve until SIGTERM or SIGINT, and finish what is in flight.
+
+    The lifespan runs here and not in uvicorn, which would wrap a start's one-line error into a
+    traceback and three lines of its own.
+    """
+    peers = Siblings(parent.folder, parent.number) if parent is not None else None
+    app = create_app(settings, peers=peers)
+    # Left last: the end may hang too.
+    with contextlib.ExitStack() as watched:
+        async with app.router.lifespan_context(app) as lifespan_state:
+            state: LifespanState = lifespan_state  # type: ignore[assignment]
+            service = state["service"]
+            if parent is not None:
+                service.metrics.restarted(parent.restarts)
+            on_turn = parent.tell_alive if parent is not None else lambda: None
+            watched.enter_context(Watchdog(service, settings.hung_after_s, on_turn))
+            config = uvicorn.Config(
+                with_state(app, state),
+                http=partial(Connection, Clients(settings)),  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                forwarded_allow_ips=settings.trusted_proxies,
+                timeout_graceful_shutdown=int(settings.deadline_s) + 5,
+            )
+            url = _listen(listener, config.backlog)
+
+            def on_start() -> None:
+                # First: whoever reads the log may take this worker for one that is watched.
+                if parent is not None:
+                    parent.tell_ready()
+                _log.info("listening", url=url)
+
+            server = _Server(config, on_start=on_start, on_stop=service.begin_draining)
+            async with _reloading(service.engines, hangup):
+                await server.serve(sockets=[listener])
+    _log.info("stopped")
+
+
+def _listen(listener: socket.socket, backlog: int) -> str:
+    """Listen; returns the URL."""
+    host, port = listener.getsockname()[:2]
+    try:
+        # Two starting at once may both have bound the port; only one may listen.
+        listener.listen(backlog)
+    except OSError as exc:
+        raise SettingsError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+@contextlib.asynccontextmanager
+async def _reloading(engines: Engines, hangup: threading.Event) -> AsyncIterator[None]:
+    """Reload the models whenever SIGHUP comes, and if it came; one time after the other."""
+    loop = asyncio.get_running_loop()
+    wanted = asyncio.Event()
+
+    async def reload() -> None:
+        while True:
+            await wanted.wait()
+            wanted.clear()
+            try:
+                await engines.reload()
+            # The next one has to find somebody who waits for it.
+            except Exception:  # noqa: BLE001
+                _log.exception("reload failed")
+                engines.on_reload(False)
+
+    signal.signal(signal.SIGHUP, lambda *_: loop.call_soon_threadsafe(wanted.set))
+    if hangup.is_set():
+        wanted.set()
+    reloads = asyncio.create_task(reload())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        reloads.cancel()
+        await asyncio.wait([reloads])
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, telling when it answers, and of a stop before it waits for what is in flight."""
+
+    def __init__(
+        self, config: uvicorn.Config, on_start: Callable[[], None], on_stop: Callable[[], None]
+    ) -> None:
+        super().__init__(config)
+        self._on_start = on_start
+        self._on_stop = on_stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does, then say so: from here on signals stop it in order."""
+        await super().startup(sockets)
+        self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop as uvicorn does, but reset no connection that somebody sends a request on.
+
+        uvicorn closes the listening socket with what waits in its queue, and every connection that
+        is idle, whatever is under way on it. Here all of these are answered first, and told to go
+        elsewhere.
+        """
+        for listener in sockets or ():
+            await self._accept_all(listener)
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_LINGER_S)
+        await super().shutdown(sockets)
+
+    async def _accept_all(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = listener.accept()
+                await loop.connect_accepted_socket(self._protocol, connection)
+
+    def _protocol(self) -> asyncio.Protocol:
+        """What uvicorn makes for each connection."""
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Stop on SIGTERM and SIGINT.
+
+        uvicorn raises the signal again once it has stopped, which would end the process before
+        the lifespan took down what it owns.
+        """
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            self._on_stop()
+            self.handle_exit(number, frame)
+
+        previous = {
+            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
