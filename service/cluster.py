@@ -41,10 +41,10 @@ from service.artefact.contract import ModelContract
 from service.artefact.manifest import Manifest
 from service.errors import InferenceFailed, ModelUnavailable, Overloaded, SegmentError
 from service.http.observation import REQUEST_ID_HEADER
-from service.inference.batcher import Answer
+from service.inference.batcher import BatchResult
 from service.inference.engine import Engine, Output, open_engine
 from service.inference.engines import Engines
-from service.inference.lanes import Task
+from service.inference.lanes import DeviceTask
 from service.routes.metrics import engine_families
 from service.settings import Settings, load_settings
 from service.telemetry import logs
@@ -106,7 +106,7 @@ class RemoteModel:
 class Reply:
     """A device's answer, or why it has none; ``model`` where another one was expected."""
 
-    answer: Answer[Output] | SegmentError
+    answer: BatchResult[Output] | SegmentError
     model: RemoteModel | None
 
 
@@ -144,13 +144,13 @@ class Device:
         """Tell what it runs."""
         return RemoteModel.of(self._ready())
 
-    async def infer(self, task: Task, expected: str) -> Reply:
+    async def infer(self, task: DeviceTask, expected: str) -> Reply:
         """Run the network on a photo; ``expected``: the sha256 of the model that its sender knows.
 
         Errors of the service come as values: Ray would wrap them, and log each with its traceback.
         """
         engine = self._ready()
-        answer: Answer[Output] | SegmentError
+        answer: BatchResult[Output] | SegmentError
         try:
             answer = await engine.batcher.submit(task, key=task.geometry.padded)
             self._failures = 0
@@ -198,7 +198,7 @@ class RemoteQueue:
         """A second: how fast the devices are is not known here."""
         return 1.0
 
-    async def submit(self, item: Task, key: object) -> Answer[Output]:
+    async def submit(self, item: DeviceTask, key: object) -> BatchResult[Output]:
         """Have some device run the network; when it dies meanwhile, another one.
 
         Raises what a batcher raises, or `ModelUnavailable` if no device can be started.
@@ -229,7 +229,7 @@ class RemoteQueue:
     async def close(self) -> None:
         """Nothing is this process's own."""
 
-    async def _ask(self, item: Task) -> Reply:
+    async def _ask(self, item: DeviceTask) -> Reply:
         response = self._device.infer.remote(item, self._expected.sha256)
         try:
             reply: Reply = await response

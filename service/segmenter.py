@@ -23,11 +23,11 @@ import structlog
 from service.artefact.contract import ModelContract
 from service.artefact.preprocessing import Geometry, preprocess
 from service.errors import DeadlineExceeded, Overloaded
-from service.images.decoding import Photo, decode
-from service.inference.batcher import Answer
+from service.images.decoding import DecodedPhoto, decode
+from service.inference.batcher import BatchResult
 from service.inference.engine import Engine, Output
 from service.inference.engines import Engines
-from service.inference.lanes import Task, Upsampled
+from service.inference.lanes import DeviceTask, Upsampled
 from service.inference.memory import give_back_freed
 from service.inference.upsampling import Labels, upsample
 from service.schemas import ModelName
@@ -63,7 +63,7 @@ class Reading:
     the answer says how sure the network is.
     """
 
-    photo: Photo
+    photo: DecodedPhoto
     max_side: int
     with_confidence: bool
 
@@ -86,7 +86,7 @@ class _Prepared:
     `time.perf_counter`.
     """
 
-    task: Task
+    task: DeviceTask
     photo: npt.NDArray[np.uint8] | None
     started_s: float
     timing_ms: dict[str, float]
@@ -235,7 +235,7 @@ class Segmenter:
     def _write(
         self,
         prepared: _Prepared,
-        answer: Answer[Output],
+        answer: BatchResult[Output],
         write: Callable[[Labels, ModelName], T],
         contract: ModelContract,
     ) -> Labelled[T]:
@@ -261,7 +261,7 @@ class Segmenter:
         return result
 
     def _answered(
-        self, prepared: _Prepared, answer: Answer[Output], timing_ms: dict[str, float]
+        self, prepared: _Prepared, answer: BatchResult[Output], timing_ms: dict[str, float]
     ) -> None:
         """Note the stages that have just ended, and count the photo."""
         before = prepared.timing_ms.keys() | _device_ms(answer).keys()
@@ -287,7 +287,7 @@ class Segmenter:
     def _finish(
         self,
         prepared: _Prepared,
-        answer: Answer[Output],
+        answer: BatchResult[Output],
         options: Options,
         contract: ModelContract,
     ) -> Result:
@@ -313,7 +313,7 @@ def _preprocess(
     image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
     preprocessed = time.perf_counter()
     return _Prepared(
-        Task(image, geometry, reading.with_confidence),
+        DeviceTask(image, geometry, reading.with_confidence),
         pixels,
         started,
         {"decode": (decoded - started) * 1000, "preprocess": (preprocessed - decoded) * 1000},
@@ -325,7 +325,7 @@ def _rest() -> None:
     _log.debug("freed memory given back")
 
 
-async def _run(engine: Engine, prepared: _Prepared) -> Answer[Output]:
+async def _run(engine: Engine, prepared: _Prepared) -> BatchResult[Output]:
     """Have the network run, and note the stages up to its end."""
     note(prepared.started_s, prepared.timing_ms)
     submitted_s = time.perf_counter()
@@ -334,7 +334,7 @@ async def _run(engine: Engine, prepared: _Prepared) -> Answer[Output]:
     return answer
 
 
-def _device_ms(answer: Answer[Output]) -> dict[str, float]:
+def _device_ms(answer: BatchResult[Output]) -> dict[str, float]:
     """Each stage's ms from the queue to the answer of a device, which upsamples if it is a GPU."""
     result = answer.result
     if not isinstance(result, Upsampled):
@@ -348,7 +348,7 @@ def _device_ms(answer: Answer[Output]) -> dict[str, float]:
     }
 
 
-def _upsample(prepared: _Prepared, answer: Answer[Output]) -> tuple[Labels, dict[str, float]]:
+def _upsample(prepared: _Prepared, answer: BatchResult[Output]) -> tuple[Labels, dict[str, float]]:
     """The labels, upsampled here where the device has not done it, and each stage's ms so far."""
     timing_ms = {**prepared.timing_ms, **_device_ms(answer)}
     if isinstance(answer.result, Upsampled):

@@ -27,7 +27,7 @@ from PIL import ExifTags, Image, ImageCms, _imaging
 from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
 from service.images.screening import MeteredFile, check_before_decoding, check_before_opening
 
-MEDIA_TYPES: Final[dict[str, str]] = {
+IMAGE_MEDIA_TYPES: Final[dict[str, str]] = {
     "JPEG": "image/jpeg",
     "PNG": "image/png",
     "WEBP": "image/webp",
@@ -76,7 +76,7 @@ leaves 99.5 % and 99.3 %: a greater margin buys nothing. With a margin of 1 it i
 
 
 @dataclass(frozen=True, slots=True)
-class Photo:
+class DecodedPhoto:
     """A decoded photo, upright.
 
     ``pixels``: ``(h, w, 3) uint8`` RGB, contiguous; ``size``: the photo's own ``(H, W)``, which is
@@ -121,10 +121,10 @@ def sniff(data: bytes) -> str:
     # Two letters are not enough: text may begin with them.
     if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADER_BYTES:
         return "BMP"
-    raise UnsupportedImageType(f"not an image of an allowed type: {', '.join(MEDIA_TYPES)}")
+    raise UnsupportedImageType(f"not an image of an allowed type: {', '.join(IMAGE_MEDIA_TYPES)}")
 
 
-def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Photo:
+def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> DecodedPhoto:
     """Decode a photo as a viewer shows it.
 
     Upright by its EXIF orientation, in sRGB by its ICC profile (a broken profile is ignored),
@@ -148,7 +148,7 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Phot
                 image.load()
                 # Again: a container's header may promise less than its frame holds.
                 _check_size(image.size, max_pixels)
-                photo = Photo.whole(np.array(_to_srgb(image)))
+                photo = DecodedPhoto.whole(np.array(_to_srgb(image)))
             # Only now: PNG's may follow the pixels, and TIFF's is applied by Pillow's load().
             return _turn_upright(photo, _orientation(image))
     except ImageError:
@@ -163,7 +163,7 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Phot
         ) from exc
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, needed_side: int | None) -> Photo | None:
+def _decode_jpeg(data: bytes, image: Image.Image, needed_side: int | None) -> DecodedPhoto | None:
     """A JPEG's pixels as stored, possibly scaled, without Pillow; None where Pillow must do it."""
     if image.mode not in ("RGB", "L"):
         return None
@@ -193,10 +193,10 @@ def _decode_jpeg(data: bytes, image: Image.Image, needed_side: int | None) -> Ph
     scale = round(8 * max(pixels.shape[:2]) / max(width, height)) / 8
     if profile is not None:
         pixels = np.array(_apply_profile(Image.fromarray(pixels), profile))
-    return Photo(pixels, (height, width), (0, 0, width * scale, height * scale))
+    return DecodedPhoto(pixels, (height, width), (0, 0, width * scale, height * scale))
 
 
-def _turn_upright(photo: Photo, orientation: int) -> Photo:
+def _turn_upright(photo: DecodedPhoto, orientation: int) -> DecodedPhoto:
     if orientation not in _UPRIGHT:
         return photo
     swap, reverse_rows, reverse_columns = _UPRIGHT[orientation]
@@ -214,7 +214,7 @@ def _turn_upright(photo: Photo, orientation: int) -> Photo:
         pixels = pixels[:, ::-1]
         box = (width - box[2], box[1], width - box[0], box[3])
     turned = np.ascontiguousarray(pixels)[..., None].view(np.uint8)
-    return Photo(turned, size, box)
+    return DecodedPhoto(turned, size, box)
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:

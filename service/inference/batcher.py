@@ -54,7 +54,7 @@ _log: Any = structlog.get_logger("service.batcher")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[ResultT]):
+class BatchResult(Generic[ResultT]):
     """One item's result, the seconds it waited, and the seconds its batch ran."""
 
     result: ResultT
@@ -65,7 +65,7 @@ class Answer(Generic[ResultT]):
 @dataclass(slots=True, eq=False)
 class _Entry(Generic[ItemT, ResultT]):
     item: ItemT
-    future: asyncio.Future[Answer[ResultT]]
+    future: asyncio.Future[BatchResult[ResultT]]
     arrived_s: float
     deadline_s: float | None
     request_id: str | None
@@ -150,7 +150,7 @@ class Batcher(Generic[ItemT, ResultT]):
 
     async def submit(
         self, item: ItemT, key: Hashable, deadline_s: float | None = None
-    ) -> Answer[ResultT]:
+    ) -> BatchResult[ResultT]:
         """Queue an item and wait for its result. Cancelling drops it from the queue.
 
         ``deadline_s`` is a time of ``clock``: an item that is still queued then never reaches the
@@ -162,7 +162,7 @@ class Batcher(Generic[ItemT, ResultT]):
         if self.waiting >= self._max_queue:
             ahead = self.waiting + sum(len(batch.entries) for batch in self._running.values())
             raise Overloaded(f"{self.waiting} photos are waiting", self.retry_after_s(ahead))
-        future: asyncio.Future[Answer[ResultT]] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[BatchResult[ResultT]] = asyncio.get_running_loop().create_future()
         request_id = structlog.contextvars.get_contextvars().get("request_id")
         entry = _Entry(item, future, self._clock(), deadline_s, request_id)
         self._groups.setdefault(key, deque()).append(entry)
@@ -279,7 +279,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self._usual_run_s = usual_s + _WEIGHT_OF_LAST * (run_s - usual_s)
         for entry, result in zip(entries, results, strict=True):
             if not entry.future.done():
-                answer = Answer(result, batch.started_s - entry.arrived_s, run_s)
+                answer = BatchResult(result, batch.started_s - entry.arrived_s, run_s)
                 entry.future.set_result(answer)
 
     def _forget(self, entry: _Entry[ItemT, ResultT], key: Hashable) -> None:

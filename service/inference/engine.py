@@ -17,9 +17,9 @@ import structlog
 
 from service.artefact.contract import ModelContract
 from service.artefact.manifest import Manifest
-from service.inference.batcher import Answer, Batcher
+from service.inference.batcher import Batcher, BatchResult
 from service.inference.cuda import CudaDevice
-from service.inference.lanes import Lane, Task, Upsampled
+from service.inference.lanes import DeviceTask, Lane, Upsampled
 from service.inference.session import DeviceOptions, InferenceSession, Model, load_model
 from service.settings import Settings
 from service.telemetry.metrics import Metrics
@@ -81,7 +81,7 @@ class Queue(Protocol):
     def retry_after_s(self, ahead: int) -> float:
         """When so many photos should be done."""
 
-    async def submit(self, item: Task, key: Hashable) -> Answer[Output]:
+    async def submit(self, item: DeviceTask, key: Hashable) -> BatchResult[Output]:
         """Queue a photo and wait for its result."""
 
     def abandon(self) -> None:
@@ -153,7 +153,7 @@ async def open_engine(
     )
     queue_size = settings.queue_size or (CPU_QUEUE if model.gpu is None else GPU_QUEUE)
     make_batcher = partial(
-        Batcher[Task, Output],
+        Batcher[DeviceTask, Output],
         max_wait_s=settings.max_wait_ms / 1000,
         max_queue=queue_size,
         on_batch=metrics.batch,
@@ -174,7 +174,9 @@ async def open_engine(
     return Engine(model, batcher)
 
 
-def run_batch(model: Model, session: InferenceSession, tasks: Sequence[Task]) -> Sequence[Output]:
+def run_batch(
+    model: Model, session: InferenceSession, tasks: Sequence[DeviceTask]
+) -> Sequence[Output]:
     """The batcher's work on a CPU: stack images of one shape, run them, unstack.
 
     Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.

@@ -64,7 +64,7 @@ _ALIGNMENT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class DeviceTask:
     """A photo for the device. ``image``: ``(h, w, 3) uint8`` RGB of size ``geometry.padded``."""
 
     image: npt.NDArray[np.uint8]
@@ -157,7 +157,7 @@ def batch_sizes(most: int) -> tuple[int, ...]:
     return tuple(sorted(size for size in sizes if size <= most))
 
 
-def plan_rounds(tasks: Sequence[Task], capacity: int) -> Iterator[list[Piece]]:
+def plan_rounds(tasks: Sequence[DeviceTask], capacity: int) -> Iterator[list[Piece]]:
     """Lay the photos' class ids, each followed by its confidences, into rounds of ``capacity``.
 
     ``capacity``: bytes, 2 or more. Every round has at most one piece of each photo.
@@ -239,18 +239,18 @@ class Lane:
         """
         for shape, size in self._listed:
             image = np.zeros((*shape, 3), dtype=np.uint8)
-            task = Task(image, Geometry(shape, shape, shape), with_confidence=False)
+            task = DeviceTask(image, Geometry(shape, shape, shape), with_confidence=False)
             for _ in range(WARM_UP_RUNS if self._graphs else 1):
                 self.run([task] * size)
 
-    def run(self, tasks: Sequence[Task]) -> list[Upsampled]:
+    def run(self, tasks: Sequence[DeviceTask]) -> list[Upsampled]:
         """Take photos of one shape through the device, blocking; returns a result for each."""
         shape = tasks[0].geometry.padded
         most = max(size for size in self._sizes if self._fits(shape, size))
         parts = (tasks[start : start + most] for start in range(0, len(tasks), most))
         return [result for part in parts for result in self._run_part(part, shape)]
 
-    def _run_part(self, tasks: Sequence[Task], shape: Shape) -> Iterator[Upsampled]:
+    def _run_part(self, tasks: Sequence[DeviceTask], shape: Shape) -> Iterator[Upsampled]:
         channel = self._channel
         size = next(size for size in self._sizes if size >= len(tasks))
         run = self._listed.get((shape, size)) or self._bind(shape, size, NO_GRAPH)
@@ -293,7 +293,7 @@ class Lane:
             yield Upsampled(Labels(mask, confidence), infer_s, upsample_s)
 
     def _records(
-        self, tasks: Sequence[Task], pieces: Sequence[Piece], shape: Shape
+        self, tasks: Sequence[DeviceTask], pieces: Sequence[Piece], shape: Shape
     ) -> npt.NDArray[np.void]:
         """The pieces as the kernel reads them: ``(len(pieces),)`` of `PIECE`."""
         grid = [side // self._contract.stride for side in shape]

@@ -13,7 +13,7 @@ from service.http.negotiation import negotiate
 from service.http.parameters import OptionsDep
 from service.http.problems import documented
 from service.http.uploads import FIELD, MULTIPART, read_image
-from service.images.decoding import MEDIA_TYPES as IMAGE_TYPES
+from service.images.decoding import IMAGE_MEDIA_TYPES
 from service.schemas import Segmentation
 from service.views import IMAGE_FORMATS, MEDIA_TYPES
 
@@ -24,7 +24,7 @@ _REQUEST_BODY: Final = {
     "required": True,
     # One type for all images: the header is not believed, and few generators know `image/*`.
     "description": "The image file: as the form field `image`, or as the whole body. "
-    f"{', '.join(IMAGE_TYPES)}, told by its bytes, whatever Content-Type the body claims.",
+    f"{', '.join(IMAGE_MEDIA_TYPES)}, told by its bytes, whatever Content-Type the body claims.",
     "content": {
         MULTIPART: {
             "schema": {

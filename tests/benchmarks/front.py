@@ -37,7 +37,7 @@ from service.artefact.contract import SHAPE_MULTIPLE, ModelContract, Precision
 from service.artefact.manifest import load_manifest, sha256_of
 from service.artefact.preprocessing import Geometry, preprocess
 from service.images import decoding
-from service.images.decoding import Photo, decode
+from service.images.decoding import DecodedPhoto, decode
 from service.inference import session, upsampling
 from service.inference.session import Model, available_cores, load_model
 from service.inference.upsampling import upsample
@@ -69,7 +69,7 @@ CORAL_PADDING: Final = (128, 128, 128)
 class Side(Candidate):
     """One that is loaded; ``label`` makes a photo its ``(H, W) uint8`` class ids, on all cores."""
 
-    label: Callable[[Photo], Bytes]
+    label: Callable[[DecodedPhoto], Bytes]
 
 
 def at_size(contract: ModelContract, size: int) -> ModelContract:
@@ -110,7 +110,7 @@ def artefact_sides(folder: Path, sizes: Iterable[int]) -> Iterator[Side]:
             yield Side(folder.name, precision, size, role, files, label)
 
 
-def label_as_served(model: Model, photo: Photo) -> Bytes:
+def label_as_served(model: Model, photo: DecodedPhoto) -> Bytes:
     """The service's data path between decoding and encoding: see `service.segmenter`."""
     contract = model.contract
     geometry = Geometry.plan(photo.size, contract.working_size, contract.shapes)
@@ -141,7 +141,7 @@ def coral_side(path: Path) -> Side:
     return Side(path.stem, "int8", size, "peer", (sha256_of(path),), label)
 
 
-def label_as_coral(infer: Callable[[Bytes], Bytes], size: int, photo: Photo) -> Bytes:
+def label_as_coral(infer: Callable[[Bytes], Bytes], size: int, photo: DecodedPhoto) -> Bytes:
     """Longest side to the input's, the rest mid-grey; the ids come back by nearest neighbour.
 
     ``infer``: ``(size, size, 3) uint8`` RGB to ``(size, size) uint8`` class ids. The same code as
@@ -219,7 +219,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def time_all(
-    sides: Sequence[Side], photos: Sequence[Photo], rounds: int = ROUNDS
+    sides: Sequence[Side], photos: Sequence[DecodedPhoto], rounds: int = ROUNDS
 ) -> list[tuple[float, ...]]:
     """Milliseconds a photo of each side in each round, the sides in turns, one photo at a time."""
     for side in sides:  # the first run of a shape allocates
@@ -237,7 +237,7 @@ def time_all(
     return [tuple(found) for found in figures]
 
 
-def evenly(samples: Sequence[Sample], wanted: int) -> list[Photo]:
+def evenly(samples: Sequence[Sample], wanted: int) -> list[DecodedPhoto]:
     """At most so many decoded photos from all over the list, the same ones every time."""
     chosen = samples[:: max(1, len(samples) // wanted)][:wanted]
     return [decode(sample.image_path.read_bytes(), MAX_PIXELS) for sample in chosen]

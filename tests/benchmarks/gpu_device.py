@@ -25,7 +25,7 @@ from service.artefact.preprocessing import Geometry, preprocess
 from service.images.decoding import decode
 from service.inference import providers
 from service.inference.cuda import CudaDevice
-from service.inference.lanes import NO_GRAPH, Channel, Task
+from service.inference.lanes import NO_GRAPH, Channel, DeviceTask
 from service.inference.session import DeviceOptions, Model, load_model
 from service.settings import Settings
 from tests.benchmarks.bench import Bench
@@ -194,7 +194,7 @@ def changed_options(**changes: str) -> Iterator[None]:
         yield
 
 
-def photo_tasks(bench: GpuBench, loaded: Loaded, wanted: int) -> list[Task]:
+def photo_tasks(bench: GpuBench, loaded: Loaded, wanted: int) -> list[DeviceTask]:
     """The photos as the service prepares them, again and again up to ``wanted``."""
     contract, settings = loaded.model.contract, Settings()
     tasks = []
@@ -202,7 +202,7 @@ def photo_tasks(bench: GpuBench, loaded: Loaded, wanted: int) -> list[Task]:
         photo = decode(path.read_bytes(), settings.max_pixels, contract.working_size)
         geometry = Geometry.plan(photo.size, contract.working_size, contract.shapes)
         image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
-        tasks.append(Task(image, geometry, with_confidence=False))
+        tasks.append(DeviceTask(image, geometry, with_confidence=False))
     return [tasks[number % len(tasks)] for number in range(wanted)]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from service.artefact.contract import Precision, Shape
 from service.artefact.preprocessing import Geometry
 from service.inference.engine import GPU_BATCH, LANES
-from service.inference.lanes import OUTPUT_BYTES, Channel, Lane, Task
+from service.inference.lanes import OUTPUT_BYTES, Channel, DeviceTask, Lane
 from tests.benchmarks.gpu_device import (
     CPU,
     GpuBench,
@@ -52,7 +52,7 @@ def upsampling(bench: GpuBench) -> None:
                     contract = loaded.model.contract
                     geometry = Geometry.plan(size, contract.working_size, contract.shapes)
                     image = rng.integers(0, 256, (*geometry.padded, 3), dtype=np.uint8)
-                    tasks = [Task(image, geometry, with_confidence)] * photos
+                    tasks = [DeviceTask(image, geometry, with_confidence)] * photos
                     seconds = _kernel_s(bench, loaded, tasks)
                     grid = [side // contract.stride for side in geometry.padded]
                     logits_bytes = 4 * len(contract.classes) * grid[0] * grid[1]
@@ -65,7 +65,7 @@ def upsampling(bench: GpuBench) -> None:
                     )
 
 
-def _kernel_s(bench: GpuBench, loaded: Loaded, tasks: Sequence[Task]) -> float:
+def _kernel_s(bench: GpuBench, loaded: Loaded, tasks: Sequence[DeviceTask]) -> float:
     """Seconds of the kernel alone: a lane has laid everything out, and the launch is repeated."""
     lane, channel = _open_lane(loaded, output_bytes=_ROOM, max_batch=GPU_BATCH)
     lane.run(tasks)
@@ -147,7 +147,7 @@ def _lanes_rate(bench: GpuBench, precision: Precision, count: int, batch: int) -
     return batches * batch / elapsed
 
 
-def _until(lane: Lane, tasks: Sequence[Task], end: float) -> int:
+def _until(lane: Lane, tasks: Sequence[DeviceTask], end: float) -> int:
     batches = 0
     while time.perf_counter() < end:
         lane.run(tasks)

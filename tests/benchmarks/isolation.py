@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from service.images.decoding import Photo, decode
+from service.images.decoding import DecodedPhoto, decode
 from service.settings import Settings
 from tests.benchmarks.bench import environment, markdown_table
 from tests.benchmarks.photos import LANDSCAPE, MEGAPIXELS_12, resized, serving_photos
@@ -36,7 +36,7 @@ PIXEL_BYTES: Final = 3 * Settings().max_pixels
 WORKING_SIDE: Final = 512
 
 _ASK: Final = struct.Struct("<2Q")  # bytes of the file; the side that is needed, 0 for all
-_ANSWER: Final = struct.Struct("<4Q4d")  # `Photo`: height and width of its pixels, size, box
+_ANSWER: Final = struct.Struct("<4Q4d")  # `DecodedPhoto`: height and width of its pixels, size, box
 
 
 class DecodingProcess:
@@ -55,7 +55,7 @@ class DecodingProcess:
             )
         os.close(memory)
 
-    def decode(self, data: bytes, needed_side: int | None) -> Photo:
+    def decode(self, data: bytes, needed_side: int | None) -> DecodedPhoto:
         """As `service.images.decoding.decode`, for photos that are sound."""
         self._shared[: len(data)] = data
         self._socket.send(_ASK.pack(len(data), needed_side or 0))
@@ -65,7 +65,7 @@ class DecodingProcess:
         shape = (height, width, 3)
         count = height * width * 3
         pixels = np.frombuffer(self._shared, np.uint8, count, FILE_BYTES).reshape(shape).copy()
-        return Photo(pixels, (size[0], size[1]), (left, top, right, bottom))
+        return DecodedPhoto(pixels, (size[0], size[1]), (left, top, right, bottom))
 
     @property
     def private_mib(self) -> float:

@@ -24,7 +24,7 @@ from skimage import data
 from service.artefact.contract import Precision, Shape
 from service.artefact.preprocessing import Geometry, preprocess
 from service.inference.cuda import CudaDevice
-from service.inference.lanes import Lane, Task
+from service.inference.lanes import DeviceTask, Lane
 from service.inference.session import DeviceOptions, Model, load_model
 from service.inference.upsampling import Labels, upsample
 from service.settings import DEFAULT_MODEL
@@ -147,7 +147,7 @@ def photos() -> list[Photo]:
 
 
 @pytest.fixture(scope="session")
-def prepare(fp32: Gpu) -> Callable[..., Task]:
+def prepare(fp32: Gpu) -> Callable[..., DeviceTask]:
     """Makes a task of a photo as the service does, at another size if one is given."""
     contract = fp32.model.contract
 
@@ -157,30 +157,30 @@ def prepare(fp32: Gpu) -> Callable[..., Task]:
         *,
         max_side: int = contract.working_size,
         with_confidence: bool = False,
-    ) -> Task:
+    ) -> DeviceTask:
         if size is not None:
             resized = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC)
             photo = np.asarray(resized)
         geometry = Geometry.plan(photo.shape[:2], max_side, contract.shapes)
         image = preprocess(photo, geometry, contract.padding_color)
-        return Task(image, geometry, with_confidence)
+        return DeviceTask(image, geometry, with_confidence)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def on_cpu() -> Callable[[Task], Labels]:
+def on_cpu() -> Callable[[DeviceTask], Labels]:
     """What the CPU's path makes of a task, in fp32."""
     model = load_model(DEFAULT_MODEL, "cpu", precision="fp32")
 
-    def labels(task: Task) -> Labels:
+    def labels(task: DeviceTask) -> Labels:
         logits = model.run(task.image[None])[0]
         return upsample(logits, task.geometry, with_confidence=task.with_confidence)
 
     return labels
 
 
-def masks(lane: Lane, tasks: Sequence[Task]) -> list[npt.NDArray[np.uint8]]:
+def masks(lane: Lane, tasks: Sequence[DeviceTask]) -> list[npt.NDArray[np.uint8]]:
     """The masks of one batch."""
     return [result.labels.mask for result in lane.run(tasks)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from service.inference.lanes import Lane, Task
+from service.inference.lanes import DeviceTask, Lane
 from tests.gpu.conftest import MAX_BATCH, Gpu, Photo, differing, masks
 
 Mask = npt.NDArray[np.uint8]
@@ -20,7 +20,7 @@ OTHER_KERNELS = 0.002
 
 
 def test_alone_ten_times(
-    fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., Task]
+    fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
     """Byte for byte, with other photos in between."""
     task, other = prepare(photos[0], (375, 500)), prepare(photos[1], (375, 500))
@@ -32,7 +32,7 @@ def test_alone_ten_times(
 
 @pytest.mark.parametrize("size", range(2, MAX_BATCH + 1))
 def test_in_a_batch_ten_times(
-    size: int, fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., Task]
+    size: int, fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
     """Byte for byte in every place, whatever fills the batch up; but for near ties as alone."""
     tasks = [prepare(photos[nth % len(photos)], (375, 500)) for nth in range(size)]
@@ -49,7 +49,7 @@ def test_in_a_batch_ten_times(
 
 
 def test_two_lanes_at_once_do_not_disturb_each_other(
-    fp16: Gpu, photos: list[Photo], prepare: Callable[..., Task]
+    fp16: Gpu, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
     """One lane's batches upload and come down while the other's compute: the same masks."""
     batches = [

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 
 from service.artefact.contract import Precision
-from service.inference.lanes import Lane, Task, batch_sizes
+from service.inference.lanes import DeviceTask, Lane, batch_sizes
 from tests.gpu.conftest import MAX_BATCH, Gpu, Photo, differing, masks, open_gpu
 
 SAME = 1e-4
 """Two sessions may pick different kernels; one alone gives the same bytes."""
 
 
-def listed(gpu: Gpu, photos: Sequence[Photo], prepare: Callable[..., Task]) -> list[list[Task]]:
+def listed(
+    gpu: Gpu, photos: Sequence[Photo], prepare: Callable[..., DeviceTask]
+) -> list[list[DeviceTask]]:
     """A batch of every size that is captured, in every listed shape."""
     return [
         [prepare(photos[nth % len(photos)], shape) for nth in range(size)]
@@ -29,7 +31,7 @@ def test_every_listed_shape_and_size_is_captured(fp32: Gpu, fp32_lane: Lane) -> 
 
 
 def test_a_replay_gives_what_a_run_gives(
-    fp32: Gpu, fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., Task]
+    fp32: Gpu, fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
     """In the same session, which runs the same kernels either way: byte for byte."""
     plain = fp32.open_lane(graphs=False)
@@ -40,7 +42,7 @@ def test_a_replay_gives_what_a_run_gives(
 
 
 def test_a_replay_sees_the_photos_of_its_own_batch(
-    fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., Task]
+    fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
     """Two batches in turns keep their own masks."""
     one, other = ([prepare(photo, (375, 500))] * 4 for photo in photos[:2])
@@ -56,7 +58,7 @@ def test_the_off_switch(
     precision: Precision,
     request: pytest.FixtureRequest,
     photos: list[Photo],
-    prepare: Callable[..., Task],
+    prepare: Callable[..., DeviceTask],
 ) -> None:
     """A session that can capture nothing gives the same masks but for near ties."""
     lane: Lane = request.getfixturevalue(f"{precision}_lane")

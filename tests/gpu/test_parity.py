@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from models.metrics import ConfusionMatrix
-from service.inference.lanes import OUTPUT_BYTES, Lane, Task
+from service.inference.lanes import OUTPUT_BYTES, DeviceTask, Lane
 from service.inference.upsampling import Labels
 from tests.gpu.conftest import Gpu, Photo, differing, masks
 
@@ -32,7 +32,7 @@ SIZES = [
 TWELVE_MEGAPIXELS = (3000, 4000)
 
 
-def assert_same(task: Task, found: Labels, wanted: Labels) -> None:
+def assert_same(task: DeviceTask, found: Labels, wanted: Labels) -> None:
     """Equal but for near ties, of which a small photo may have one; confidences within 2 levels."""
     assert found.mask.shape == task.geometry.photo
     differs = found.mask != wanted.mask
@@ -50,8 +50,8 @@ def test_any_size_as_on_the_cpu(
     size: tuple[int, int],
     fp32_lane: Lane,
     photos: list[Photo],
-    prepare: Callable[..., Task],
-    on_cpu: Callable[[Task], Labels],
+    prepare: Callable[..., DeviceTask],
+    on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
     """Mask and confidences of every photo, alone."""
     for photo in photos:
@@ -65,8 +65,8 @@ def test_any_working_size_as_on_the_cpu(
     max_side: int,
     fp32_lane: Lane,
     photos: list[Photo],
-    prepare: Callable[..., Task],
-    on_cpu: Callable[[Task], Labels],
+    prepare: Callable[..., DeviceTask],
+    on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
     """Shapes that are not listed, and so neither captured nor warm."""
     task = prepare(photos[0], (450, 600), max_side=max_side)
@@ -77,8 +77,8 @@ def test_any_working_size_as_on_the_cpu(
 def test_a_batch_of_different_sizes_as_on_the_cpu(
     fp32_lane: Lane,
     photos: list[Photo],
-    prepare: Callable[..., Task],
-    on_cpu: Callable[[Task], Labels],
+    prepare: Callable[..., DeviceTask],
+    on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
     """Each photo at its own size, with confidences and without, beside the others."""
     sizes = [(375, 500), (300, 400), (1536, 2048), (30, 40), (480, 640)]
@@ -94,8 +94,8 @@ def test_a_batch_of_different_sizes_as_on_the_cpu(
 def test_photos_larger_than_the_output_buffer(
     fp32_lane: Lane,
     photos: list[Photo],
-    prepare: Callable[..., Task],
-    on_cpu: Callable[[Task], Labels],
+    prepare: Callable[..., DeviceTask],
+    on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
     """12 megapixels with confidences take two rounds, two of them beside a small photo more."""
     height, width = TWELVE_MEGAPIXELS
@@ -109,7 +109,7 @@ def test_photos_larger_than_the_output_buffer(
 
 
 def test_fp16_as_fp32(
-    fp32_lane: Lane, fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., Task]
+    fp32_lane: Lane, fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
     """At most one pixel in a hundred, over the photos together."""
     tasks = [prepare(photo, (512, 512)) for photo in photos]
@@ -121,7 +121,7 @@ def test_fp16_as_fp32(
 
 
 def test_fp16_passes_the_gate_of_verify(
-    devkit: Path, fp32_lane: Lane, fp16: Gpu, fp16_lane: Lane, prepare: Callable[..., Task]
+    devkit: Path, fp32_lane: Lane, fp16: Gpu, fp16_lane: Lane, prepare: Callable[..., DeviceTask]
 ) -> None:
     """Over VOC's val list: pixels that agree, and what mean IoU it costs. With ``--data`` only."""
     root = devkit / "VOC2012"

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from service.inference.lanes import Task
+from service.inference.lanes import DeviceTask
 from service.inference.upsampling import Labels
 from service.settings import DEFAULT_MODEL
 from tests.artefacts import encode
@@ -35,8 +35,8 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 def test_a_photo_over_the_wire(
     server: Server,
     photos: list[Photo],
-    prepare: Callable[..., Task],
-    on_cpu: Callable[[Task], Labels],
+    prepare: Callable[..., DeviceTask],
+    on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
     """The CPU's mask, from any of the GPU's processes, and the stages of its time."""
     for photo in photos:

@@ -18,7 +18,7 @@ from starlette.types import Message, Scope
 
 from service import segmenter
 from service.artefact import voc
-from service.images.decoding import Photo, decode
+from service.images.decoding import DecodedPhoto, decode
 from service.routes.batch import in_order
 from service.settings import Settings
 from tests.artefacts import encode, paint, two_class_photo
@@ -222,7 +222,7 @@ async def test_an_image_that_nobody_foresaw_fails_no_other(
 ) -> None:
     """Whatever is raised while it is decoded is told without its inside, and logged with it."""
 
-    def fail(data: bytes, *sizes: int) -> Photo:
+    def fail(data: bytes, *sizes: int) -> DecodedPhoto:
         if data == b"x":
             raise error
         return decode(data, *sizes)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from models.dataset import read_split
 from service.artefact.contract import ModelContract
-from service.images.decoding import Photo
+from service.images.decoding import DecodedPhoto
 from service.inference.session import load_model
 from tests.artefacts import STRIDE, make_contract, two_class_photo
 from tests.benchmarks.front import (
@@ -86,7 +86,7 @@ def test_an_artefact_labels_at_every_size(tiny_artefact: Path) -> None:
     sides = list(artefact_sides(tiny_artefact, [32, 96]))
     assert [(side.precision, side.size) for side in sides] == [("fp32", 32), ("fp32", 96)]
     assert sides[0].files == sides[1].files
-    coarse, fine = (side.label(Photo.whole(two_class_photo())) for side in sides)
+    coarse, fine = (side.label(DecodedPhoto.whole(two_class_photo())) for side in sides)
     assert coarse.shape == fine.shape == (64, 96)
     assert (fine[60, 2], fine[30, 90], fine[2, 2]) == (8, 15, 0)
     # The cat begins 16 pixels below the top. At 32 pixels a cell is 48 of the photo's.
@@ -121,11 +121,11 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     samples = read_split(make_voc(tmp_path, images=3), "val")
     asked = []
 
-    def right(photo: Photo) -> NDArray[np.uint8]:
+    def right(photo: DecodedPhoto) -> NDArray[np.uint8]:
         asked.append(photo.size)
         return np.zeros(photo.size, dtype=np.uint8)
 
-    def broken(photo: Photo) -> NDArray[np.uint8]:
+    def broken(photo: DecodedPhoto) -> NDArray[np.uint8]:
         raise InterruptedError("half way")
 
     def side(size: int, label: object) -> Side:
@@ -153,7 +153,7 @@ def test_corals_ids_come_back_to_the_photo() -> None:
         ids[:33, :32], ids[:33, 32:] = 3, 20
         return ids
 
-    photo = Photo.whole(np.full((50, 100, 3), 200, dtype=np.uint8))
+    photo = DecodedPhoto.whole(np.full((50, 100, 3), 200, dtype=np.uint8))
     mask = label_as_coral(infer, 65, photo)
     (image,) = seen
     assert image.shape == (65, 65, 3)
@@ -167,10 +167,10 @@ def test_corals_ids_come_back_to_the_photo() -> None:
 def test_sides_take_turns() -> None:
     """After one uncounted pass: all sides in every round, each photo alone, one more uncounted."""
     calls: list[str] = []
-    photos = [Photo.whole(np.zeros((1, width, 3), dtype=np.uint8)) for width in (1, 2)]
+    photos = [DecodedPhoto.whole(np.zeros((1, width, 3), dtype=np.uint8)) for width in (1, 2)]
 
     def side(name: str) -> Side:
-        def label(photo: Photo) -> NDArray[np.uint8]:
+        def label(photo: DecodedPhoto) -> NDArray[np.uint8]:
             calls.append(f"{name}{photo.size[1]}")
             return np.zeros(photo.size, dtype=np.uint8)
 

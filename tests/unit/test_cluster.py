@@ -15,9 +15,9 @@ import pytest
 from service.artefact.manifest import load_manifest
 from service.artefact.preprocessing import Geometry
 from service.errors import InferenceFailed, ModelUnavailable, Overloaded, SegmentError
-from service.inference.batcher import Answer
+from service.inference.batcher import BatchResult
 from service.inference.engine import Output
-from service.inference.lanes import Task
+from service.inference.lanes import DeviceTask
 from tests.artefacts import build_artefact, make_contract
 
 with warnings.catch_warnings():
@@ -28,8 +28,10 @@ with warnings.catch_warnings():
 
     from service.cluster import ATTEMPTS, RemoteModel, RemoteQueue, Reply
 
-TASK = Task(np.zeros((64, 96, 3), dtype=np.uint8), Geometry((64, 96), (64, 96), (64, 96)), False)
-ANSWER: Answer[Output] = Answer(np.zeros((21, 4, 6), dtype=np.float32), 0.0, 0.1)
+TASK = DeviceTask(
+    np.zeros((64, 96, 3), dtype=np.uint8), Geometry((64, 96), (64, 96), (64, 96)), False
+)
+ANSWER: BatchResult[Output] = BatchResult(np.zeros((21, 4, 6), dtype=np.float32), 0.0, 0.1)
 
 Outcome = Reply | Exception
 
@@ -46,7 +48,7 @@ class FakeHandle:
         """The method."""
         return self
 
-    def remote(self, task: Task, expected: str) -> Awaitable[Reply]:
+    def remote(self, task: DeviceTask, expected: str) -> Awaitable[Reply]:
         """The answer, as Ray gives it: to be awaited."""
         self.expected.append(expected)
         number = min(len(self.expected), len(self.outcomes)) - 1

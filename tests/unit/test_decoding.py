@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
 from service.images import decoding
-from service.images.decoding import MEDIA_TYPES, SCALING_MARGIN, Photo, sniff
+from service.images.decoding import IMAGE_MEDIA_TYPES, SCALING_MARGIN, DecodedPhoto, sniff
 from tests.artefacts import encode
 from tests.mutations import PNG_SIGNATURE, chunk, hostile_files, interlaced_png, samples, save
 
@@ -53,7 +53,7 @@ def test_jpeg_comes_back_closely() -> None:
 
 def test_every_allowed_format_is_sniffed() -> None:
     """The first bytes tell the format; nothing else is asked."""
-    for name in MEDIA_TYPES:
+    for name in IMAGE_MEDIA_TYPES:
         assert sniff(encode(gradient(), name)) == name
 
 
@@ -220,7 +220,7 @@ def test_a_scaled_photo_is_upright_and_in_place(mode: str, orientation: int) -> 
     assert scaled.size == whole.size == whole.pixels.shape[:2]
     assert max(scaled.pixels.shape) == 201  # a quarter of 803, rounded up
 
-    def small(photo: Photo) -> npt.NDArray[np.int64]:
+    def small(photo: DecodedPhoto) -> npt.NDArray[np.int64]:
         image = Image.fromarray(photo.pixels)
         shrunk = image.resize((64, 64), Image.Resampling.BILINEAR, photo.box)
         return np.asarray(shrunk).astype(np.int64)
@@ -370,7 +370,7 @@ def test_the_first_frame_of_an_animation(image_format: str) -> None:
     assert (decode(data, CAP) == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize("image_format", list(MEDIA_TYPES))
+@pytest.mark.parametrize("image_format", list(IMAGE_MEDIA_TYPES))
 @pytest.mark.parametrize("part", [0.3, 0.9])
 def test_truncated_is_undecodable(image_format: str, part: float) -> None:
     """Half a photo is not answered as if it were one, nor is it if it would be scaled."""

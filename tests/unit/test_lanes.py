@@ -20,8 +20,8 @@ from service.inference.lanes import (
     NO_GRAPH,
     PIECE,
     WARM_UP_RUNS,
+    DeviceTask,
     Lane,
-    Task,
     batch_sizes,
     plan_rounds,
 )
@@ -97,13 +97,13 @@ def make_lane(
     )
 
 
-def make_task(seed: int, photo: Shape, *, with_confidence: bool = False) -> Task:
+def make_task(seed: int, photo: Shape, *, with_confidence: bool = False) -> DeviceTask:
     """A photo of any size, whose valid region is not the whole input."""
     image = np.full((*SHAPE, 3), seed, dtype=np.uint8)
-    return Task(image, Geometry(photo, (50, 90), SHAPE), with_confidence)
+    return DeviceTask(image, Geometry(photo, (50, 90), SHAPE), with_confidence)
 
 
-def check(tasks: Sequence[Task], lane: Lane) -> None:
+def check(tasks: Sequence[DeviceTask], lane: Lane) -> None:
     """Every photo's labels are those of the CPU's upsampling, but for near ties."""
     for task, result in zip(tasks, lane.run(tasks), strict=True):
         logits = logits_of(int(task.image[0, 0, 0]), (21, SHAPE[0] // STRIDE, SHAPE[1] // STRIDE))
@@ -193,7 +193,7 @@ def test_a_batch_that_is_too_large_for_the_input_runs_in_parts() -> None:
     lane = make_lane(HostDevice(), network, max_side=192)
     shape = (192, 192)
     image = np.zeros((*shape, 3), dtype=np.uint8)
-    tasks = [Task(image, Geometry((50, 60), shape, shape), with_confidence=False)] * 4
+    tasks = [DeviceTask(image, Geometry((50, 60), shape, shape), with_confidence=False)] * 4
     assert len(lane.run(tasks)) == 4
     assert [(size, graph) for size, _, graph in network.runs] == [(1, NO_GRAPH)] * 4
 
@@ -246,7 +246,7 @@ def test_short_memory_fails_one_batch_and_shrinks_the_next() -> None:
     tasks = [make_task(nth, (30, 40)) for nth in range(4)]
 
     async def load() -> None:
-        batcher = Batcher[Task, Any](None, shares=[lane.run], max_batch=4)
+        batcher = Batcher[DeviceTask, Any](None, shares=[lane.run], max_batch=4)
         network.error = DeviceMemoryExhausted("Failed to allocate memory")
         answers = await asyncio.gather(
             *(batcher.submit(task, key=SHAPE) for task in tasks), return_exceptions=True

@@ -18,8 +18,7 @@ from service.http.dependencies import ReadyServiceDep
 from service.http.problems import documented_errors
 from service.http.uploads import read_body
 from service.images.brush_rle import RowRuns
-from service.images.decoding import MEDIA_TYPES as IMAGE_TYPES
-from service.images.decoding import decode
+from service.images.decoding import IMAGE_MEDIA_TYPES, decode
 from service.images.encoding import encode_binary_mask
 from service.inference.upsampling import Labels
 from service.routes.protocols.messages import (
@@ -136,8 +135,8 @@ class ImageSegmentation:
     openapi_extra={
         "requestBody": {
             "required": True,
-            "description": f"The image file ({', '.join(IMAGE_TYPES)}), or JSON that holds it; "
-            "told by their bytes, whatever Content-Type the body claims.",
+            "description": f"The image file ({', '.join(IMAGE_MEDIA_TYPES)}), or JSON that holds "
+            "it; told by their bytes, whatever Content-Type the body claims.",
             "content": {
                 "application/json": {
                     "schema": {"$ref": f"#/components/schemas/{SegmentationRequest.__name__}"}

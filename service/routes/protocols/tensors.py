@@ -17,7 +17,7 @@ from pydantic import Field
 
 from service.errors import ImageTooLarge, InvalidParameter, MalformedRequest
 from service.http.parameters import checked_side
-from service.images.decoding import Photo, decode
+from service.images.decoding import DecodedPhoto, decode
 from service.inference.upsampling import Labels
 from service.routes.protocols.messages import Message, check_size, decode_base64, parse
 from service.schemas import ModelName, Schema
@@ -148,7 +148,7 @@ class Inference:
         head = b"".join([*parts, b"]}"])
         return b"".join([head, *tail]), len(head) if tail else None
 
-    def _photo(self, tensor: InputTensor, max_pixels: int, max_side: int) -> Photo:
+    def _photo(self, tensor: InputTensor, max_pixels: int, max_side: int) -> DecodedPhoto:
         binary = self._binary_data(tensor)
         if tensor.datatype == "BYTES":
             if tensor.shape not in ([1], [1, 1]):
@@ -167,7 +167,7 @@ class Inference:
             raise MalformedRequest(
                 f"{IMAGE}: {values.size} values do not have the shape {tensor.shape}"
             )
-        return Photo.whole(values.reshape(height, width, channels))
+        return DecodedPhoto.whole(values.reshape(height, width, channels))
 
     def _binary_data(self, tensor: InputTensor) -> memoryview | None:
         """The binary data after the JSON; None if the tensor is in the JSON."""
