@@ -16,7 +16,6 @@ from service.errors import InvalidParameter, NotAcceptable
 from service.images.encoding import (
     MAX_SIDES,
     ImageFormat,
-    Runs,
     cutout,
     encode_grey,
     encode_image,
@@ -25,6 +24,7 @@ from service.images.encoding import (
     overlay,
 )
 from service.images.polygons import trace_polygons
+from service.images.runs import Runs
 from service.inference.upsampling import Labels
 from service.schemas import ModelName, Rle, Segmentation, SegmentedClass
 
@@ -131,8 +131,10 @@ def encode_answer(
         return encode_grey(confidence)
     mask = _limited(labels.mask, options)
     if photo is None:
-        return encode_mask(mask)
-    return encode_image(overlay(photo, mask, options.alpha), IMAGE_FORMATS[options.media_type])
+        return encode_mask(mask, voc.FULL_PALETTE)
+    return encode_image(
+        overlay(photo, mask, voc.FULL_PALETTE, options.alpha), IMAGE_FORMATS[options.media_type]
+    )
 
 
 def _limited(mask: npt.NDArray[np.uint8], options: Options) -> npt.NDArray[np.uint8]:
@@ -173,7 +175,9 @@ def _describe(
     ]
     png = None
     if options.mask == "png":
-        png = base64.b64encode(encode_mask(_limited(labels.mask, options))).decode()
+        png = base64.b64encode(
+            encode_mask(_limited(labels.mask, options), voc.FULL_PALETTE)
+        ).decode()
     encode_ms = (time.perf_counter() - started) * 1000
     body = Segmentation(
         width=width,

@@ -1,6 +1,6 @@
-"""Masks as what clients take: palette PNG, overlay, cut-out, COCO run lengths, statistics.
+"""Masks as image files: palette PNG, overlay, cut-out, greyscale.
 
-PNG files are written here, chunk by chunk, because what the pixels are is known: one filter for all
+PNG files are written here, chunk by chunk, because the kind of pixels is known: one filter for all
 rows and a deflate that suits them take a tenth of a general encoder's time. Source: PNG
 specification, third edition, https://www.w3.org/TR/png-3/.
 """
@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Final, Literal, Self
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,7 @@ from isal import isal_zlib
 from PIL import Image
 from zlib_ng import zlib_ng
 
-from service.artefact import voc
+from service.images.stripes import stripes
 
 ImageFormat = Literal["PNG", "JPEG", "WEBP"]
 
@@ -33,10 +32,6 @@ WEBP_QUALITY: Final = 90
 WEBP_EFFORT: Final = 2
 """Of 0 to 6: 3 takes twice as long to save 2 % of the bytes."""
 
-STRIPE_BYTES: Final = 1 << 18
-"""Bytes worked on at once, about: what stays in a core's cache is worked on several times faster
-than a whole large photo, and takes no memory worth speaking of."""
-
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_GREY: Final = 0
 _PNG_RGB: Final = 2
@@ -44,98 +39,6 @@ _PNG_INDEXED: Final = 3
 _PNG_RGBA: Final = 6
 _PNG_UNFILTERED: Final = 0
 _PNG_UP: Final = 2  # the difference from the row above
-
-
-@dataclass(frozen=True, slots=True)
-class ClassStatistics:
-    """One class of a mask: its pixels and its bounding box ``(x, y, w, h)`` in pixels."""
-
-    class_id: int
-    pixels: int
-    bbox: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """A mask's runs of equal class ids down its columns, left to right: COCO's order.
-
-    ``starts`` and ``ends``: ``(n,) int64`` pixel positions, end exclusive; ``ids``: ``(n,) uint8``;
-    ``size``: ``(height, width)``.
-    """
-
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.uint8]
-    size: tuple[int, int]
-
-    @classmethod
-    def of(cls, mask: npt.NDArray[np.uint8]) -> Self:
-        """Find the runs of a ``(H, W) uint8`` mask without transposing it."""
-        height, width = mask.shape
-        # Cuts inside columns, where a pixel differs from the one above it, and between columns.
-        y, x = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), width)
-        tops = np.flatnonzero(mask[0, 1:] != mask[-1, :-1]) + 1
-        starts = np.concatenate(([0], x * height + y + 1, tops * height)).astype(np.int64)
-        starts.sort()
-        ends = np.append(starts[1:], mask.size)
-        x, y = np.divmod(starts, height)
-        return cls(starts, ends, mask[y, x], (height, width))
-
-    def statistics(self) -> list[ClassStatistics]:
-        """The classes present, most pixels first (the lower id first among equals)."""
-        lengths = self.ends - self.starts
-        found = [
-            ClassStatistics(int(index), int(lengths[self.ids == index].sum()), self._bbox(index))
-            for index in np.unique(self.ids)
-        ]
-        return sorted(found, key=lambda one: (-one.pixels, one.class_id))
-
-    def counts(self, class_id: int) -> list[int]:
-        """Uncompressed COCO counts of one class: lengths of runs outside, inside, outside, ..."""
-        chosen = self.ids == class_id
-        bounds = np.stack((self.starts[chosen], self.ends[chosen]), axis=1).ravel()
-        total = self.size[0] * self.size[1]
-        # COCO ends at the last pixel, but writes no empty run there.
-        tail = [] if bounds.size and bounds[-1] == total else [total]
-        edges = np.concatenate(([0], bounds, tail)).astype(np.int64)
-        counts: list[int] = np.diff(edges).tolist()
-        return counts
-
-    def rle(self, class_id: int) -> str:
-        """One class as COCO's compressed ``counts``, as ``pycocotools.mask.encode`` writes it."""
-        return compress_counts(self.counts(class_id))
-
-    def _bbox(self, class_id: int) -> tuple[int, int, int, int]:
-        height = self.size[0]
-        chosen = self.ids == class_id
-        first, last = self.starts[chosen], self.ends[chosen] - 1
-        left, right = int(first[0]) // height, int(last[-1]) // height
-        if np.any(first // height != last // height):
-            # A run that wraps from one column into the next touches both the bottom and the top.
-            top, bottom = 0, height - 1
-        else:
-            top, bottom = int((first % height).min()), int((last % height).max())
-        return left, top, right - left + 1, bottom - top + 1
-
-
-def compress_counts(counts: list[int]) -> str:
-    """COCO's compressed run lengths as ASCII.
-
-    From the fourth count on, a count is written as its difference from the one two before. Every
-    number goes out in groups of 5 bits, least significant first, bit 6 set while more follow, each
-    group plus 48. Source: ``rleToString`` in cocoapi's ``common/maskApi.c``.
-    """
-    out = bytearray()
-    for index, count in enumerate(counts):
-        value = count - counts[index - 2] if index > 2 else count
-        more = True
-        while more:
-            group = value & 0x1F
-            value >>= 5
-            # Done once the rest is only the sign, and the group's own top bit says that sign.
-            more = value != (-1 if group & 0x10 else 0)
-            out.append((group | 0x20 if more else group) + 48)
-    return out.decode("ascii")
 
 
 def limit_classes(mask: npt.NDArray[np.uint8], class_ids: Collection[int]) -> npt.NDArray[np.uint8]:
@@ -146,10 +49,13 @@ def limit_classes(mask: npt.NDArray[np.uint8], class_ids: Collection[int]) -> np
     return kept[mask]
 
 
-def encode_mask(mask: npt.NDArray[np.uint8]) -> bytes:
-    """``(H, W) uint8`` class ids as VOC writes them: 8-bit indexed PNG with VOC's 256 colours."""
-    palette = (b"PLTE", voc.FULL_PALETTE.tobytes())
-    return _png(mask.shape, _PNG_INDEXED, palette, (b"IDAT", _deflate_runs(mask)))
+def encode_mask(mask: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> bytes:
+    """``(H, W) uint8`` class ids as an 8-bit indexed PNG: each pixel's value is its class id.
+
+    ``palette``: ``(256, 3) uint8`` RGB, indexed by class id.
+    """
+    colors = (b"PLTE", palette.tobytes())
+    return _png(mask.shape, _PNG_INDEXED, colors, (b"IDAT", _deflate_runs(mask)))
 
 
 def encode_binary_mask(chosen: npt.NDArray[np.bool_]) -> bytes:
@@ -166,24 +72,27 @@ def _deflate_runs(mask: npt.NDArray[np.uint8]) -> bytes:
 
 
 def overlay(
-    image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], alpha: float
+    image: npt.NDArray[np.uint8],
+    mask: npt.NDArray[np.uint8],
+    palette: npt.NDArray[np.uint8],
+    alpha: float,
 ) -> npt.NDArray[np.uint8]:
-    """Blend VOC's colours over a photo; background stays as it is.
+    """Blend the classes' colours over a photo; class 0, background, stays as it is.
 
-    ``image``: ``(H, W, 3) uint8`` RGB; ``mask``: ``(H, W) uint8`` class ids; ``alpha``: weight of
-    the colours in [0, 1]. Returns ``(H, W, 3) uint8`` RGB. Runs in stripes, so that the wider
-    intermediate numbers never exist for a whole large photo.
+    ``image``: ``(H, W, 3) uint8`` RGB; ``mask``: ``(H, W) uint8`` class ids; ``palette``:
+    ``(256, 3) uint8`` RGB, indexed by class id; ``alpha``: weight of the colours in [0, 1].
+    Returns ``(H, W, 3) uint8`` RGB. Runs in stripes, so that the wider intermediate numbers never
+    exist for a whole large photo.
     """
     weight = round(alpha * 256)
     # By class id: the photo's weight in 256ths, and the colour's part with the rounding.
     keep = np.full((256, 3), 256 - weight, dtype=np.uint16)
-    tint = voc.FULL_PALETTE.astype(np.uint16) * np.uint16(weight) + np.uint16(128)
+    tint = palette.astype(np.uint16) * np.uint16(weight) + np.uint16(128)
     keep[0], tint[0] = 256, 0
     blended = image.copy()
     pixels, ids = blended.reshape(-1, 3), mask.reshape(-1)
-    step = max(1, STRIPE_BYTES // 6)
-    for start in range(0, len(ids), step):
-        part, part_ids = pixels[start : start + step], ids[start : start + step]
+    for stripe in stripes(len(ids), 6):
+        part, part_ids = pixels[stripe], ids[stripe]
         if part_ids.any():
             mixed = part.astype(np.uint16)
             mixed *= keep.take(part_ids, axis=0)
@@ -206,9 +115,7 @@ def cutout(
     cut = np.empty((height, width, 4), dtype=np.uint8)
     opaque = np.zeros(256, dtype=np.uint8)
     opaque[list(class_ids)] = 255
-    step = max(1, STRIPE_BYTES // (4 * width))
-    for top in range(0, height, step):
-        rows = slice(top, top + step)
+    for rows in stripes(height, 4 * width):
         alpha = opaque[mask[rows]]
         np.bitwise_and(image[rows], alpha[..., None], out=cut[rows, :, :3])
         cut[rows, :, 3] = alpha
@@ -248,23 +155,21 @@ def _deflated(rows: npt.NDArray[np.uint8], size: tuple[int, ...], color_type: in
 
 
 def _filter_rows(rows: npt.NDArray[np.uint8], row_filter: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Rows of ``(H, bytes) uint8`` as PNG deflates them: filtered, each after its filter's number.
+    """Filter rows of ``(H, bytes) uint8`` for PNG; each starts with its filter's number.
 
-    Yields stripes ``(n, 1 + bytes) uint8`` of one buffer: use each before asking for the next.
+    Yields stripes ``(n, 1 + bytes) uint8``.
     """
     height, row_bytes = rows.shape
-    step = max(1, STRIPE_BYTES // (1 + row_bytes))
-    buffer = np.empty((min(step, height), 1 + row_bytes), dtype=np.uint8)
-    buffer[:, 0] = row_filter
-    for top in range(0, height, step):
-        part = rows[top : top + step]
-        stripe = buffer[: len(part)]
-        stripe[:, 1:] = part
+    for stripe in stripes(height, 1 + row_bytes):
+        part = rows[stripe]
+        filtered = np.empty((len(part), 1 + row_bytes), dtype=np.uint8)
+        filtered[:, 0] = row_filter
+        filtered[:, 1:] = part
         if row_filter == _PNG_UP:
-            # Above the first row there is nothing: it stays as it is.
-            first = 1 if top == 0 else 0
-            stripe[first:, 1:] -= rows[top + first - 1 : top + len(part) - 1]
-        yield stripe
+            # The row above the first one counts as zeros, so the first one stays as it is.
+            first = max(stripe.start, 1)
+            filtered[first - stripe.start :, 1:] -= rows[first - 1 : stripe.stop - 1]
+        yield filtered
 
 
 def _png(size: tuple[int, ...], color_type: int, *chunks: tuple[bytes, bytes]) -> bytes:

@@ -20,7 +20,8 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from service.images.encoding import STRIPE_BYTES, Runs
+from service.images.runs import Runs
+from service.images.stripes import stripes
 
 TOLERANCE: Final = 0.6
 """Pixels that the simplified line may be away from a point that was left out."""
@@ -107,10 +108,9 @@ class _Corners:
     def of(cls, mask: npt.NDArray[np.uint8]) -> Self:
         """Find them in a ``(H, W) uint8`` mask, a stripe at a time."""
         height, width = mask.shape
-        step = max(1, STRIPE_BYTES // (2 * width))
         found: list[tuple[Ints, Ints, npt.NDArray[np.int16]]] = []
-        for top in range(0, height + 1, step):
-            bottom = min(top + step, height + 1)
+        for stripe in stripes(height + 1, 2 * width):
+            top, bottom = stripe.start, stripe.stop
             first, last = max(top - 1, 0), min(bottom, height)
             framed = np.full((bottom - top + 1, width + 2), -1, dtype=np.int16)
             framed[first - top + 1 : last - top + 1, 1:-1] = mask[first:last]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
+from service.artefact import voc
 from service.artefact.preprocessing import Geometry
 from service.images.decoding import decode
 from service.images.encoding import encode_image, encode_mask
@@ -104,7 +105,7 @@ def make(case: str, side: str, folder: Path) -> Work:
             logits = stored["noise" if what.endswith("noise") else "logits"]
             return _upsampling(side, logits, stored, SIZES[size][::-1])
         case "mask to PNG", "ours":
-            return partial(encode_mask, stored["mask"])
+            return partial(encode_mask, stored["mask"], voc.FULL_PALETTE)
         case "mask to PNG", _:
             from tests.benchmarks.peers.pipeline import to_png
 

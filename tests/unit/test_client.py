@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.artefact import voc
 from service.client import (
     AsyncClient,
     Client,
@@ -90,7 +91,9 @@ def answers(*script: httpx.Response | Exception) -> tuple[Handler, list[httpx.Re
 
 def mask_answer() -> httpx.Response:
     """A mask."""
-    return httpx.Response(200, content=encode_mask(MASK), headers={"Content-Type": "image/png"})
+    return httpx.Response(
+        200, content=encode_mask(MASK, voc.FULL_PALETTE), headers={"Content-Type": "image/png"}
+    )
 
 
 def refusal(status: int, retry_after: str | None = None) -> httpx.Response:
@@ -352,7 +355,7 @@ def stub(*script: str) -> Iterator[tuple[str, list[bytes]]]:
             if step == "drop":
                 self.close_connection = True
                 return
-            content = encode_mask(MASK) if step == "200" else b"{}"
+            content = encode_mask(MASK, voc.FULL_PALETTE) if step == "200" else b"{}"
             self.send_response(int(step))
             self.send_header("Content-Type", "image/png")
             self.send_header("Content-Length", str(len(content)))

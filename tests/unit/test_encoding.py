@@ -1,4 +1,4 @@
-"""Palette PNG, overlay, run lengths and statistics."""
+"""Palette PNG, overlay and the other image files."""
 
 import io
 import struct
@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile, get_sampling
-from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from service.artefact import voc
 from service.images.encoding import (
-    Runs,
-    compress_counts,
     cutout,
     encode_grey,
     encode_image,
@@ -26,17 +23,11 @@ from service.images.encoding import (
     overlay,
 )
 
-MASKS = arrays(
-    np.uint8,
-    st.tuples(st.integers(1, 24), st.integers(1, 24)),
-    elements=st.sampled_from([0, 8, 15]),
-)
-
 
 def test_mask_png_is_vocs_format() -> None:
     """8-bit, colour type 3, values are class ids, colours are VOC's 256."""
     mask = np.arange(21, dtype=np.uint8).reshape(3, 7)
-    data = encode_mask(mask)
+    data = encode_mask(mask, voc.FULL_PALETTE)
     bit_depth, color_type = data[24], data[25]
     assert (bit_depth, color_type) == (8, 3)
     with Image.open(io.BytesIO(data)) as image:
@@ -48,7 +39,7 @@ def test_mask_png_is_vocs_format() -> None:
 def test_mask_png_is_read_as_vocs_ground_truth_is() -> None:
     """As torchvision and mmsegmentation read it, by Pillow and its mode: ids; as colours: VOC's."""
     mask = np.array([[0, 8, 15], [20, 255, 1]], dtype=np.uint8)
-    with Image.open(io.BytesIO(encode_mask(mask))) as image:
+    with Image.open(io.BytesIO(encode_mask(mask, voc.FULL_PALETTE))) as image:
         assert np.array_equal(np.array(image), mask)
         assert np.array_equal(np.array(image.convert("RGB")), voc.FULL_PALETTE[mask])
         assert "transparency" not in image.info
@@ -76,8 +67,8 @@ def test_mask_png_comes_back_exactly(
     monkeypatch: pytest.MonkeyPatch, stripe_bytes: int, mask: npt.NDArray[np.uint8]
 ) -> None:
     """Any ids, any size from one pixel on, in one stripe or many."""
-    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", stripe_bytes)
-    assert np.array_equal(read_png(encode_mask(mask)), mask)
+    monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", stripe_bytes)
+    assert np.array_equal(read_png(encode_mask(mask, voc.FULL_PALETTE)), mask)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (300, 1000)])
@@ -85,12 +76,12 @@ def test_mask_png_of_long_runs(shape: tuple[int, int]) -> None:
     """Runs past deflate's longest match, over stripes and rows, and of ids past VOC's."""
     mask = np.full(shape, 255, dtype=np.uint8)
     mask[shape[0] // 2 :, shape[1] // 3 :] = 7
-    assert np.array_equal(read_png(encode_mask(mask)), mask)
+    assert np.array_equal(read_png(encode_mask(mask, voc.FULL_PALETTE)), mask)
 
 
 def test_mask_png_has_the_chunks_of_the_specification() -> None:
     """IHDR, the palette before the pixels, IEND; no filter but None."""
-    data = encode_mask(np.zeros((3, 2), dtype=np.uint8))
+    data = encode_mask(np.zeros((3, 2), dtype=np.uint8), voc.FULL_PALETTE)
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     place, chunks = 8, {}
     while place < len(data):
@@ -107,7 +98,7 @@ def test_mask_png_has_the_chunks_of_the_specification() -> None:
 
 def test_mask_of_background_alone_is_8_bit_too() -> None:
     """One class does not shrink the format."""
-    data = encode_mask(np.zeros((2, 2), dtype=np.uint8))
+    data = encode_mask(np.zeros((2, 2), dtype=np.uint8), voc.FULL_PALETTE)
     assert (data[24], data[25]) == (8, 3)
 
 
@@ -115,7 +106,7 @@ def test_overlay_blends_all_but_background() -> None:
     """Background keeps the photo; a class is half photo, half colour."""
     image = np.full((2, 2, 3), 100, dtype=np.uint8)
     mask = np.array([[0, 15], [8, 0]], dtype=np.uint8)
-    blended = overlay(image, mask, 0.5)
+    blended = overlay(image, mask, voc.FULL_PALETTE, 0.5)
     assert blended.tolist() == [
         [[100, 100, 100], [146, 114, 114]],
         [[82, 50, 50], [100, 100, 100]],
@@ -128,7 +119,7 @@ def test_overlay_at_its_ends(alpha: float, expected: tuple[int, int, int]) -> No
     """Alpha 0 is the photo, alpha 1 the colour, exactly."""
     image = np.array([[[7, 8, 9]]], dtype=np.uint8)
     mask = np.array([[15]], dtype=np.uint8)
-    assert tuple(overlay(image, mask, alpha)[0, 0].tolist()) == expected
+    assert tuple(overlay(image, mask, voc.FULL_PALETTE, alpha)[0, 0].tolist()) == expected
 
 
 def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +127,9 @@ def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)
     mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
-    whole = overlay(image, mask, 0.3)
-    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", 60)
-    assert np.array_equal(overlay(image, mask, 0.3), whole)
+    whole = overlay(image, mask, voc.FULL_PALETTE, 0.3)
+    monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", 60)
+    assert np.array_equal(overlay(image, mask, voc.FULL_PALETTE, 0.3), whole)
     exact = np.where((mask == 0)[..., None], image, image * 0.7 + voc.PALETTE[mask] * 0.3)
     assert np.abs(whole - exact).max() <= 1.5
 
@@ -148,7 +139,7 @@ def test_cutout_keeps_the_chosen_classes(
     stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their pixels, opaque; elsewhere nothing, not even a colour that nobody sees."""
-    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", stripe_bytes)
+    monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", stripe_bytes)
     rng = np.random.default_rng(0)
     image = rng.integers(1, 256, (13, 17, 3), dtype=np.uint8)
     mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
@@ -203,7 +194,7 @@ def test_image_png_comes_back_exactly(
     shape: tuple[int, int], stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PNG loses nothing, wherever stripes begin."""
-    monkeypatch.setattr("service.images.encoding.STRIPE_BYTES", stripe_bytes)
+    monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", stripe_bytes)
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert np.array_equal(read_png(encode_image(image, "PNG")), image)
 
@@ -218,37 +209,6 @@ def test_jpeg_overlays_are_as_pillow_writes_them() -> None:
         assert isinstance(pillows, JpegImageFile)
         assert ours.quantization == pillows.quantization
         assert get_sampling(ours) == get_sampling(pillows) == 2
-
-
-@settings(deadline=None)
-@given(MASKS)
-def test_rle_is_pycocotools(mask: npt.NDArray[np.uint8]) -> None:
-    """For every class, present or not, the counts are those pycocotools writes."""
-    runs = Runs.of(mask)
-    for class_id in (0, 8, 15, 20):
-        expected = coco.encode(np.asfortranarray(mask == class_id))
-        assert runs.rle(class_id) == expected["counts"].decode()
-
-
-@settings(deadline=None)
-@given(MASKS)
-def test_statistics_are_those_of_the_pixels(mask: npt.NDArray[np.uint8]) -> None:
-    """Pixels and bounding boxes, counted the plain way; most pixels first."""
-    found = Runs.of(mask).statistics()
-    assert [one.pixels for one in found] == sorted((one.pixels for one in found), reverse=True)
-    assert {one.class_id for one in found} == set(np.unique(mask).tolist())
-    for one in found:
-        y, x = np.nonzero(mask == one.class_id)
-        box = (x.min(), y.min(), x.max() - x.min() + 1, y.max() - y.min() + 1)
-        assert (one.pixels, one.bbox) == (len(x), box)
-
-
-def test_compressed_counts_of_large_runs() -> None:
-    """Several groups per number, and negative differences, are written as pycocotools does."""
-    counts = [0, 70_000, 3, 1, 5, 40_000, 2, 99_989]
-    pixels = np.repeat([i % 2 for i in range(len(counts))], counts).astype(np.uint8)
-    expected = coco.encode(np.asfortranarray(pixels[:, None]))
-    assert compress_counts(counts) == expected["counts"].decode()
 
 
 def test_limit_classes_makes_the_others_background() -> None:

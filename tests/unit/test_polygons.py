@@ -13,8 +13,8 @@ from skimage import data
 from skimage.measure import label
 
 from service.artefact.preprocessing import Geometry
-from service.images.encoding import Runs
 from service.images.polygons import TOLERANCE, trace_polygons
+from service.images.runs import Runs
 from service.inference.upsampling import upsample
 
 Mask = npt.NDArray[np.uint8]
@@ -166,7 +166,7 @@ def test_stripes_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """The corners are those of the whole mask, wherever stripes begin."""
     mask = blobs(1, 90, 70)
     whole = trace(mask)
-    monkeypatch.setattr("service.images.polygons.STRIPE_BYTES", 1)
+    monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", 1)
     assert trace(mask) == whole
 
 
