@@ -45,7 +45,7 @@ from service.inference.batcher import BatchResult
 from service.inference.engine import Engine, Output, open_engine
 from service.inference.engines import Engines
 from service.inference.lanes import DeviceTask
-from service.routes.metrics import engine_families
+from service.runtime import engine_families
 from service.settings import Settings, load_settings
 from service.telemetry import logs
 from service.telemetry.metrics import Families, Metrics

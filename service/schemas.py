@@ -73,10 +73,25 @@ class ClassLabel(Schema):
 
 
 class LabelMap(Schema):
-    """PASCAL VOC's classes."""
+    """A model's classes."""
 
     classes: list[ClassLabel]
-    ignore_index: int = Field(description="label of void pixels in VOC's own masks; never served")
+    ignore_index: int = Field(description="value of void pixels in masks to train on; never served")
+
+
+class ListedView(Schema):
+    """One way to answer."""
+
+    name: str = Field(description="what `view=` takes")
+    description: str
+    media_types: list[str] = Field(description="what it is encoded as, the default first")
+    parameters: list[str] = Field(description="names of the parameters that it reads")
+
+
+class ViewList(Schema):
+    """All views."""
+
+    views: list[ListedView]
 
 
 class ModelDescription(Schema):

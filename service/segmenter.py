@@ -1,7 +1,7 @@
-"""The whole data path of one request, from bytes to bytes.
+"""The whole data path of one request, from an image file to an encoded answer.
 
-Decoding with preprocessing and upsampling with encoding run in a pool of threads, the network in
-the batcher's threads; the event loop only waits.
+Reading (decoding, preprocessing) and writing (upsampling, encoding) run in a pool of threads, the
+network in the batcher's threads; the event loop only waits.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,71 +29,104 @@ from service.inference.engine import Engine, Output
 from service.inference.engines import Engines
 from service.inference.lanes import DeviceTask, Upsampled
 from service.inference.memory import give_back_freed
-from service.inference.upsampling import Labels, upsample
+from service.inference.upsampling import upsample
 from service.schemas import ModelName
 from service.telemetry.metrics import Metrics
-from service.telemetry.timings import note
-from service.views import MediaType, Options, encode_answer
+from service.telemetry.timings import Timings
+from service.views import VIEWS, MediaType, Options, Scene, View
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 POOL_THREAD_NAME: Final = "images"
 
 REST_S: Final = 10.0
-"""Without a photo for so long, the memory kept for the next one is given back."""
+"""Seconds without a photo after which the memory kept for the next one is given back."""
 
 _log: Any = structlog.get_logger("service.segmenter")
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """An encoded answer; ``timing_ms`` maps each stage, in order, to its milliseconds."""
-
-    content: bytes
-    media_type: MediaType
-    model: ModelName
-    timing_ms: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
 class Reading:
-    """What a caller of `Segmenter.label` made of a request.
+    """A photo that was read.
 
-    ``max_side``: the longest side that the network sees, in pixels; ``with_confidence``: whether
-    the answer says how sure the network is.
+    ``max_side``: longest side that the network sees, pixels; ``with_confidence``: whether the
+    answer needs the network's confidence; ``shown``: ``(H, W, 3) uint8`` RGB at full size, None
+    unless the answer shows the photo, so that a large photo does not wait for the network too;
+    ``file_bytes``: size of the file it came in, None if it came as an array.
     """
 
     photo: DecodedPhoto
     max_side: int
     with_confidence: bool
+    shown: npt.NDArray[np.uint8] | None = None
+    file_bytes: int | None = None
+
+
+class Job(Protocol[T_co]):
+    """One photo to segment. Both methods run in the pool and may raise any error of the service."""
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model; None: the default."""
+
+    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
+        """Decode the photo. ``contract`` is that of the model."""
+
+    def write(self, scene: Scene) -> T_co:
+        """Encode the answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled(Generic[T]):
-    """An answer in its caller's own form; ``timing_ms`` as in `Result`."""
+class Result(Generic[T]):
+    """A job's answer, the model that gave it, and the stages it took."""
 
     content: T
     model: ModelName
-    timing_ms: dict[str, float]
+    timings: Timings
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A photo on its way: the network's input, and what must outlast the network.
+class ViewJob:
+    """A view of the photo in an image file, encoded as ``media_type``."""
 
-    ``photo``: ``(H, W, 3) uint8`` RGB, None where no answer needs it, so that a large photo does
-    not wait for the network too. ``started_s``: when its stages so far began, by
-    `time.perf_counter`.
-    """
+    data: bytes
+    options: Options
+    view: View
+    media_type: MediaType
 
-    task: DeviceTask
-    photo: npt.NDArray[np.uint8] | None
-    started_s: float
-    timing_ms: dict[str, float]
+    @classmethod
+    def of(cls, data: bytes, options: Options) -> Self:
+        """The view that ``options`` name, in its default form."""
+        view = VIEWS[options.view]
+        return cls(data, options, view, view.media_types[0])
+
+    @property
+    def model(self) -> str | None:
+        """See `Job`."""
+        return self.options.model
+
+    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
+        """See `Job`."""
+        max_side = self.options.max_side or contract.working_size
+        contract.labels.ids(self.options.class_names)  # before the work, not after it
+        photo = decode(self.data, max_pixels, max_side)
+        self.view.check_size(photo.size, self.media_type)
+        shown = None
+        if self.view.needs_photo:
+            # Decoding twice is faster than bringing a whole large photo to the network's size, and
+            # the network sees the same pixels whatever the view.
+            scaled = photo.pixels.shape[:2] != photo.size
+            shown = decode(self.data, max_pixels).pixels if scaled else photo.pixels
+        return Reading(photo, max_side, self.view.needs_confidence, shown, len(self.data))
+
+    def write(self, scene: Scene) -> bytes:
+        """See `Job`."""
+        return self.view.render(scene, self.options, self.media_type)
 
 
 class Segmenter:
-    """Takes photos from bytes to encoded answers.
+    """Takes jobs from a photo to its answer.
 
     ``pool`` runs everything but the network; ``max_in_flight`` bounds the photos held at once;
     ``deadline_s`` the seconds for one.
@@ -119,55 +152,61 @@ class Segmenter:
         self._rest: asyncio.TimerHandle | None = None
         self._began: dict[int, float] = {}
 
-    async def segment(self, data: bytes, options: Options) -> Result:
+    async def segment(self, job: Job[T]) -> Result[T]:
         """Segment one photo.
 
-        ``data``: an image file of an allowed type. Raises `ImageError`, `Overloaded`, `Draining`,
-        `DeadlineExceeded`, `InferenceFailed`, `UnknownModel` or `ModelUnavailable`.
+        Raises `ImageError`, `RequestError`, `Overloaded`, `Draining`, `DeadlineExceeded`,
+        `InferenceFailed` or `ModelUnavailable`.
         """
         with self.hold():
-            return await self.segment_held(data, options)
+            return await self.segment_held(job)
 
-    async def segment_held(self, data: bytes, options: Options) -> Result:
+    async def segment_held(self, job: Job[T]) -> Result[T]:
         """`segment` in a place that the caller holds: never `Overloaded` for want of one."""
-        async with self._deadline():
-            return await self._segment(data, options)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await self._segment(job)
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"no answer within {self._deadline_s:g} s") from exc
 
-    async def label(
-        self,
-        read: Callable[[int, int], Reading],
-        write: Callable[[Labels, ModelName], T],
-        model: str | None = None,
-    ) -> Labelled[T]:
-        """Label one photo for a protocol that has its own way to send photos and take answers.
+    async def _segment(self, job: Job[T]) -> Result[T]:
+        timings = Timings.of_photo()
+        # Two stages a task: each hop between the threads costs about a tenth of a millisecond.
+        async with self._engines.use(job.model) as engine:
+            contract = engine.model.contract
+            prepared = await self._in_pool(lambda: self._prepare(job, contract, timings))
+            outcome = await _run(engine, prepared.task, timings)
+            # That of the answer: a cluster's device may have loaded another model meanwhile.
+            contract = engine.model.contract
+        content = await self._in_pool(lambda: _finish(job, prepared, outcome, contract, timings))
+        pixels = math.prod(prepared.task.geometry.photo)
+        self._metrics.photo(pixels, prepared.file_bytes, timings.ms())
+        return Result(content, ModelName(name=contract.name, version=contract.version), timings)
 
-        ``read(max_pixels, working_size)`` makes the photo of what was sent and
-        ``write(labels, model)`` the answer; both run in the pool. Raises what `segment` does, and
-        what these two raise.
-        """
-        async with self._place():
-            async with self._engines.use(model) as engine:
-                contract = engine.model.contract
-                prepared = await self._in_pool(lambda: self._read(read, contract))
-                answer = await _run(engine, prepared)
-                contract = engine.model.contract
-            labelled = await self._in_pool(lambda: self._write(prepared, answer, write, contract))
-            self._answered(prepared, answer, labelled.timing_ms)
-            return labelled
+    def _prepare(self, job: Job[T], contract: ModelContract, timings: Timings) -> _Prepared:
+        """Decode and preprocess."""
+        with timings.stage("decode"):
+            reading = job.read(self._max_pixels, contract)
+        with timings.stage("preprocess"):
+            photo = reading.photo
+            geometry = Geometry.plan(photo.size, reading.max_side, contract.shapes)
+            image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
+        task = DeviceTask(image, geometry, reading.with_confidence)
+        return _Prepared(task, reading.shown, reading.file_bytes)
 
     @property
     def in_flight(self) -> int:
-        """Photos that are worked on."""
+        """The number of photos in progress."""
         return self._in_flight
 
     @property
     def working_s(self) -> float:
-        """How long the pool has been at the photo that it decodes or encodes longest, seconds."""
+        """Seconds that the pool's oldest unfinished decoding or encoding has been running."""
         return time.monotonic() - min(self._began.copy().values(), default=time.monotonic())
 
     @contextmanager
     def hold(self, wanted: int = 1) -> Iterator[int]:
-        """Hold up to so many places among the photos in flight; gives their number.
+        """Hold up to ``wanted`` places among the photos in flight; yields how many.
 
         Raises `Overloaded` if there is none.
         """
@@ -186,7 +225,7 @@ class Segmenter:
                 self._rest = loop.call_later(REST_S, loop.run_in_executor, None, _rest)
 
     def require_place(self) -> None:
-        """Raises `Overloaded` while there is no place: then nobody need send a photo."""
+        """Raise `Overloaded` while there is no place, so that nobody sends a photo in vain."""
         if self._in_flight >= self.max_in_flight:
             raise Overloaded(
                 f"{self._in_flight} photos are being worked on",
@@ -197,24 +236,8 @@ class Segmenter:
                 ),
             )
 
-    @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        """As long as one photo may take. Raises `DeadlineExceeded`."""
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                yield
-        except TimeoutError as exc:
-            raise DeadlineExceeded(f"no answer within {self._deadline_s:g} s") from exc
-
-    @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
-        """A place among the photos in flight, for as long as one may take."""
-        with self.hold():
-            async with self._deadline():
-                yield
-
     async def _in_pool(self, work: Callable[[], T]) -> T:
-        """Have a thread of the pool do it, watched by `working_s`."""
+        """Run ``work`` in a thread of the pool, watched by `working_s`."""
 
         def watched() -> T:
             thread = threading.get_ident()
@@ -226,135 +249,50 @@ class Segmenter:
 
         return await asyncio.get_running_loop().run_in_executor(self._pool, watched)
 
-    def _read(self, read: Callable[[int, int], Reading], contract: ModelContract) -> _Prepared:
-        """Have the caller read its photo, and preprocess."""
-        started = time.perf_counter()
-        reading = read(self._max_pixels, contract.working_size)
-        return _preprocess(reading, None, contract, started)
 
-    def _write(
-        self,
-        prepared: _Prepared,
-        answer: BatchResult[Output],
-        write: Callable[[Labels, ModelName], T],
-        contract: ModelContract,
-    ) -> Labelled[T]:
-        """Upsample, where the device has not, and have the caller write its answer."""
-        labels, timing_ms = _upsample(prepared, answer)
-        started = time.perf_counter()
-        model = ModelName(name=contract.name, version=contract.version)
-        content = write(labels, model)
-        timing_ms["encode"] = (time.perf_counter() - started) * 1000
-        return Labelled(content, model, timing_ms)
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What remains of a `Reading` while the network runs."""
 
-    async def _segment(self, data: bytes, options: Options) -> Result:
-        # Two stages a task: each hop between the threads costs about a tenth of a millisecond.
-        async with self._engines.use(options.model) as engine:
-            contract = engine.model.contract
-            prepared = await self._in_pool(lambda: self._prepare(data, options, contract))
-            answer = await _run(engine, prepared)
-            # Who answered: a cluster's devices may have taken up another model meanwhile.
-            contract = engine.model.contract
-        result = await self._in_pool(lambda: self._finish(prepared, answer, options, contract))
-        self._metrics.file(len(data))
-        self._answered(prepared, answer, result.timing_ms)
-        return result
-
-    def _answered(
-        self, prepared: _Prepared, answer: BatchResult[Output], timing_ms: dict[str, float]
-    ) -> None:
-        """Note the stages that have just ended, and count the photo."""
-        before = prepared.timing_ms.keys() | _device_ms(answer).keys()
-        last = {stage: value for stage, value in timing_ms.items() if stage not in before}
-        note(time.perf_counter() - sum(last.values()) / 1000, last)
-        self._metrics.photo(math.prod(prepared.task.geometry.photo), timing_ms)
-
-    def _prepare(self, data: bytes, options: Options, contract: ModelContract) -> _Prepared:
-        """Decode and preprocess."""
-        max_side = options.max_side or contract.working_size
-        started = time.perf_counter()
-        photo = decode(data, self._max_pixels, max_side)
-        options.check_size(photo.size)
-        pixels = None
-        if options.shows_photo:
-            # Twice is faster than bringing a whole large photo to the network's size, and the
-            # overlay shows what the mask says.
-            scaled = photo.pixels.shape[:2] != photo.size
-            pixels = decode(data, self._max_pixels).pixels if scaled else photo.pixels
-        reading = Reading(photo, max_side, options.wants_confidence)
-        return _preprocess(reading, pixels, contract, started)
-
-    def _finish(
-        self,
-        prepared: _Prepared,
-        answer: BatchResult[Output],
-        options: Options,
-        contract: ModelContract,
-    ) -> Result:
-        """Upsample, where the device has not, and encode."""
-        labels, timing_ms = _upsample(prepared, answer)
-        upsampled = time.perf_counter()
-        model = ModelName(name=contract.name, version=contract.version)
-        content = encode_answer(prepared.photo, labels, options, model, timing_ms)
-        timing_ms["encode"] = (time.perf_counter() - upsampled) * 1000
-        return Result(content, options.media_type, model, timing_ms)
+    task: DeviceTask
+    shown: npt.NDArray[np.uint8] | None
+    file_bytes: int | None
 
 
-def _preprocess(
-    reading: Reading,
-    pixels: npt.NDArray[np.uint8] | None,
-    contract: ModelContract,
-    started: float,
-) -> _Prepared:
-    """Bring a photo to the network's size; ``pixels``: the photo that the answer shows, if any."""
-    decoded = time.perf_counter()
-    photo = reading.photo
-    geometry = Geometry.plan(photo.size, reading.max_side, contract.shapes)
-    image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
-    preprocessed = time.perf_counter()
-    return _Prepared(
-        DeviceTask(image, geometry, reading.with_confidence),
-        pixels,
-        started,
-        {"decode": (decoded - started) * 1000, "preprocess": (preprocessed - decoded) * 1000},
-    )
+async def _run(engine: Engine, task: DeviceTask, timings: Timings) -> Output:
+    """Run the network, on a GPU the upsampling too; record the stages from the queue on."""
+    started_s = time.perf_counter()
+    outcome = await engine.batcher.submit(task, key=task.geometry.padded)
+    for name, seconds in _device_stages(outcome).items():
+        timings.add(name, started_s, seconds)
+        started_s += seconds
+    return outcome.result
+
+
+def _device_stages(outcome: BatchResult[Output]) -> dict[str, float]:
+    """Seconds of each stage from the queue to the device's answer, in order."""
+    result = outcome.result
+    if not isinstance(result, Upsampled):
+        return {"queue": outcome.queue_s, "infer": outcome.run_s}
+    # Packing, the upload, and waiting for other batches on the device count as queue.
+    queue_s = outcome.queue_s + outcome.run_s - result.infer_s - result.upsample_s
+    return {"queue": queue_s, "infer": result.infer_s, "upsample": result.upsample_s}
+
+
+def _finish(
+    job: Job[T], prepared: _Prepared, outcome: Output, contract: ModelContract, timings: Timings
+) -> T:
+    """Upsample, where the device has not, and encode."""
+    if isinstance(outcome, Upsampled):
+        labels = outcome.labels
+    else:
+        task = prepared.task
+        with timings.stage("upsample"):
+            labels = upsample(outcome, task.geometry, with_confidence=task.with_confidence)
+    with timings.stage("encode"):
+        return job.write(Scene(labels, contract, prepared.shown, timings))
 
 
 def _rest() -> None:
     give_back_freed()
     _log.debug("freed memory given back")
-
-
-async def _run(engine: Engine, prepared: _Prepared) -> BatchResult[Output]:
-    """Have the network run, and note the stages up to its end."""
-    note(prepared.started_s, prepared.timing_ms)
-    submitted_s = time.perf_counter()
-    answer = await engine.batcher.submit(prepared.task, key=prepared.task.geometry.padded)
-    note(submitted_s, _device_ms(answer))
-    return answer
-
-
-def _device_ms(answer: BatchResult[Output]) -> dict[str, float]:
-    """Each stage's ms from the queue to the answer of a device, which upsamples if it is a GPU."""
-    result = answer.result
-    if not isinstance(result, Upsampled):
-        return {"queue": answer.queue_s * 1000, "infer": answer.run_s * 1000}
-    # Packing, the way up, and waiting for other batches on the device.
-    queue_s = answer.queue_s + answer.run_s - result.infer_s - result.upsample_s
-    return {
-        "queue": queue_s * 1000,
-        "infer": result.infer_s * 1000,
-        "upsample": result.upsample_s * 1000,
-    }
-
-
-def _upsample(prepared: _Prepared, answer: BatchResult[Output]) -> tuple[Labels, dict[str, float]]:
-    """The labels, upsampled here where the device has not done it, and each stage's ms so far."""
-    timing_ms = {**prepared.timing_ms, **_device_ms(answer)}
-    if isinstance(answer.result, Upsampled):
-        return answer.result.labels, timing_ms
-    started = time.perf_counter()
-    task = prepared.task
-    labels = upsample(answer.result, task.geometry, with_confidence=task.with_confidence)
-    timing_ms["upsample"] = (time.perf_counter() - started) * 1000
-    return labels, timing_ms

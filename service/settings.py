@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import ipaddress
 import os
@@ -96,9 +97,8 @@ class Settings(BaseSettings):
     max_pixels: int = Field(
         50_000_000, ge=1024, le=178_956_970, description="largest image, pixels"
     )
-    min_side: int = Field(64, ge=32, le=4096, description="least max_side of a request, pixels")
     max_side: int = Field(
-        2048, ge=32, le=4096, description="greatest max_side of a request, pixels"
+        2048, ge=64, le=4096, description="greatest max_side of a request, pixels"
     )
     queue_size: int | None = Field(
         None,
@@ -256,11 +256,6 @@ def load_settings(
         field = str(exc.errors()[0]["loc"][0])
         source = f"--{field.replace('_', '-')}" if field in overrides else env_name(field)
         raise SettingsError(f"{source}: {one_line(exc).removeprefix(field + ': ')}") from exc
-    if settings.min_side > settings.max_side:
-        raise SettingsError(
-            f"{env_name('min_side')} ({settings.min_side}) is above "
-            f"{env_name('max_side')} ({settings.max_side})"
-        )
     if settings.gpus is not None and settings.device not in ("auto", "cuda"):
         raise SettingsError(
             f"{env_name('gpus')} ({settings.gpus}) cannot be combined with "
@@ -272,3 +267,9 @@ def load_settings(
 def env_name(field: str) -> str:
     """The environment variable of a field."""
     return ENV_PREFIX + field.upper()
+
+
+def given_settings(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The flags of settings that were given on a command line, by the settings' names."""
+    given = vars(parsed)
+    return {name: given[name] for name in Settings.model_fields if given.get(name) is not None}

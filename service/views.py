@@ -1,18 +1,22 @@
-"""What a caller can have of a photo, and how it is made of the photo's labels."""
+"""The views of a segmented photo: one table, and how each view is rendered.
+
+To add a view, add its name to `ViewName`, its parameters to `Options` and its entry to `VIEWS`.
+FastAPI's description, ``GET /views``, the web page and the command line's formats follow.
+"""
 
 from __future__ import annotations
 
 import base64
-import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
-from service.artefact import voc
-from service.errors import InvalidParameter, NotAcceptable
+from service.artefact.contract import ModelContract
+from service.errors import NotAcceptable
 from service.images.encoding import (
     MAX_SIDES,
     ImageFormat,
@@ -27,169 +31,267 @@ from service.images.polygons import trace_polygons
 from service.images.runs import Runs
 from service.inference.upsampling import Labels
 from service.schemas import ModelName, Rle, Segmentation, SegmentedClass
+from service.telemetry.timings import Timings
 
-View = Literal["mask", "overlay", "cutout", "confidence"]
+ViewName = Literal["mask", "overlay", "cutout", "confidence", "json"]
 MaskFormat = Literal["rle", "png", "polygons", "none"]
 MediaType = Literal["image/png", "image/jpeg", "image/webp", "application/json"]
 
-MEDIA_TYPES: Final[dict[View, tuple[MediaType, ...]]] = {
-    "mask": ("image/png", "application/json"),
-    "overlay": ("image/png", "image/jpeg", "image/webp", "application/json"),
-    "cutout": ("image/png", "image/webp", "application/json"),
-    "confidence": ("image/png", "application/json"),
-}
-"""What each view can be answered as, the default first."""
-
+JSON: Final[MediaType] = "application/json"
 IMAGE_FORMATS: Final[dict[MediaType, ImageFormat]] = {
     "image/png": "PNG",
     "image/jpeg": "JPEG",
     "image/webp": "WEBP",
 }
+SUFFIXES: Final[dict[MediaType, str]] = {
+    "image/png": ".png",
+    "image/jpeg": ".jpg",
+    "image/webp": ".webp",
+    JSON: ".json",
+}
 
-_FOREGROUND: Final = frozenset(range(1, voc.NUM_CLASSES))
+MIN_SIDE: Final = 64
+"""Least ``max_side``, pixels: below it a photo has too few cells to tell anything apart."""
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """What a caller wants to have of a photo.
+class Scene:
+    """A segmented photo, to be rendered.
 
-    ``classes`` are the ids that any view is limited to (None: all, but of a cut-out all except
-    background); ``max_side`` the longest side the network sees, in pixels (None: the contract's
-    working size); ``alpha`` the weight of an overlay's colours in [0, 1]; ``mask`` how JSON carries
-    the mask; ``model`` the name of the model (None: the default).
+    ``labels``: of the photo's size; ``contract``: that of the model; ``photo``: ``(H, W, 3) uint8``
+    RGB, None unless the view needs it; ``timings``: the stages so far.
     """
 
-    view: View = "mask"
-    media_type: MediaType = "image/png"
-    alpha: float = 0.5
-    classes: frozenset[int] | None = None
-    max_side: int | None = None
-    mask: MaskFormat = "rle"
-    model: str | None = None
+    labels: Labels
+    contract: ModelContract
+    photo: npt.NDArray[np.uint8] | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    def require_photo(self) -> npt.NDArray[np.uint8]:
+        """The photo. Raises `RuntimeError` if the view did not declare that it needs it."""
+        if self.photo is None:
+            raise RuntimeError("this view needs the photo, and its entry does not say so")
+        return self.photo
+
+    def require_confidence(self) -> npt.NDArray[np.uint8]:
+        """``(H, W) uint8`` confidence. Raises `RuntimeError` as `require_photo` does."""
+        if self.labels.confidence is None:
+            raise RuntimeError("this view needs the confidence, and its entry does not say so")
+        return self.labels.confidence
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One way to answer.
+
+    ``media_types``: what it is encoded as, the default first; ``parameters``: the names in
+    `Options` that it reads beside those of every view; ``needs_photo`` and ``needs_confidence``:
+    what its `Scene` must have. ``render(scene, options, media_type)`` returns the encoded answer.
+    """
+
+    name: ViewName
+    description: str
+    media_types: tuple[MediaType, ...]
+    render: Callable[[Scene, Options, MediaType], bytes]
+    parameters: tuple[str, ...] = ()
+    needs_photo: bool = False
+    needs_confidence: bool = False
 
     @property
-    def wants_confidence(self) -> bool:
-        """Whether the answer says how sure the network is."""
-        return self.view == "confidence" or self.media_type == "application/json"
+    def suffix(self) -> str:
+        """Of the files that hold its default form."""
+        return SUFFIXES[self.media_types[0]]
 
-    @property
-    def shows_photo(self) -> bool:
-        """Whether the answer holds the photo's own pixels."""
-        return self.view in ("overlay", "cutout") and self.media_type != "application/json"
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise `NotAcceptable` if the answer's format cannot hold a photo of ``(H, W)`` pixels."""
-        image_format = IMAGE_FORMATS.get(self.media_type)
-        if image_format is not None and max(size) > MAX_SIDES[image_format]:
-            able = [
-                one
-                for one in MEDIA_TYPES[self.view]
-                if one not in IMAGE_FORMATS or max(size) <= MAX_SIDES[IMAGE_FORMATS[one]]
-            ]
+    def check_size(self, size: tuple[int, int], media_type: MediaType) -> None:
+        """Raise `NotAcceptable` if ``media_type`` cannot hold a photo of ``(H, W)`` pixels."""
+        longest = max(size)
+        if longest > _max_side(media_type):
             raise NotAcceptable(
-                f"{self.media_type} holds at most {MAX_SIDES[image_format]} pixels along a side, "
-                f"and this photo has {max(size)}",
-                tuple(able),
+                f"{media_type} holds at most {_max_side(media_type)} pixels along a side, "
+                f"and this photo has {longest}",
+                tuple(one for one in (*self.media_types, JSON) if longest <= _max_side(one)),
             )
 
 
-def class_ids(names: Iterable[str]) -> frozenset[int]:
-    """The ids of classes by their names. Raises `InvalidParameter`."""
-    ids = set()
-    for name in names:
-        if name.strip() not in voc.CLASSES:
-            raise InvalidParameter(
-                f"classes: no class {name.strip()!r}; there are {', '.join(voc.CLASSES)}"
-            )
-        ids.add(voc.CLASSES.index(name.strip()))
-    return frozenset(ids)
+def _max_side(media_type: MediaType) -> float:
+    image_format = IMAGE_FORMATS.get(media_type)
+    return float("inf") if image_format is None else MAX_SIDES[image_format]
 
 
-def encode_answer(
-    photo: npt.NDArray[np.uint8] | None,
-    labels: Labels,
-    options: Options,
-    model: ModelName,
-    timing_ms: dict[str, float],
-) -> bytes:
-    """The answer of ``options.media_type``.
-
-    ``photo``: ``(H, W, 3) uint8`` RGB, None unless the options show it; ``timing_ms``: the stages
-    so far.
-    """
-    if options.media_type == "application/json":
-        return _describe(labels, options, model, timing_ms)
-    if options.view == "cutout" and photo is not None:
-        chosen = _FOREGROUND if options.classes is None else options.classes
-        return encode_image(cutout(photo, labels.mask, chosen), IMAGE_FORMATS[options.media_type])
-    if options.view == "confidence" and labels.confidence is not None:
-        confidence = labels.confidence
-        if options.classes is not None:
-            confidence = np.where(
-                np.isin(labels.mask, sorted(options.classes)), confidence, np.uint8(0)
-            )
-        return encode_grey(confidence)
-    mask = _limited(labels.mask, options)
-    if photo is None:
-        return encode_mask(mask, voc.FULL_PALETTE)
-    return encode_image(
-        overlay(photo, mask, voc.FULL_PALETTE, options.alpha), IMAGE_FORMATS[options.media_type]
-    )
+# ---- rendering -----------------------------------------------------------------------------------
 
 
-def _limited(mask: npt.NDArray[np.uint8], options: Options) -> npt.NDArray[np.uint8]:
-    return mask if options.classes is None else limit_classes(mask, options.classes)
+def _render_mask(scene: Scene, options: Options, _: MediaType) -> bytes:
+    return encode_mask(_limited_mask(scene, options), scene.contract.labels.palette)
 
 
-def _describe(
-    labels: Labels, options: Options, model: ModelName, timing_ms: dict[str, float]
-) -> bytes:
-    started = time.perf_counter()
+def _render_overlay(scene: Scene, options: Options, media_type: MediaType) -> bytes:
+    mask = _limited_mask(scene, options)
+    palette = scene.contract.labels.palette
+    blended = overlay(scene.require_photo(), mask, palette, options.alpha)
+    return encode_image(blended, IMAGE_FORMATS[media_type])
+
+
+def _render_cutout(scene: Scene, options: Options, media_type: MediaType) -> bytes:
+    chosen = _chosen(scene, options)
+    if chosen is None:
+        chosen = scene.contract.labels.foreground
+    cut = cutout(scene.require_photo(), scene.labels.mask, chosen)
+    return encode_image(cut, IMAGE_FORMATS[media_type])
+
+
+def _render_confidence(scene: Scene, options: Options, _: MediaType) -> bytes:
+    confidence, chosen = scene.require_confidence(), _chosen(scene, options)
+    if chosen is not None:
+        confidence = np.where(np.isin(scene.labels.mask, sorted(chosen)), confidence, np.uint8(0))
+    return encode_grey(confidence)
+
+
+def _render_json(scene: Scene, options: Options, _: MediaType) -> bytes:
+    scene.require_confidence()
+    labels, label_set, chosen = scene.labels, scene.contract.labels, _chosen(scene, options)
     height, width = labels.mask.shape
     # Of the whole mask: limiting the classes must not turn the others into background pixels.
     runs = Runs.of(labels.mask)
     confidence = labels.class_confidence()
-    present = [
-        found
-        for found in runs.statistics()
-        if options.classes is None or found.class_id in options.classes
-    ]
+    present = [one for one in runs.statistics() if chosen is None or one.class_id in chosen]
     rings: dict[int, list[list[float]]] = {}
     if options.mask == "polygons":
-        rings = trace_polygons(labels.mask, runs, [found.class_id for found in present])
+        rings = trace_polygons(labels.mask, runs, [one.class_id for one in present])
     classes = [
         SegmentedClass(
-            id=found.class_id,
-            name=voc.CLASSES[found.class_id],
-            color=voc.rgb(found.class_id),
-            pixels=found.pixels,
-            fraction=found.pixels / (height * width),
-            bbox=found.bbox,
-            confidence=float(confidence[found.class_id]),
-            rle=Rle(size=(height, width), counts=runs.rle(found.class_id))
+            id=one.class_id,
+            name=label_set.names[one.class_id],
+            color=label_set.colors[one.class_id],
+            pixels=one.pixels,
+            fraction=one.pixels / (height * width),
+            bbox=one.bbox,
+            confidence=float(confidence[one.class_id]),
+            rle=Rle(size=(height, width), counts=runs.rle(one.class_id))
             if options.mask == "rle"
             else None,
-            polygons=rings.get(found.class_id),
+            polygons=rings.get(one.class_id),
         )
-        for found in present
+        for one in present
     ]
     png = None
     if options.mask == "png":
-        png = base64.b64encode(
-            encode_mask(_limited(labels.mask, options), voc.FULL_PALETTE)
-        ).decode()
-    encode_ms = (time.perf_counter() - started) * 1000
+        png = base64.b64encode(_render_mask(scene, options, "image/png")).decode()
     body = Segmentation(
         width=width,
         height=height,
-        model=model,
+        model=ModelName(name=scene.contract.name, version=scene.contract.version),
         classes=classes,
         mask=png,
-        timing_ms={
-            stage: round(value, 3) for stage, value in [*timing_ms.items(), ("encode", encode_ms)]
-        },
+        timing_ms={stage: round(value, 3) for stage, value in scene.timings.ms().items()},
     )
     # The forms that were not asked for would be null in every class; `mask` stays, null or not.
     absent = {"rle", "polygons"} - {options.mask}
     exclude: Any = {"classes": {"__all__": absent}}
     return body.model_dump_json(exclude=exclude).encode()
+
+
+def _chosen(scene: Scene, options: Options) -> frozenset[int] | None:
+    """The ids of the classes that the answer is limited to; None: all."""
+    return None if options.classes is None else scene.contract.labels.ids(options.class_names)
+
+
+def _limited_mask(scene: Scene, options: Options) -> npt.NDArray[np.uint8]:
+    chosen = _chosen(scene, options)
+    return scene.labels.mask if chosen is None else limit_classes(scene.labels.mask, chosen)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+VIEWS: Final[dict[ViewName, View]] = {
+    view.name: view
+    for view in (
+        View(
+            "mask",
+            "palette PNG of class ids",
+            ("image/png",),
+            _render_mask,
+        ),
+        View(
+            "overlay",
+            "photo and colours blended",
+            ("image/png", "image/jpeg", "image/webp"),
+            _render_overlay,
+            parameters=("alpha",),
+            needs_photo=True,
+        ),
+        View(
+            "cutout",
+            "the photo where it shows the chosen classes (default: all but background), "
+            "transparent elsewhere",
+            ("image/png", "image/webp"),
+            _render_cutout,
+            needs_photo=True,
+        ),
+        View(
+            "confidence",
+            "greyscale PNG, the softmax probability of each pixel's class in 255ths, 0 outside "
+            "the chosen classes",
+            ("image/png",),
+            _render_confidence,
+            needs_confidence=True,
+        ),
+        View(
+            "json",
+            "statistics of each class that is present, and its pixels; `Accept: application/json` "
+            "selects it for any view",
+            (JSON,),
+            _render_json,
+            parameters=("mask",),
+            needs_confidence=True,
+        ),
+    )
+}
+
+
+class Options(BaseModel):
+    """What a caller asks of a photo: the parameters of every way to segment one.
+
+    A parameter that the chosen view does not read has no effect.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    view: ViewName = Field(
+        "mask",
+        description=". ".join(f"`{view.name}`: {view.description}" for view in VIEWS.values()),
+    )
+    alpha: float = Field(0.5, ge=0, le=1, description="weight of an overlay's colours")
+    classes: str | None = Field(
+        None,
+        description="names of classes that any view is limited to, comma-separated (default: all); "
+        "`GET /classes` lists them",
+    )
+    max_side: int | None = Field(
+        None, ge=MIN_SIDE, description="longest side that the network sees, pixels"
+    )
+    mask: MaskFormat = Field(
+        "rle",
+        description="how JSON carries the mask: `rle`: COCO's run lengths, per class. "
+        "`polygons`: COCO's polygons, per class. `png`: base64 of the palette PNG. `none`",
+    )
+    model: str | None = Field(
+        None, description="name of the model, of those that `GET /models` lists"
+    )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in ``classes``."""
+        return () if self.classes is None else tuple(self.classes.split(","))
+
+
+assert VIEWS.keys() == set(get_args(ViewName)), "every name of a view has an entry"  # noqa: S101
+
+
+def offers(name: ViewName) -> dict[MediaType, View]:
+    """The media types that a request for a view may be answered with, the default first.
+
+    JSON is among them, whatever the view, and is an answer of the view ``json``.
+    """
+    view = VIEWS[name]
+    return {**dict.fromkeys(view.media_types, view), JSON: VIEWS["json"]}

@@ -16,6 +16,7 @@ from PIL import Image
 
 from service.artefact import voc
 from service.artefact.contract import ModelContract, Precision
+from service.artefact.labels import LabelSet
 from service.artefact.manifest import FileEntry, Manifest, load_manifest
 
 STRIDE = 16
@@ -42,14 +43,16 @@ def make_contract(**changes: object) -> ModelContract:
     return ModelContract(**{**fields, **changes})
 
 
-def build_network(metadata: Mapping[str, str], stride: int = STRIDE) -> onnx.ModelProto:
-    """A graph that labels each cell of stride x stride pixels by its nearest VOC colour.
+def build_network(
+    metadata: Mapping[str, str], stride: int = STRIDE, labels: LabelSet = voc.LABELS
+) -> onnx.ModelProto:
+    """A graph that labels each cell of stride x stride pixels by the nearest class colour.
 
     The logits are minus the squared distance to each palette colour, less the part that is the
     same for all: a linear function, so one 1x1 convolution after an average pool.
     """
-    palette = voc.PALETTE.astype(np.float32)
-    weight = (2 * palette / SCALE).reshape(21, 3, 1, 1)
+    palette = np.array(labels.colors, dtype=np.float32)
+    weight = (2 * palette / SCALE).reshape(-1, 3, 1, 1)
     bias = -(palette**2).sum(axis=1) / SCALE
     graph = helper.make_graph(
         [
@@ -66,7 +69,11 @@ def build_network(metadata: Mapping[str, str], stride: int = STRIDE) -> onnx.Mod
         ],
         "tiny",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", "h", "w", 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", 21, "lh", "lw"])],
+        [
+            helper.make_tensor_value_info(
+                "logits", TensorProto.FLOAT, ["N", len(labels), "lh", "lw"]
+            )
+        ],
         [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
     )
     network = helper.make_model(
@@ -83,12 +90,13 @@ def build_artefact(
     stride: int = STRIDE,
     name: str = "tiny",
     version: str = "1",
+    labels: LabelSet = voc.LABELS,
 ) -> Path:
     """Write network and manifest; ``metadata`` and ``stride`` are for making them disagree."""
     folder.mkdir(parents=True, exist_ok=True)
-    contract = make_contract(name=name, version=version)
+    contract = make_contract(name=name, version=version, labels=labels)
     path = folder / "network.onnx"
-    onnx.save(build_network(metadata or contract.to_metadata(), stride), path)
+    onnx.save(build_network(metadata or contract.to_metadata(), stride, labels), path)
     Manifest(
         name=contract.name,
         version=contract.version,
@@ -108,10 +116,12 @@ def add_precision(folder: Path, precision: Precision) -> None:
     manifest.model_copy(update={"files": files}).write(folder)
 
 
-def paint(ids: npt.NDArray[np.uint8], cell: int = STRIDE) -> npt.NDArray[np.uint8]:
+def paint(
+    ids: npt.NDArray[np.uint8], cell: int = STRIDE, labels: LabelSet = voc.LABELS
+) -> npt.NDArray[np.uint8]:
     """A ``(h*cell, w*cell, 3) uint8`` RGB photo of a ``(h, w)`` map of class ids."""
     big = ids.repeat(cell, axis=0).repeat(cell, axis=1)
-    return voc.FULL_PALETTE[big]
+    return labels.palette[big]
 
 
 def encode(image: npt.NDArray[np.uint8], image_format: str = "PNG", **options: object) -> bytes:

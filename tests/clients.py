@@ -24,8 +24,8 @@ from fastapi import FastAPI
 from PIL import Image
 
 from service.app import create_app, with_state
-from service.http.dependencies import Service
 from service.inference.session import InferenceSession
+from service.runtime import Service
 from service.settings import Settings
 
 T = TypeVar("T")

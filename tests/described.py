@@ -26,7 +26,6 @@ def as_described(app: FastAPI, settings: Settings) -> Check:
     varying = (
         settings.api_keys_file is None,
         settings.rate_limit is None,
-        settings.min_side,
         settings.max_side,
     )
     return _DESCRIPTIONS.setdefault(varying, _Description(app)).check

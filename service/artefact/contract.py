@@ -3,13 +3,16 @@
 The contract travels in the ONNX file's ``metadata_props``, one entry per field under the prefix
 ``fcn.``: text as it is, everything else as JSON, so that ``netron`` shows it readably::
 
-    fcn.schema_version = 1
+    fcn.schema_version = 2
     fcn.name           = atrous_fcn_resnet50_16s
+    fcn.labels         = {"names": ["background", ...], "colors": [[0, 0, 0], ...], ...}
     fcn.mean           = [0.485, 0.456, 0.406]
     fcn.shapes         = [[384, 512], [512, 384], [512, 512]]
 
-The graph itself takes ``image`` and gives ``logits``; `ModelContract.check_graph` says exactly
-which. Casting and normalisation are inside the graph.
+Version 1 has ``fcn.classes``, which must be VOC's names, instead of ``fcn.labels``; it still loads.
+
+The graph takes ``image`` and returns ``logits``; see `ModelContract.check_graph`. Casting and
+normalisation are inside the graph.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from typing import Annotated, Final, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.artefact import voc
+from service.artefact.labels import LabelSet
 from service.errors import ContractError
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 METADATA_PREFIX: Final = "fcn."
 INPUT_NAME: Final = "image"
 OUTPUT_NAME: Final = "logits"
@@ -56,19 +60,20 @@ class TensorInfo(Protocol):
 class ModelContract(BaseModel):
     """What varies between models, immutable.
 
-    ``mean`` and ``std`` are RGB in [0, 1] units; the graph applies them, they are kept because
-    `padding_color` is the mean. ``shapes`` are the ``(height, width)`` pixel shapes that requests
-    are padded to, ascending by area. ``metrics`` are fractions such as ``val_miou``.
+    ``labels`` are the classes of the logits' channels. ``mean`` and ``std`` are RGB in [0, 1]
+    units; the graph applies them, and `padding_color` is the mean. ``shapes`` are the
+    ``(height, width)`` pixel shapes that requests are padded to, ascending by area. ``metrics`` are
+    fractions such as ``val_miou``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     version: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._+-]+$")
     network: str = Field(min_length=1)
     stride: Literal[1, 2, 4, 8, 16, 32]
-    classes: tuple[str, ...] = voc.CLASSES
+    labels: LabelSet = voc.LABELS
     mean: tuple[UnitInterval, UnitInterval, UnitInterval]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     color_order: Literal["RGB"] = "RGB"
@@ -77,16 +82,6 @@ class ModelContract(BaseModel):
     shapes: tuple[Shape, ...] = Field(min_length=1)
     precision: Precision
     metrics: dict[str, float] = {}
-
-    @field_validator("classes")
-    @classmethod
-    def _classes_are_vocs(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
-        if len(classes) != voc.NUM_CLASSES:
-            raise ValueError(f"{len(classes)} classes, but VOC has {voc.NUM_CLASSES}")
-        for index, (ours, vocs) in enumerate(zip(classes, voc.CLASSES, strict=True)):
-            if ours != vocs:
-                raise ValueError(f"class {index} is {ours!r}, but VOC's is {vocs!r}")
-        return classes
 
     @field_validator("shapes")
     @classmethod
@@ -98,6 +93,11 @@ class ModelContract(BaseModel):
         if areas != sorted(areas) or len(set(shapes)) != len(shapes):
             raise ValueError("shapes must be distinct and ascending by area")
         return shapes
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by id."""
+        return self.labels.names
 
     @property
     def padding_color(self) -> tuple[int, int, int]:
@@ -120,9 +120,11 @@ class ModelContract(BaseModel):
         Raises `ContractError`, one line that names the missing or wrong key and what differs.
         """
         found = metadata.get(METADATA_PREFIX + "schema_version")
-        if found is not None and found != str(SCHEMA_VERSION):
+        if found == "1":
+            metadata = _upgraded(metadata)
+        elif found is not None and found != str(SCHEMA_VERSION):
             raise ContractError(
-                f"{METADATA_PREFIX}schema_version is {found!r}, but this service reads "
+                f"{METADATA_PREFIX}schema_version is {found!r}, but this service reads 1 and "
                 f"{SCHEMA_VERSION}"
             )
         fields: dict[str, object] = {}
@@ -149,15 +151,38 @@ class ModelContract(BaseModel):
         """Compare the promise with the graph's own inputs and outputs.
 
         Wanted: one input ``image`` uint8 ``[N, h, w, 3]`` RGB, one output ``logits`` float32
-        ``[N, 21, h/stride, w/stride]``; ``N``, ``h`` and ``w`` dynamic. The stride cannot be read
-        from symbolic dimensions: the session's warm-up checks it on every listed shape.
+        ``[N, C, h/stride, w/stride]``, C the number of classes; ``N``, ``h`` and ``w`` dynamic.
+        Symbolic dimensions do not show the stride: the session's warm-up checks it on every listed
+        shape.
 
         Raises `ContractError` with one line that says what differs.
         """
         _check_tensor("input", inputs, INPUT_NAME, "tensor(uint8)", (None, None, None, 3))
         _check_tensor(
-            "output", outputs, OUTPUT_NAME, "tensor(float)", (None, len(self.classes), None, None)
+            "output", outputs, OUTPUT_NAME, "tensor(float)", (None, len(self.labels), None, None)
         )
+
+
+def _upgraded(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of schema version 1 as that of version 2.
+
+    Raises `ContractError` for other classes than VOC's, the only ones that version 1 allows.
+    """
+    key = METADATA_PREFIX + "classes"
+    upgraded = {**metadata, METADATA_PREFIX + "schema_version": str(SCHEMA_VERSION)}
+    try:
+        names = json.loads(upgraded.pop(key))
+    except KeyError as exc:
+        raise ContractError(f"the graph's metadata lacks {key}") from exc
+    except json.JSONDecodeError as exc:
+        raise ContractError(f"{key} is not JSON: {metadata[key]!r}") from exc
+    if not isinstance(names, list) or len(names) != voc.NUM_CLASSES:
+        raise ContractError(f"{key} is not a list of VOC's {voc.NUM_CLASSES} names")
+    for index, (ours, vocs) in enumerate(zip(names, voc.CLASSES, strict=True)):
+        if ours != vocs:
+            raise ContractError(f"{key}: class {index} is {ours!r}, but VOC's is {vocs!r}")
+    upgraded[METADATA_PREFIX + "labels"] = voc.LABELS.model_dump_json()
+    return upgraded
 
 
 _TEXT_FIELDS: Final = {"color_order", "working_size_rule", "precision"}

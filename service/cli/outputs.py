@@ -1,4 +1,4 @@
-"""Where ``fcn-segment predict`` puts its answers, and which of them are there already."""
+"""The outputs of ``fcn-segment predict``: their places, and which of them exist already."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from service.artefact import voc
+from service.artefact.labels import LabelSet
 from service.errors import SettingsError
 from service.schemas import Segmentation, SegmentedClass
 
@@ -69,8 +70,8 @@ def plan_outputs(inputs: Iterable[Path], out: Path, suffix: str) -> dict[Path, P
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
-    """A file for each photo; ``folder`` holds them, ``names`` lists them at the end, if at all."""
+class OutputFiles:
+    """One file per photo; ``folder`` holds them; ``names``: the file that lists them, if any."""
 
     outputs: Mapping[Path, Path]
     folder: Path
@@ -89,15 +90,23 @@ class Files:
         """Write an answer."""
         write_file(self.outputs[photo], content)
 
+    def use(self, labels: LabelSet, chosen: Collection[int] | None) -> None:
+        """Nothing here depends on the classes."""
+
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do once every photo has its file."""
+        self.finish()
+        return True
+
     def finish(self) -> None:
-        """Write the list of the files that are there."""
+        """Write the list of the files that exist."""
         if self.names is not None:
             there = [path for path in self.outputs.values() if path.exists()]
             lines = [path.relative_to(self.folder).with_suffix("").as_posix() for path in there]
             write_file(self.names, "".join(f"{line}\n" for line in lines).encode())
 
     @classmethod
-    def voc(cls, inputs: Iterable[Path], out: Path) -> Files:
+    def voc(cls, inputs: Iterable[Path], out: Path) -> OutputFiles:
         """VOC's layout: masks in ``SegmentationClass``, and the list of their names."""
         folder = out / VOC_MASKS
         return cls(plan_outputs(inputs, folder, ".png"), folder, out / VOC_LIST)
@@ -107,14 +116,15 @@ class Files:
 class CocoFile:
     """One COCO file for all photos, with an annotation for each class in each of them.
 
-    Until it is whole, records are lines in a file beside it, so that nothing is done twice. What
-    an earlier run left, whole or not, is gone on with; ``overwrite`` forgets it.
+    Until all photos are done, records are lines of a file beside it, so that a later run resumes;
+    ``overwrite`` discards what earlier runs left.
     """
 
     names: Mapping[Path, str]
     out: Path
-    class_ids: Collection[int]
     overwrite: bool = False
+    _labels: LabelSet = field(default=voc.LABELS, init=False)
+    _class_ids: Collection[int] = field(default=voc.LABELS.foreground, init=False)
     _records: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -126,18 +136,24 @@ class CocoFile:
             self._records[record["image"]["file_name"]] = record
 
     @classmethod
-    def plan(
-        cls, inputs: Iterable[Path], out: Path, class_ids: Collection[int] | None, overwrite: bool
-    ) -> CocoFile:
-        """Names are places below the folder that was named, or whole paths where two are alike."""
+    def plan(cls, inputs: Iterable[Path], out: Path, overwrite: bool) -> CocoFile:
+        """Name photos by their place below the given folder, or by whole paths where two clash."""
         places = find_photos(inputs)
         short = [place.as_posix() for place in places.values()]
         names = {
             photo: name if short.count(name) == 1 else photo.as_posix()
             for photo, name in zip(places, short, strict=True)
         }
-        chosen = range(1, voc.NUM_CLASSES) if class_ids is None else sorted(class_ids)
-        return cls(names, out, chosen, overwrite)
+        return cls(names, out, overwrite)
+
+    def use(self, labels: LabelSet, chosen: Collection[int] | None) -> None:
+        """Take the categories from ``labels``: the classes ``chosen``, or all but background."""
+        self._labels = labels
+        self._class_ids = labels.foreground if chosen is None else chosen
+
+    def is_complete(self) -> bool:
+        """Whether the whole file exists, and nothing that it lacks."""
+        return (self.out / COCO_NAME).exists() and not self._part.exists()
 
     @property
     def photos(self) -> Collection[Path]:
@@ -154,7 +170,7 @@ class CocoFile:
         name = self.names[photo]
         record = {
             "image": {"file_name": name, "width": found.width, "height": found.height},
-            "annotations": [_annotation(one) for one in found.classes if one.id in self.class_ids],
+            "annotations": [_annotation(one) for one in found.classes if one.id in self._class_ids],
         }
         line = json.dumps(record, separators=(",", ":")) + "\n"
         with self._lock:
@@ -174,12 +190,12 @@ class CocoFile:
             for annotation in record["annotations"]:
                 ids = {"id": len(annotations) + 1, "image_id": number}
                 annotations.append({**annotation, **ids})
-        used = {one["category_id"] for one in annotations} | set(self.class_ids)
+        used = {one["category_id"] for one in annotations} | set(self._class_ids)
         whole = {
             "info": {"description": "Predicted by FCN Segment"},
             "images": [{**one["image"], "id": number} for number, one in enumerate(records, 1)],
             "categories": [
-                {"id": index, "name": voc.CLASSES[index], "supercategory": ""}
+                {"id": index, "name": self._labels.names[index], "supercategory": ""}
                 for index in sorted(used)
             ],
             "annotations": annotations,

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.observation import REQUEST_ID_HEADER, Observation
 from service.http.problems import INTERNAL, LOGGED, REFUSAL, problem_response, refusal
+from service.http.routers import RouteFlags
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
 
@@ -36,16 +37,17 @@ class RequestContext:
     The rest is what nobody expected.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, flags: RouteFlags) -> None:
         self.app = app
         self._metrics = metrics
+        self._flags = flags
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other scopes pass through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope.setdefault("state", {})
+        scope.setdefault("state", {})["flags"] = self._flags
         with Observation(scope, self._metrics) as seen:
             scope["state"]["request_id"] = seen.request_id
 

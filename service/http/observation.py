@@ -16,24 +16,16 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from service.http.dependencies import Service
 from service.http.problems import INTERNAL
+from service.runtime import Service
 from service.telemetry import logs
 from service.telemetry.metrics import OTHER, Metrics
-from service.telemetry.timings import note, noting
+from service.telemetry.timings import of_request
 
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 
 CLIENT_GONE: Final = 499
 """nginx's number for a client that went away before it had the answer. Nobody is sent it."""
-
-PROBES: Final = frozenset(
-    {
-        *("/healthz", "/readyz", "/metrics"),
-        *("/v2/health/live", "/v2/health/ready", "/label-studio/health"),
-    }
-)
-"""What orchestrators and Prometheus ask every few seconds; nobody wants to read of it."""
 
 ANSWERED: Final = "answered"
 REFUSED: Final = "refused"
@@ -44,11 +36,6 @@ CANCELLED: Final = "cancelled"
 _TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
 
 _log: Any = structlog.get_logger("service.access")
-
-
-def is_probe(scope: Scope) -> bool:
-    """Whether a request is one of `PROBES`."""
-    return scope["path"] in PROBES
 
 
 class Observation:
@@ -75,7 +62,7 @@ class Observation:
         self._started_s = time.perf_counter()
         ids = {"request_id": self.request_id, **_trace_id(self._scope)}
         self._entered.enter_context(structlog.contextvars.bound_contextvars(**ids))
-        self._stages = self._entered.enter_context(noting())
+        self._timings = self._entered.enter_context(of_request())
         self._service.requests.append(self.request_id)
         return self
 
@@ -88,7 +75,7 @@ class Observation:
                 self._received_bytes += len(message.get("body", b""))
                 if self._received_bytes and not message.get("more_body", False):
                     seconds = time.perf_counter() - self._started_s
-                    note(self._started_s, {"read": seconds * 1000})
+                    self._timings.add("read", self._started_s, seconds)
                     self._metrics.read(seconds)
             return message
 
@@ -139,7 +126,7 @@ class Observation:
         )
         self._write_line(route or OTHER, seconds)
         if self._service.traces is not None:
-            self._service.traces.tell(self._stages)
+            self._service.traces.tell(self._timings.stages)
         self._entered.close()
 
     def _answer(self) -> str:
@@ -151,14 +138,14 @@ class Observation:
     def _write_line(self, route: str, seconds: float) -> None:
         scope = self._scope
         client = scope.get("client")
-        as_ever = is_probe(scope) and self._status < HTTPStatus.BAD_REQUEST
+        quiet = scope["state"]["flags"].is_probe(scope) and self._status < HTTPStatus.BAD_REQUEST
         known = {
             "client": None if client is None else client[0],
             "key": scope["state"].get("key"),
-            "stages_ms": self._stages_ms() or None,
+            "stages_ms": {stage: round(ms, 1) for stage, ms in self._timings.ms().items()} or None,
         }
         _log.log(
-            logging.DEBUG if as_ever else logging.INFO,
+            logging.DEBUG if quiet else logging.INFO,
             "request",
             method=logs.shortened(scope["method"]),
             path=logs.shortened(scope["path"]),
@@ -170,13 +157,6 @@ class Observation:
             sent_bytes=self._sent_bytes,
             **{name: value for name, value in known.items() if value is not None},
         )
-
-    def _stages_ms(self) -> dict[str, float]:
-        """Milliseconds of each stage that ended, those of several photos together."""
-        sums: dict[str, float] = {}
-        for stage in self._stages:
-            sums[stage.name] = sums.get(stage.name, 0.0) + stage.seconds * 1000
-        return {name: round(value, 1) for name, value in sums.items()}
 
 
 def _trace_id(scope: Scope) -> dict[str, str]:

@@ -20,9 +20,6 @@ from service.telemetry.metrics import OTHER
 
 MEDIA_TYPE: Final = "application/problem+json"
 
-PROTOCOLS: Final = ("/v2", "/hf", "/label-studio")
-"""Paths that speak other services' protocols: there an error is ``{"error": "what is wrong"}``."""
-
 
 REFUSAL: Final = "refusal"
 """In a request's state: the error that is to be answered, because what came is no request."""
@@ -163,7 +160,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def documented_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI ``responses`` of the errors of an endpoint under `PROTOCOLS`."""
+    """OpenAPI ``responses`` of an endpoint of a `ServiceRouter` with foreign errors."""
     return {
         status: {
             "description": DESCRIPTIONS[status],
@@ -185,7 +182,7 @@ def problem_response(
 ) -> Response:
     """One problem as a response."""
     scope["state"]["problem"] = kind.reason  # for metrics and log
-    if any(f"{scope['path']}/".startswith(f"{prefix}/") for prefix in PROTOCOLS):
+    if scope["state"]["flags"].foreign_errors(scope):
         message = ErrorMessage(error=detail)
         return Response(
             message.model_dump_json(),

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from service.errors import BodyTooLarge, NoImage, Overloaded, RequestTimeout
-from service.http.dependencies import Service
+from service.runtime import Service
 
 FIELD: Final = "image"
 FIELDS: Final = ("image", "images")

@@ -12,24 +12,27 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final, Literal, TypeVar
 
 import structlog
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.http.dependencies import ReadyServiceDep, Service
+from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
 from service.http.negotiation import negotiate
 from service.http.parameters import OptionsDep
 from service.http.problems import documented, embedded_problem
+from service.http.routers import ServiceRouter
 from service.http.uploads import FIELD, MULTIPART, Upload, open_images
 from service.routes.archive import Archive
+from service.runtime import Service
 from service.schemas import BatchEntry, BatchIndex, BatchItem, ModelName, Problem
-from service.views import Options
+from service.segmenter import ViewJob
+from service.views import VIEWS, Options
 
 T = TypeVar("T")
 
@@ -43,7 +46,7 @@ INDEX_NAME: Final = "index.json"
 
 _log: Any = structlog.get_logger("service.batch")
 
-router = APIRouter(tags=["segmentation"])
+router = ServiceRouter(tags=["segmentation"])
 
 
 class JsonLines(JSONResponse):
@@ -68,9 +71,9 @@ _REQUEST_BODY: Final = {
     },
 }
 _ANSWER: Final = {
-    "description": "By `Accept`, in the order of the images. An archive: the view of each as PNG, "
-    f"named after its file, and `{INDEX_NAME}` with what belongs to what, and what was wrong. "
-    "JSON lines: one `BatchItem` for each",
+    "description": "By `Accept`, in the order of the images. An archive: the view of each in its "
+    f"default form, named after its file, and `{INDEX_NAME}`, which maps images to files and "
+    "problems. JSON lines: one `BatchItem` for each",
     "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
     "headers": {
         "X-Model": {"schema": {"type": "string"}, "description": "name/version"},
@@ -107,7 +110,8 @@ async def segment_batch(
             service.segmenter.hold(min(len(uploads), service.busy_with))
         )
         archived = media_type == "application/zip"
-        options = replace(options, media_type="image/png" if archived else "application/json")
+        if not archived:
+            options = options.model_copy(update={"view": "json"})
         answers = await resources.enter_async_context(
             aclosing(
                 in_order(
@@ -116,8 +120,12 @@ async def segment_batch(
                 )
             )
         )
-        write = _write_archive if archived else _write_lines
-        content = await resources.enter_async_context(aclosing(write(answers, model)))
+        written = (
+            _write_archive(answers, model, VIEWS[options.view].suffix)
+            if archived
+            else _write_lines(answers)
+        )
+        content = await resources.enter_async_context(aclosing(written))
         return _Streamed(
             request,
             content,
@@ -139,7 +147,7 @@ class _Answer:
 async def _answer(request: Request, service: Service, upload: Upload, options: Options) -> _Answer:
     try:
         data = await upload.read(service.settings.max_bytes)
-        result = await service.segmenter.segment_held(data, options)
+        result = await service.segmenter.segment_held(ViewJob.of(data, options))
     # One image must not fail the others, whatever it was.
     except Exception as exc:  # noqa: BLE001
         problem = embedded_problem(request.scope, exc)
@@ -170,9 +178,7 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> Asyn
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _write_lines(
-    answers: AsyncIterator[_Answer], _: ModelName
-) -> AsyncGenerator[bytes, None]:
+async def _write_lines(answers: AsyncIterator[_Answer]) -> AsyncGenerator[bytes, None]:
     index = 0
     async for answer in answers:
         item = BatchItem(index=index, name=answer.name, problem=answer.problem)
@@ -185,14 +191,14 @@ async def _write_lines(
 
 
 async def _write_archive(
-    answers: AsyncIterator[_Answer], model: ModelName
+    answers: AsyncIterator[_Answer], model: ModelName, suffix: str
 ) -> AsyncGenerator[bytes, None]:
     archive = Archive()
     entries: list[BatchEntry] = []
     async for answer in answers:
         name = None
         if answer.content is not None:
-            name = archive.name(answer.name, ".png")
+            name = archive.name(answer.name, suffix)
             yield archive.add(name, answer.content)
         entries.append(
             BatchEntry(index=len(entries), name=answer.name, file=name, problem=answer.problem)

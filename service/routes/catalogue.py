@@ -1,26 +1,52 @@
-"""``GET /classes``, ``/models`` and ``/model``: what the numbers mean, and who says so."""
+"""``GET /classes``, ``/models``, ``/model`` and ``/views``: what is served, and what it means."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
-from service.artefact import voc
 from service.http.dependencies import ServiceDep
+from service.http.parameters import ModelQuery
 from service.http.problems import documented
-from service.schemas import ClassLabel, LabelMap, ListedModel, ModelDescription, ModelList
+from service.http.routers import ServiceRouter
+from service.schemas import (
+    ClassLabel,
+    LabelMap,
+    ListedModel,
+    ListedView,
+    ModelDescription,
+    ModelList,
+    ViewList,
+)
+from service.views import VIEWS
 
-router = APIRouter(tags=["catalogue"])
+router = ServiceRouter(tags=["catalogue"])
 
 
-@router.get("/classes", summary="The label map")
-async def classes() -> LabelMap:
-    """PASCAL VOC's classes: id (the mask's pixel value), name and colour."""
+@router.get("/classes", summary="The label map", responses=documented(404, 503))
+async def classes(service: ServiceDep, model: ModelQuery = None) -> LabelMap:
+    """The classes of a model: id (the mask's pixel value), name and colour."""
+    async with service.engines.use(model) as engine:
+        labels = engine.model.contract.labels
     return LabelMap(
         classes=[
-            ClassLabel(id=index, name=name, color=voc.rgb(index))
-            for index, name in enumerate(voc.CLASSES)
+            ClassLabel(id=index, name=name, color=color)
+            for index, (name, color) in enumerate(zip(labels.names, labels.colors, strict=True))
         ],
-        ignore_index=voc.IGNORE_INDEX,
+        ignore_index=labels.ignore_index,
+    )
+
+
+@router.get("/views", summary="The views of a photo")
+async def views() -> ViewList:
+    """What `view=` takes, the media types of each, and the parameters that it reads."""
+    return ViewList(
+        views=[
+            ListedView(
+                name=view.name,
+                description=view.description,
+                media_types=list(view.media_types),
+                parameters=["classes", "max_side", "model", *view.parameters],
+            )
+            for view in VIEWS.values()
+        ]
     )
 
 

@@ -1,15 +1,13 @@
-"""``GET /healthz`` and ``GET /readyz``: for whoever restarts the process and sends it work."""
+"""``GET /healthz`` and ``GET /readyz``, for orchestrators and load balancers."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-
-from service.errors import Draining
-from service.http.dependencies import Phase, ServiceDep
+from service.http.dependencies import ReadyServiceDep
 from service.http.problems import documented
+from service.http.routers import ServiceRouter
 from service.schemas import Health
 
-router = APIRouter(tags=["health"])
+router = ServiceRouter(probe=True, tags=["health"])
 
 
 @router.get("/healthz", summary="Alive")
@@ -19,8 +17,6 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", summary="Ready", responses=documented(503))
-async def readyz(service: ServiceDep) -> Health:
+async def readyz(_: ReadyServiceDep) -> Health:
     """The model is loaded and warm, and the service is not shutting down."""
-    if service.phase is not Phase.READY:
-        raise Draining(f"the service is {service.phase.value}")
     return Health(status="ready")

@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
+
+from service.http.routers import ServiceRouter
 
 PAGE_POLICY: Final = (
     "default-src 'self'; img-src 'self' blob:; object-src 'none'; "
@@ -47,7 +49,7 @@ class Files(StaticFiles):
 _STATIC: Final = Files(directory=Path(__file__).parent.parent / "static")
 _SWAGGER_UI: Final = Files(packages=[("fastapi_swagger", "resources")])
 
-router = APIRouter(include_in_schema=False)
+router = ServiceRouter(include_in_schema=False)
 
 
 @router.api_route("/", methods=["GET", "HEAD"])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
 from service.http.negotiation import negotiate
 from service.http.parameters import OptionsDep
 from service.http.problems import documented
+from service.http.responses import answer_headers
+from service.http.routers import ServiceRouter
 from service.http.uploads import FIELD, MULTIPART, read_image
 from service.images.decoding import IMAGE_MEDIA_TYPES
 from service.schemas import Segmentation
-from service.views import IMAGE_FORMATS, MEDIA_TYPES
+from service.segmenter import ViewJob
+from service.views import IMAGE_FORMATS, VIEWS, offers
 
-router = APIRouter(tags=["segmentation"])
+router = ServiceRouter(tags=["segmentation"])
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 _REQUEST_BODY: Final = {
@@ -38,7 +40,7 @@ _REQUEST_BODY: Final = {
 }
 _ANSWER: Final = {
     "description": "The segmentation, of the photo's own size. By `Accept`: "
-    + "; ".join(f"`{view}` as {', '.join(types)}" for view, types in MEDIA_TYPES.items()),
+    + "; ".join(f"`{name}` as {', '.join(offers(name))}" for name in VIEWS),
     "content": dict.fromkeys(IMAGE_FORMATS, _BINARY),
     "headers": {
         "X-Model": {"schema": {"type": "string"}, "description": "name/version"},
@@ -57,21 +59,17 @@ _ANSWER: Final = {
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def segment(request: Request, service: ReadyServiceDep, options: OptionsDep) -> Response:
-    """Label every pixel of a photo with one of PASCAL VOC's classes.
+    """Label every pixel of a photo with one of the model's classes.
 
     `Accept: application/json` answers any view with statistics of each class that is present.
     """
-    accept = request.headers.get("Accept")
-    options = replace(options, media_type=negotiate(accept, MEDIA_TYPES[options.view]))
+    offered = offers(options.view)
+    media_type = negotiate(request.headers.get("Accept"), tuple(offered))
     data = await read_image(request, service.settings.max_bytes)
-    result = await unless_gone(request, service.segmenter.segment(data, options))
-    timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in result.timing_ms.items())
+    job = ViewJob(data, options, offered[media_type], media_type)
+    result = await unless_gone(request, service.segmenter.segment(job))
     return Response(
         result.content,
-        media_type=result.media_type,
-        headers={
-            "X-Model": f"{result.model.name}/{result.model.version}",
-            "Server-Timing": timing,
-            "Vary": "Accept",
-        },
+        media_type=media_type,
+        headers={**answer_headers(result), "Vary": "Accept"},
     )

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 
 import structlog
 
-from service.http.dependencies import Service
+from service.runtime import Service
 
 EXIT_STATUS: Final = os.EX_SOFTWARE
 

@@ -197,13 +197,11 @@ class Metrics:
         """Count the time from a request's head to its body's end."""
         self._stages["read"].observe(seconds)
 
-    def file(self, size_bytes: int) -> None:
-        """Count the file of a photo that was answered."""
-        self._photo_bytes.observe(size_bytes)
-
-    def photo(self, pixels: int, timing_ms: Mapping[str, float]) -> None:
-        """Count a photo that was answered, and the milliseconds of its stages."""
+    def photo(self, pixels: int, file_bytes: int | None, timing_ms: Mapping[str, float]) -> None:
+        """Count a photo that was answered, its file if any, and the milliseconds of its stages."""
         self._photo_pixels.observe(pixels)
+        if file_bytes is not None:
+            self._photo_bytes.observe(file_bytes)
         for stage, value in timing_ms.items():
             self._stages[stage].observe(value / 1000)
 

@@ -1,15 +1,15 @@
-"""How long each stage of a request took, noted where it ends, for the log and the traces.
+"""How long each stage of a request took, recorded where it runs.
 
-`noting` opens a request's notes, and whoever works for that request adds to them, however deep
-below and in whatever task: the context variable holds the notes themselves, which tasks share.
+The `Server-Timing` header, the metrics, the log line and the trace spans all read the same record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 class Stage(NamedTuple):
@@ -20,28 +20,64 @@ class Stage(NamedTuple):
     seconds: float
 
 
-_notes: ContextVar[list[Stage] | None] = ContextVar("stages", default=None)
+class Timings:
+    """The stages of one photo or one request, in the order in which they ended.
+
+    ``within``: a record that gets the same stages too, such as that of the request around a photo.
+    Stages may be recorded from any thread, one at a time.
+    """
+
+    def __init__(self, within: Timings | None = None) -> None:
+        self.stages: list[Stage] = []
+        self._within = within
+        self._open: tuple[str, float] | None = None
+
+    @classmethod
+    def of_photo(cls) -> Self:
+        """A record for one photo, whose stages the surrounding request records too, if any does."""
+        return cls(_request.get())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Record what is done within as a stage, even if it fails."""
+        started_s = time.perf_counter()
+        self._open = (name, started_s)
+        try:
+            yield
+        finally:
+            self._open = None
+            self.add(name, started_s, time.perf_counter() - started_s)
+
+    def add(self, name: str, started_s: float, seconds: float) -> None:
+        """Record a stage that was measured elsewhere, such as on a device."""
+        self.stages.append(Stage(name, started_s, seconds))
+        if self._within is not None:
+            self._within.add(name, started_s, seconds)
+
+    def ms(self) -> dict[str, float]:
+        """Milliseconds by stage, those of equal name added up; an open stage counts until now."""
+        sums: dict[str, float] = {}
+        for name, _, seconds in self.stages:
+            sums[name] = sums.get(name, 0.0) + seconds * 1000
+        if self._open is not None:
+            name, started_s = self._open
+            sums[name] = sums.get(name, 0.0) + (time.perf_counter() - started_s) * 1000
+        return sums
+
+    def header(self) -> str:
+        """The value of a `Server-Timing` header. Source: W3C Server Timing."""
+        return ", ".join(f"{name};dur={ms:.2f}" for name, ms in self.ms().items())
+
+
+_request: ContextVar[Timings | None] = ContextVar("request_timings", default=None)
 
 
 @contextmanager
-def noting() -> Iterator[list[Stage]]:
-    """The stages of what is done within, in the order in which they were noted."""
-    notes: list[Stage] = []
-    token = _notes.set(notes)
+def of_request() -> Iterator[Timings]:
+    """A record of everything that is timed within, in whatever task it runs."""
+    timings = Timings()
+    token = _request.set(timings)
     try:
-        yield notes
+        yield timings
     finally:
-        _notes.reset(token)
-
-
-def note(started_s: float, timing_ms: Mapping[str, float]) -> None:
-    """Note stages that followed one another from ``started_s`` on, with their milliseconds.
-
-    Nothing happens where nobody takes notes.
-    """
-    notes = _notes.get()
-    if notes is None:
-        return
-    for name, value in timing_ms.items():
-        notes.append(Stage(name, started_s, value / 1000))
-        started_s += value / 1000
+        _request.reset(token)

@@ -267,7 +267,7 @@ async def test_classes_limit_any_view(client: InProcess) -> None:
         "/segment", content=PHOTO, params={**only, "view": "overlay", "alpha": 1}
     )
     with Image.open(io.BytesIO(overlay.content)) as image:
-        assert np.asarray(image)[40, 8].tolist() == list(voc.rgb(CAT))
+        assert np.asarray(image)[40, 8].tolist() == voc.FULL_PALETTE[CAT].tolist()
 
 
 async def test_many_at_once(client: InProcess) -> None:
@@ -336,7 +336,7 @@ async def test_openapi_tells_the_body_and_every_answer(client: InProcess) -> Non
         "application/json",
     }
     parameters = {one["name"]: one["schema"] for one in post["parameters"]}
-    assert parameters["view"]["enum"] == ["mask", "overlay", "cutout", "confidence"]
+    assert parameters["view"]["enum"] == ["mask", "overlay", "cutout", "confidence", "json"]
     assert parameters["mask"]["enum"] == ["rle", "png", "polygons", "none"]
     batch = document["paths"]["/segment/batch"]["post"]
     assert batch["parameters"] == post["parameters"]

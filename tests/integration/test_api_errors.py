@@ -295,7 +295,7 @@ async def test_a_bad_artefact_stops_the_lifespan(
     make_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     """By its contract before the warm-up, by its stride in the warm-up, by its folder's absence."""
-    strange = build_artefact(tmp_path / "strange", metadata={"fcn.schema_version": "1"})
+    strange = build_artefact(tmp_path / "strange", metadata={"fcn.schema_version": "2"})
     with pytest.raises(ContractError, match=r"lacks fcn\.name"):
         async with in_process(make_settings(model=strange)):
             pytest.fail("started")

@@ -26,6 +26,7 @@ from service.app import with_state
 from service.errors import NotAcceptable, Overloaded, RateLimited, SegmentError
 from service.http.middleware import RequestContext
 from service.http.problems import KINDS, Kind
+from service.http.routers import RouteFlags
 from service.settings import Settings
 from service.telemetry.metrics import STAGES
 from tests.artefacts import encode, two_class_photo
@@ -212,7 +213,8 @@ async def test_no_end_goes_unseen(
         await sends(send)
         raise error
 
-    app = with_state(RequestContext(endpoint, client.service.metrics), {"service": client.service})
+    context = RequestContext(endpoint, client.service.metrics, RouteFlags.of(()))
+    app = with_state(context, {"service": client.service})
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://service") as http:
         with contextlib.suppress(asyncio.CancelledError, AssertionError):

@@ -15,6 +15,7 @@ import tritonclient.http as triton  # type: ignore[import-untyped]
 from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
 
 from service import __version__, segmenter
+from service.artefact import voc
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, Server, in_process, mask_of
@@ -90,6 +91,7 @@ def test_metadata(client: Any) -> None:  # noqa: ANN401
             {"name": "mask", "datatype": "UINT8", "shape": [-1, -1]},
             {"name": "confidence", "datatype": "UINT8", "shape": [-1, -1]},
         ],
+        "parameters": {"classes": ",".join(voc.CLASSES)},
     }
     assert client.get_model_metadata("tiny", "1") == metadata
 

@@ -104,7 +104,7 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (out / "a.png").read_text() == "mine"
     with Image.open(out / "b.png") as image:
         assert image.mode == "P"
-    again = "photos are done already (--overwrite does them anew)\n"
+    again = "photos are done already (--overwrite repeats them)\n"
     assert capsys.readouterr().err == f"fcn-segment: 1 of 2 {again}"
     assert main([*command, "--model", str(tmp_path / "nothing")]) == 0
     assert capsys.readouterr().err == f"fcn-segment: 2 of 2 {again}"
@@ -298,7 +298,7 @@ def test_a_service_that_is_not_there_or_goes_away(
     monkeypatch.setattr(AsyncClient, "fetch", fetch_twice)
     assert main([*command, protocol_server.url, "--jobs", "1"]) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "fcn-segment: it broke; the same command goes on from here"
+        "fcn-segment: it broke; rerun the command to resume"
     ]
     assert len(list((tmp_path / "out").iterdir())) == 2
 

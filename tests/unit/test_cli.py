@@ -66,4 +66,4 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     """The package's."""
     with pytest.raises(SystemExit):
         main(["--version"])
-    assert capsys.readouterr().out.strip() == __version__
+    assert capsys.readouterr().out == f"fcn-segment {__version__}\n"

@@ -1,11 +1,14 @@
 """The model contract: round trip, and every disagreement named."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
-from pydantic import ValidationError
 
+from service.artefact import voc
 from service.artefact.contract import ModelContract
+from service.artefact.labels import LabelSet
 from service.errors import ContractError
 from tests.artefacts import make_contract
 
@@ -44,10 +47,12 @@ def test_a_missing_key_is_named(key: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("fcn.schema_version", "2", "fcn.schema_version is '2', but this service reads 1"),
+        ("fcn.schema_version", "3", "fcn.schema_version is '3', but this service reads 1 and 2"),
         ("fcn.stride", "7", "fcn.stride: .*8, 16 or 32, got 7"),
         ("fcn.stride", "sixteen", "fcn.stride is not JSON"),
-        ("fcn.classes", '["background"]', "fcn.classes: 1 classes, but VOC has 21"),
+        ("fcn.labels", '{"names": ["a"], "colors": []}', "fcn.labels: 1 classes, but 0 colors"),
+        ("fcn.labels", '["background"]', "fcn.labels: "),
+        ("fcn.labels", '{"colors": []}', "fcn.labels.names: "),
         ("fcn.shapes", "[[100, 96]]", "fcn.shapes: 100x96 is not a multiple of 32"),
         ("fcn.shapes", "[[96, 96], [64, 96]]", "fcn.shapes: .*ascending"),
         ("fcn.shapes", "[]", "fcn.shapes"),
@@ -65,12 +70,57 @@ def test_a_wrong_value_is_named_in_one_line(key: str, value: str, message: str) 
     assert "\n" not in str(caught.value)
 
 
-def test_another_class_order_is_refused() -> None:
-    """Classes are compared with VOC's, one by one."""
-    classes = list(make_contract().classes)
-    classes[8], classes[12] = classes[12], classes[8]
-    with pytest.raises(ValidationError, match="class 8 is 'dog', but VOC's is 'cat'"):
-        make_contract(classes=tuple(classes))
+def first_version(classes: Sequence[str]) -> dict[str, str]:
+    """Metadata as schema version 1 has it: class names instead of a label set."""
+    metadata = make_contract().to_metadata()
+    del metadata["fcn.labels"]
+    return {**metadata, "fcn.schema_version": "1", "fcn.classes": json.dumps(classes)}
+
+
+def test_the_first_version_still_loads() -> None:
+    """Its classes are VOC's, and so is its label set."""
+    contract = ModelContract.from_metadata(first_version(voc.CLASSES))
+    assert contract == make_contract()
+    assert contract.labels == voc.LABELS
+
+
+SWAPPED = [*voc.CLASSES[:8], "dog", *voc.CLASSES[9:12], "cat", *voc.CLASSES[13:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fcn.classes": json.dumps(SWAPPED)}, "class 8 is 'dog', but VOC's is 'cat'"),
+        ({"fcn.classes": '["background"]'}, "fcn.classes is not a list of VOC's 21 names"),
+        ({"fcn.classes": "{}"}, "fcn.classes is not a list of VOC's 21 names"),
+        ({"fcn.classes": "cat,dog"}, "fcn.classes is not JSON: 'cat,dog'"),
+    ],
+)
+def test_the_first_version_has_vocs_classes(changes: dict[str, str], message: str) -> None:
+    """Another list, or another order, is refused, and the first difference is named."""
+    with pytest.raises(ContractError, match=message):
+        ModelContract.from_metadata({**first_version(voc.CLASSES), **changes})
+
+
+def test_the_first_version_needs_its_classes() -> None:
+    """Without them there is nothing to compare."""
+    metadata = first_version(voc.CLASSES)
+    del metadata["fcn.classes"]
+    with pytest.raises(ContractError, match=r"lacks fcn\.classes"):
+        ModelContract.from_metadata(metadata)
+
+
+def test_any_label_set_is_carried() -> None:
+    """Names and colours are read back unchanged, and the logits have a channel for each class."""
+    labels = LabelSet(
+        names=["background", "traffic light", "Straße"], colors=[(0, 0, 0), (1, 2, 3), (255, 0, 9)]
+    )
+    contract = make_contract(labels=labels)
+    assert ModelContract.from_metadata(contract.to_metadata()) == contract
+    logits = Tensor("logits", "tensor(float)", [None, 3, "lh", "lw"])
+    contract.check_graph([IMAGE], [logits])
+    with pytest.raises(ContractError, match=r"21.*not .*3"):
+        contract.check_graph([IMAGE], [LOGITS])
 
 
 def test_the_promised_graph_is_accepted() -> None:

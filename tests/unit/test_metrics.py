@@ -75,8 +75,7 @@ def test_strangers_make_no_new_series() -> None:
 def test_a_photo_is_counted_with_its_stages() -> None:
     """Seconds, as Prometheus wants them, of each stage; pixels and bytes."""
     metrics = Metrics()
-    metrics.file(30_000)
-    metrics.photo(187_500, TIMING_MS)
+    metrics.photo(187_500, 30_000, TIMING_MS)
     metrics.batch(3)
     found = samples(metrics.families())
     for stage, value in TIMING_MS.items():
@@ -129,7 +128,7 @@ def test_every_app_has_its_own() -> None:
 def test_both_formats_say_the_same(accept: str) -> None:
     """Prometheus's own text, and OpenMetrics for who asks for it."""
     metrics = Metrics()
-    metrics.photo(100, TIMING_MS)
+    metrics.photo(100, None, TIMING_MS)
     families = merge("worker", {"0": metrics.families(), "1": None})
     found = samples(families, accept)
     assert sample(found, "fcn_worker_up", worker="0") == 1
@@ -167,7 +166,7 @@ async def counted(number: int) -> Families:
     """The families of a process with so many photos."""
     metrics = Metrics()
     for _ in range(number):
-        metrics.photo(100, TIMING_MS)
+        metrics.photo(100, None, TIMING_MS)
     return metrics.families()
 
 

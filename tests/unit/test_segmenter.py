@@ -11,21 +11,24 @@ import pytest
 from PIL import Image
 
 from service import segmenter as module
-from service.app import open_service
+from service import views
 from service.artefact import voc
 from service.errors import DeadlineExceeded, InferenceFailed, NotAcceptable, Overloaded
 from service.inference import engine
 from service.inference.batcher import THREAD_NAME
-from service.segmenter import POOL_THREAD_NAME
+from service.runtime import open_service
+from service.segmenter import POOL_THREAD_NAME, Result, ViewJob
 from service.settings import Settings
-from service.views import MEDIA_TYPES, Options
+from service.views import VIEWS, Options
 from tests.artefacts import encode, two_class_photo
 from tests.fakes import FakeSession
 
 pytestmark = pytest.mark.anyio
 
 PHOTO = encode(two_class_photo())
-JPEG_OVERLAY = Options(view="overlay", media_type="image/jpeg")
+JOB = ViewJob.of(PHOTO, Options())
+OVERLAY = Options(view="overlay")
+JPEG_OVERLAY = ViewJob(PHOTO, OVERLAY, VIEWS["overlay"], "image/jpeg")
 STAGES = ["decode", "preprocess", "queue", "infer", "upsample", "encode"]
 
 
@@ -35,6 +38,12 @@ def session() -> Iterator[FakeSession]:
     fake = FakeSession()
     yield fake
     fake.gate.set()
+
+
+def mask_size(result: Result[bytes]) -> tuple[int, int]:
+    """Width and height of an answered mask."""
+    with Image.open(io.BytesIO(result.content)) as image:
+        return image.size
 
 
 async def test_stages_run_off_the_event_loop(
@@ -52,16 +61,17 @@ async def test_stages_run_off_the_event_loop(
 
         monkeypatch.setattr(place, name, spied)
 
-    stages = ["decode", "preprocess", "upsample", "encode_answer"]
-    for name in stages:
+    for name in ("decode", "preprocess", "upsample"):
         spy(module, name)
+    for name in ("encode_mask", "encode_image"):
+        spy(views, name)
     spy(engine, "run_batch")
     async with open_service(make_settings(), session) as service:
-        for options in (Options(), Options(view="overlay"), JPEG_OVERLAY):
-            result = await service.segmenter.segment(PHOTO, options)
-            assert list(result.timing_ms) == STAGES
+        for job in (JOB, ViewJob.of(PHOTO, OVERLAY), JPEG_OVERLAY):
+            result = await service.segmenter.segment(job)
+            assert list(result.timings.ms()) == STAGES
     assert threads.pop("run_batch").startswith(THREAD_NAME)
-    assert set(threads) == set(stages)
+    assert set(threads) == {"decode", "preprocess", "upsample", "encode_mask", "encode_image"}
     assert all(thread.startswith(POOL_THREAD_NAME) for thread in threads.values())
 
 
@@ -71,11 +81,11 @@ async def test_past_the_limit_photos_are_refused_before_decoding(
     """As many as queue_size are held; the next one is told when to come back."""
     async with open_service(make_settings(queue_size=2), session) as service:
         session.gate.clear()
-        held = [asyncio.create_task(service.segmenter.segment(PHOTO, Options())) for _ in range(2)]
+        held = [asyncio.create_task(service.segmenter.segment(JOB)) for _ in range(2)]
         await asyncio.sleep(0)
         monkeypatch.setattr(module, "decode", pytest.fail)
         with pytest.raises(Overloaded) as caught:
-            await service.segmenter.segment(PHOTO, Options())
+            await service.segmenter.segment(JOB)
         assert caught.value.retry_after_s >= 1
         monkeypatch.undo()
         session.gate.set()
@@ -91,10 +101,10 @@ async def test_places_can_be_held_for_several_photos(
         with segmenter.hold(2) as two, segmenter.hold(2) as one:
             assert (two, one, segmenter.in_flight) == (2, 1, 3)
             with pytest.raises(Overloaded):
-                await segmenter.segment(PHOTO, Options())
+                await segmenter.segment(JOB)
             with pytest.raises(Overloaded), segmenter.hold():
                 pytest.fail("there was a place")
-            assert (await segmenter.segment_held(PHOTO, Options())).media_type == "image/png"
+            assert mask_size(await segmenter.segment_held(JOB)) == (96, 64)
         assert segmenter.in_flight == 0
 
 
@@ -115,7 +125,7 @@ async def test_memory_is_given_back_at_rest(
             pass
         with segmenter.hold():  # the rest has not begun
             for _ in range(3):
-                await segmenter.segment(PHOTO, Options())
+                await segmenter.segment(JOB)
             assert given_back.empty()
         for _ in range(2):  # and again after the next
             assert await asyncio.wait_for(given_back.get(), 10) == 0
@@ -131,13 +141,13 @@ async def test_a_photo_that_the_format_cannot_hold(
     async with open_service(make_settings(), session) as service:
         for width, unable in ((16_384, ["image/webp"]), (65_501, ["image/webp", "image/jpeg"])):
             photo = encode(np.zeros((1, width, 3), dtype=np.uint8))
-            for media_type in MEDIA_TYPES["overlay"]:
-                options = Options(view="overlay", media_type=media_type)
+            for media_type in VIEWS["overlay"].media_types:
+                job = ViewJob(photo, OVERLAY, VIEWS["overlay"], media_type)
                 if media_type not in unable:
-                    await service.segmenter.segment(photo, options)
+                    await service.segmenter.segment(job)
                     continue
                 with pytest.raises(NotAcceptable, match=f"this photo has {width}") as caught:
-                    await service.segmenter.segment(photo, options)
+                    await service.segmenter.segment(job)
                 assert not set(caught.value.available) & set(unable)
                 assert "image/png" in caught.value.available
 
@@ -149,7 +159,7 @@ async def test_the_deadline_ends_the_wait(
     async with open_service(make_settings(deadline_s=0.05), session) as service:
         session.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.05 s"):
-            await service.segmenter.segment(PHOTO, Options())
+            await service.segmenter.segment(JOB)
         session.gate.set()
 
 
@@ -160,10 +170,10 @@ async def test_a_failing_device_is_told_apart(
     async with open_service(make_settings(), session) as service:
         session.error = RuntimeError("device lost")
         with pytest.raises(InferenceFailed) as caught:
-            await service.segmenter.segment(PHOTO, Options())
+            await service.segmenter.segment(JOB)
         assert caught.value.__cause__ is session.error
         session.error = None
-        assert (await service.segmenter.segment(PHOTO, Options())).media_type == "image/png"
+        assert mask_size(await service.segmenter.segment(JOB)) == (96, 64)
 
 
 async def test_a_large_photo_is_answered_at_its_own_size(
@@ -176,7 +186,7 @@ async def test_a_large_photo_is_answered_at_its_own_size(
         answers = [
             np.asarray(Image.open(io.BytesIO(content)))
             for content in [
-                (await service.segmenter.segment(data, options)).content
+                (await service.segmenter.segment(ViewJob.of(data, options))).content
                 for data, options in (
                     (jpeg, Options()),
                     (png, Options()),

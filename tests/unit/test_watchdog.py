@@ -8,9 +8,9 @@ import pytest
 import structlog
 
 from service import segmenter
-from service.app import open_service
 from service.errors import InferenceFailed
-from service.http.dependencies import Phase, Service
+from service.runtime import Phase, Service, open_service
+from service.segmenter import ViewJob
 from service.server.watchdog import EXIT_STATUS, Watchdog
 from service.settings import Settings
 from service.views import Options
@@ -19,7 +19,7 @@ from tests.fakes import FakeSession
 
 pytestmark = pytest.mark.anyio
 
-PHOTO = encode(two_class_photo())
+JOB = ViewJob.of(encode(two_class_photo()), Options())
 LIMIT_S = 0.2
 PATIENCE_S = 30.0
 
@@ -58,7 +58,7 @@ async def test_a_batch_that_hangs_ends_the_process(service: Service, session: Fa
     end = End()
     session.gate.clear()
     service.requests.append("r1")
-    waiting = asyncio.create_task(service.segmenter.segment(PHOTO, Options()))
+    waiting = asyncio.create_task(service.segmenter.segment(JOB))
     waiting.add_done_callback(lambda _: service.requests.remove("r1"))
     with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
         assert await asyncio.to_thread(end.came.wait, PATIENCE_S)
@@ -80,7 +80,7 @@ async def test_a_photo_that_hangs_its_decoder_ends_the_process(
     end = End()
     monkeypatch.setattr(segmenter, "decode", lambda *_: end.came.wait(PATIENCE_S))
     with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
-        hung = asyncio.create_task(service.segmenter.segment(PHOTO, Options()))
+        hung = asyncio.create_task(service.segmenter.segment(JOB))
         assert await asyncio.to_thread(end.came.wait, PATIENCE_S)
     assert end.status == EXIT_STATUS
     with pytest.raises(AttributeError):  # what it decoded to was no photo
@@ -110,6 +110,6 @@ async def test_a_service_that_works_is_left_alone(service: Service) -> None:
     with Watchdog(service, 10 * LIMIT_S, on_turn=turns.release, end=end):
         for _ in range(12):
             await turns.acquire()
-            await service.segmenter.segment(PHOTO, Options())
+            await service.segmenter.segment(JOB)
     assert not end.came.is_set()
     assert service.phase is Phase.READY

@@ -9,18 +9,21 @@ import base64
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import Request, Response
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from service.artefact import voc
+from service.artefact.contract import ModelContract
 from service.errors import InvalidParameter, NoImage
 from service.http.dependencies import ReadyServiceDep
+from service.http.disconnects import unless_gone
+from service.http.parameters import ModelQuery
 from service.http.problems import documented_errors
+from service.http.responses import answer_headers
+from service.http.routers import ServiceRouter
 from service.http.uploads import read_body
 from service.images.brush_rle import RowRuns
 from service.images.decoding import IMAGE_MEDIA_TYPES, decode
 from service.images.encoding import encode_binary_mask
-from service.inference.upsampling import Labels
 from service.routes.protocols.messages import (
     DATA_URI,
     Message,
@@ -29,14 +32,14 @@ from service.routes.protocols.messages import (
     complaint,
     decode_base64,
     decode_data_uri,
-    label,
     parse,
 )
-from service.schemas import ModelName, Schema
+from service.schemas import Schema
 from service.segmenter import Reading
 from service.settings import Settings
+from service.views import Scene
 
-router = APIRouter(prefix="/hf", tags=["hugging face"])
+router = ServiceRouter(foreign_errors=True, prefix="/hf", tags=["hugging face"])
 
 _ENVELOPE_BYTES: Final = 64 * 1024
 
@@ -84,14 +87,15 @@ _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
 
 class ImageSegmentation:
-    """One request and its answer; `read` and `write` are for `Segmenter.label`, in this order."""
+    """One request and its answer, as a `service.segmenter.Job`."""
 
-    def __init__(self, body: bytes, settings: Settings) -> None:
+    def __init__(self, body: bytes, settings: Settings, model: str | None) -> None:
+        self.model = model
         self._body = body
         self._max_bytes = settings.max_bytes
         self._parameters = SegmentationParameters()
 
-    def read(self, max_pixels: int, working_size: int) -> Reading:
+    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
         """The photo. Raises `RequestError` or `ImageError`."""
         data = self._body
         # No image begins like JSON; headers are often missing, and may lie.
@@ -101,11 +105,13 @@ class ImageSegmentation:
             is_uri = request.inputs.startswith(DATA_URI)
             data = (decode_data_uri if is_uri else decode_base64)(request.inputs, self._max_bytes)
         check_size(len(data), self._max_bytes)
-        return Reading(decode(data, max_pixels, working_size), working_size, with_confidence=True)
+        side = contract.working_size
+        photo = decode(data, max_pixels, side)
+        return Reading(photo, side, with_confidence=True, file_bytes=len(data))
 
-    def write(self, labels: Labels, _: ModelName) -> bytes:
+    def write(self, scene: Scene) -> bytes:
         """The segments as JSON, most pixels first."""
-        wanted = self._parameters
+        wanted, labels = self._parameters, scene.labels
         pixels, scores = RowRuns.of(labels.mask).counts(), labels.class_confidence()
         segments = []
         for class_id in np.argsort(-pixels, stable=True)[: np.count_nonzero(pixels)]:
@@ -116,7 +122,7 @@ class ImageSegmentation:
                 chosen &= labels.confidence >= wanted.mask_threshold * 255
             segments.append(
                 Segment(
-                    label=voc.CLASSES[class_id],
+                    label=scene.contract.labels.names[class_id],
                     score=float(scores[class_id]),
                     mask=base64.b64encode(encode_binary_mask(chosen)).decode(),
                 )
@@ -149,9 +155,7 @@ class ImageSegmentation:
 async def image_segmentation(
     request: Request,
     service: ReadyServiceDep,
-    model: Annotated[
-        str | None, Query(description="name of the model, of those that `GET /models` lists")
-    ] = None,
+    model: ModelQuery = None,
 ) -> Response:
     """`InferenceClient(model="http://.../hf/image-segmentation").image_segmentation(photo)`."""
     settings = service.settings
@@ -159,9 +163,9 @@ async def image_segmentation(
     body = await read_body(request, settings.max_bytes, envelope)
     if not body:
         raise NoImage("the body is empty: send an image file, or JSON with inputs")
-    call = ImageSegmentation(body, settings)
-    content, headers = await label(request, service, call.read, call.write, model)
-    return Response(content, media_type="application/json", headers=headers)
+    job = ImageSegmentation(body, settings, model)
+    result = await unless_gone(request, service.segmenter.segment(job))
+    return Response(result.content, media_type="application/json", headers=answer_headers(result))
 
 
 def _parameters(given: dict[str, Any] | None) -> SegmentationParameters:

@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from typing import Final
 
-from service.artefact import voc
+from service.artefact.labels import LabelSet
 from service.errors import InvalidParameter
 
 _MAX_LENGTH: Final = 2**18
@@ -32,12 +32,14 @@ class BrushControl:
     labels: dict[str, frozenset[int]]
 
 
-def parse_label_config(config: str) -> list[BrushControl]:
+def parse_label_config(config: str, label_set: LabelSet) -> list[BrushControl]:
     """The brush controls of a configuration.
 
-    A label stands for the class of its name, case, spaces and punctuation aside ("Potted plant"),
-    or for those that its attribute ``predicted_values`` lists. Raises `InvalidParameter` if the
-    configuration cannot be read, or nothing in it can be pre-labelled.
+    A label stands for the class of its name in ``label_set``, case, spaces and punctuation aside
+    ("Potted plant"), or for those that its attribute ``predicted_values`` lists.
+
+    Raises `InvalidParameter` if the configuration cannot be read, or nothing in it can be
+    pre-labelled.
     """
     if len(config) > _MAX_LENGTH:
         raise InvalidParameter(f"label_config: may have at most {_MAX_LENGTH} characters")
@@ -59,26 +61,26 @@ def parse_label_config(config: str) -> list[BrushControl]:
             labels = {}
             for child in tag.findall("Label"):
                 name = child.get("alias") or child.get("value")
-                if name and (class_ids := _class_ids(child)):
+                if name and (class_ids := _class_ids(child, label_set)):
                     labels[name] = class_ids
             controls.append(BrushControl(from_name, to_name, images[to_name], labels))
     if not controls:
         raise InvalidParameter('label_config: no <BrushLabels> over an <Image value="$...">')
     if not any(control.labels for control in controls):
         raise InvalidParameter(
-            f"label_config: no label is one of the classes {', '.join(voc.CLASSES)}"
+            f"label_config: no label is one of the classes {', '.join(label_set.names)}"
         )
     return controls
 
 
-def _class_ids(tag: ET.Element) -> frozenset[int]:
+def _class_ids(tag: ET.Element, label_set: LabelSet) -> frozenset[int]:
     names = [tag.get("value", ""), tag.get("alias", "")]
     if tag.get("predicted_values"):
         names = tag.get("predicted_values", "").split(",")
     plain = {_plain(name) for name in names}
-    return frozenset(index for index, name in enumerate(voc.CLASSES) if _plain(name) in plain)
+    return frozenset(index for index, name in enumerate(label_set.names) if _plain(name) in plain)
 
 
 def _plain(name: str) -> str:
-    """Lower-case letters and digits alone: VOC writes ``pottedplant``, people do not."""
-    return "".join(character for character in name.lower() if character.isalnum())
+    """Letters and digits alone, case folded: VOC writes ``pottedplant``, people do not."""
+    return "".join(character for character in name.casefold() if character.isalnum())

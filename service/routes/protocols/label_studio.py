@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
 import structlog
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import Field
 
+from service.artefact.contract import ModelContract
 from service.errors import ImageError, MalformedRequest, RequestError
-from service.http.dependencies import ReadyServiceDep, Service
+from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
 from service.http.problems import documented_errors
+from service.http.routers import ServiceRouter
 from service.http.uploads import read_body
 from service.images.brush_rle import RowRuns
 from service.images.decoding import decode
@@ -27,11 +30,15 @@ from service.inference.upsampling import Labels
 from service.routes.protocols.label_config import BrushControl, parse_label_config
 from service.routes.protocols.label_studio_images import LabelStudioImages
 from service.routes.protocols.messages import Message, base64_bytes, parse
-from service.schemas import ModelName, Schema
+from service.runtime import Service
+from service.schemas import Schema
 from service.segmenter import Reading
+from service.views import Scene
 
-router = APIRouter(prefix="/label-studio", tags=["label studio"])
-health = APIRouter(prefix="/label-studio/health", tags=["label studio"])
+router = ServiceRouter(foreign_errors=True, prefix="/label-studio", tags=["label studio"])
+health = ServiceRouter(
+    foreign_errors=True, probe=True, prefix="/label-studio/health", tags=["label studio"]
+)
 
 # Tasks come with all their annotations and predictions.
 _ENVELOPE_BYTES: Final = 8 * 2**20
@@ -139,7 +146,7 @@ async def label_studio_setup(request: Request, service: ReadyServiceDep) -> Setu
     """Checks that the project's configuration has something to pre-label; nothing is kept."""
     setup = parse(SetupRequest, await read_body(request, _ENVELOPE_BYTES))
     if setup.label_schema is not None:
-        parse_label_config(setup.label_schema)
+        parse_label_config(setup.label_schema, _contract(service).labels)
     return SetupResponse(model_version=_version(service))
 
 
@@ -165,7 +172,7 @@ async def label_studio_predict(request: Request, service: ReadyServiceDep) -> Re
         base64_bytes(service.settings.max_bytes) - service.settings.max_bytes + _ENVELOPE_BYTES,
     )
     message = await asyncio.to_thread(parse, PredictRequest, body)
-    controls = parse_label_config(message.label_config)
+    controls = parse_label_config(message.label_config, _contract(service).labels)
     predictions = await unless_gone(request, _predict(service, message.tasks, controls))
     content = b'{"results":[' + b",".join(predictions) + b"]}"
     return Response(content, media_type="application/json")
@@ -194,7 +201,7 @@ async def _predict(
             for key in dict.fromkeys(control.data_key for control in controls):
                 data = await asyncio.to_thread(images.read, _reference(task, key))
                 here = [control for control in controls if control.data_key == key]
-                regions += await _regions(service, data, here)
+                regions += (await service.segmenter.segment(_BrushJob(data, here))).content
         except (RequestError, ImageError) as exc:
             _log.warning("no prediction", task=number, reason=str(exc))
             failed.append(exc)
@@ -215,22 +222,24 @@ def _reference(task: Task, key: str) -> str:
     return reference
 
 
-async def _regions(
-    service: Service, data: bytes, controls: Sequence[BrushControl]
-) -> list[BrushRegion]:
-    """The labels found in an image file, in the configuration's order."""
+@dataclass(frozen=True, slots=True)
+class _BrushJob:
+    """The labels found in an image file, in the configuration's order, as a `Job`."""
 
-    def read(max_pixels: int, working_size: int) -> Reading:
-        photo = decode(data, max_pixels, working_size)
-        return Reading(photo, working_size, with_confidence=True)
+    data: bytes
+    controls: Sequence[BrushControl]
+    model: None = None
 
-    def write(labels: Labels, _: ModelName) -> list[BrushRegion]:
-        return _describe(labels, controls)
+    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
+        side = contract.working_size
+        photo = decode(self.data, max_pixels, side)
+        return Reading(photo, side, with_confidence=True, file_bytes=len(self.data))
 
-    return (await service.segmenter.label(read, write)).content
+    def write(self, scene: Scene) -> list[BrushRegion]:
+        return _regions(scene.labels, self.controls)
 
 
-def _describe(labels: Labels, controls: Sequence[BrushControl]) -> list[BrushRegion]:
+def _regions(labels: Labels, controls: Sequence[BrushControl]) -> list[BrushRegion]:
     height, width = labels.mask.shape
     runs = RowRuns.of(labels.mask)
     pixels = runs.counts()
@@ -256,7 +265,12 @@ def _describe(labels: Labels, controls: Sequence[BrushControl]) -> list[BrushReg
     return regions
 
 
+def _contract(service: Service) -> ModelContract:
+    """That of the model that answers, the default one."""
+    return service.engines.default.model.contract
+
+
 def _version(service: Service) -> str:
-    """What Label Studio keeps predictions apart by."""
-    contract = service.engines.default.model.contract
+    """The version by which Label Studio distinguishes predictions."""
+    contract = _contract(service)
     return f"{contract.name}-{contract.version}"

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable
 from typing import Final, TypeVar
 from urllib.parse import unquote_to_bytes
 
-from fastapi import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service.errors import BodyTooLarge, MalformedRequest
-from service.http.dependencies import Service
-from service.http.disconnects import unless_gone
-from service.inference.upsampling import Labels
-from service.schemas import ModelName
-from service.segmenter import Labelled, Reading
 
-T = TypeVar("T")
 MessageT = TypeVar("MessageT", bound="Message")
 
 DATA_URI: Final = "data:"
@@ -86,22 +78,3 @@ def check_size(size_bytes: int, max_bytes: int) -> None:
     """Raises `BodyTooLarge` for an image of too many bytes."""
     if size_bytes > max_bytes:
         raise BodyTooLarge(f"an image may have at most {max_bytes} bytes")
-
-
-async def label(
-    request: Request,
-    service: Service,
-    read: Callable[[int, int], Reading],
-    write: Callable[[Labels, ModelName], T],
-    model: str | None = None,
-) -> tuple[T, dict[str, str]]:
-    """`Segmenter.label` until the client hangs up; returns the answer and its headers."""
-    labelled = await unless_gone(request, service.segmenter.label(read, write, model))
-    return labelled.content, headers(labelled)
-
-
-def headers(labelled: Labelled[T]) -> dict[str, str]:
-    """Which model answered, and the milliseconds of each stage."""
-    timing = ", ".join(f"{stage};dur={ms:.2f}" for stage, ms in labelled.timing_ms.items())
-    model = labelled.model
-    return {"X-Model": f"{model.name}/{model.version}", "Server-Timing": timing}

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import Header, Request, Response
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from service import __version__
 from service.errors import Draining, MalformedRequest, ModelUnavailable, UnknownModel
-from service.http.dependencies import Phase, ReadyServiceDep, Service, ServiceDep
+from service.http.dependencies import ReadyServiceDep, ServiceDep
+from service.http.disconnects import unless_gone
 from service.http.problems import documented_errors
+from service.http.responses import answer_headers
+from service.http.routers import ServiceRouter
 from service.http.uploads import read_body
-from service.routes.protocols.messages import Message, base64_bytes, label, parse
+from service.routes.protocols.messages import Message, base64_bytes, parse
 from service.routes.protocols.tensors import (
     CONFIDENCE,
     IMAGE,
@@ -26,10 +29,13 @@ from service.routes.protocols.tensors import (
     InferenceRequest,
     InferenceResponse,
 )
+from service.runtime import Service
 from service.schemas import Schema
 
-router = APIRouter(prefix="/v2", tags=["open inference protocol"])
-health = APIRouter(prefix="/v2/health", tags=["open inference protocol"])
+router = ServiceRouter(foreign_errors=True, prefix="/v2", tags=["open inference protocol"])
+health = ServiceRouter(
+    foreign_errors=True, probe=True, prefix="/v2/health", tags=["open inference protocol"]
+)
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 
@@ -104,13 +110,17 @@ class TensorMetadata(Schema):
 
 
 class ModelMetadata(Schema):
-    """A model's inputs and outputs."""
+    """A model's inputs, outputs and classes."""
 
     name: str
     versions: list[str]
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    parameters: dict[str, str] = Field(
+        description="`classes`: the names of the mask's values in order, comma-separated, of a "
+        "model that is in memory"
+    )
 
 
 class IndexRequest(Message):
@@ -151,7 +161,7 @@ async def server_ready(_: ReadyServiceDep) -> ServerReady:
 @router.get("/models/{name}", summary="A model's metadata", responses=documented_errors(404, 503))
 async def model_metadata(service: ServiceDep, name: str) -> ModelMetadata:
     """Its inputs and outputs. `image` may also be BYTES `[1]`, holding an image file."""
-    return _describe(service, name)
+    return _metadata(service, name)
 
 
 @router.get(
@@ -162,7 +172,7 @@ async def model_metadata(service: ServiceDep, name: str) -> ModelMetadata:
 async def model_version_metadata(service: ServiceDep, name: str, version: str) -> ModelMetadata:
     """The same; a model has one version."""
     _check_version(service, name, version)
-    return _describe(service, name)
+    return _metadata(service, name)
 
 
 @router.get(
@@ -255,10 +265,9 @@ async def _infer(
         settings.max_bytes,
         base64_bytes(settings.max_bytes) - settings.max_bytes + _ENVELOPE_BYTES,
     )
-    inference = Inference(body, _json_bytes(json_length, len(body)), settings)
-    (content, json_bytes), headers = await label(
-        request, service, inference.read, inference.write, name
-    )
+    inference = Inference(body, _json_bytes(json_length, len(body)), settings, name)
+    result = await unless_gone(request, service.segmenter.segment(inference))
+    (content, json_bytes), headers = result.content, answer_headers(result)
     if json_bytes is None:
         return Response(content, media_type="application/json", headers=headers)
     headers[JSON_LENGTH] = str(json_bytes)
@@ -282,7 +291,8 @@ def _check_version(service: Service, name: str, version: str) -> None:
         raise UnknownModel(f"model {name} is served in version {served} alone")
 
 
-def _describe(service: Service, name: str) -> ModelMetadata:
+def _metadata(service: Service, name: str) -> ModelMetadata:
+    model = service.engines.loaded(name)
     return ModelMetadata(
         name=name,
         versions=[service.engines.manifest(name).version],
@@ -292,6 +302,7 @@ def _describe(service: Service, name: str) -> ModelMetadata:
             TensorMetadata(name=output, datatype="UINT8", shape=[-1, -1])
             for output in (MASK, CONFIDENCE)
         ],
+        parameters={} if model is None else {"classes": ",".join(model.contract.labels.names)},
     )
 
 
@@ -299,8 +310,7 @@ def _entry(service: Service, name: str) -> IndexEntry:
     version, reason = "", ""
     try:
         version = service.engines.manifest(name).version
-        if service.phase is not Phase.READY:
-            raise Draining(f"the service is {service.phase.value}")
+        service.require_ready()
     except (ModelUnavailable, Draining) as exc:
         reason = str(exc)
     state = "UNAVAILABLE" if reason else "READY"

@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from service.artefact.contract import ModelContract
 from service.errors import ImageTooLarge, InvalidParameter, MalformedRequest
-from service.http.parameters import checked_side
+from service.http.parameters import check_side
 from service.images.decoding import DecodedPhoto, decode
-from service.inference.upsampling import Labels
 from service.routes.protocols.messages import Message, check_size, decode_base64, parse
-from service.schemas import ModelName, Schema
+from service.schemas import Schema
 from service.segmenter import Reading
 from service.settings import Settings
+from service.views import Scene
 
 IMAGE: Final = "image"
 MASK: Final = "mask"
@@ -94,13 +95,14 @@ class InferenceResponse(Schema):
 
 
 class Inference:
-    """One inference request and its answer.
+    """One inference request and its answer, as a `service.segmenter.Job`.
 
     ``body`` is the request's; its first ``json_bytes`` are JSON and the rest binary data (None: it
-    is all JSON). `read` and `write` are for `Segmenter.label`, in this order.
+    is all JSON).
     """
 
-    def __init__(self, body: bytes, json_bytes: int | None, settings: Settings) -> None:
+    def __init__(self, body: bytes, json_bytes: int | None, settings: Settings, model: str) -> None:
+        self.model = model
         self._json = body if json_bytes is None else body[:json_bytes]
         self._binary = memoryview(b"" if json_bytes is None else body)[json_bytes or 0 :]
         self._settings = settings
@@ -108,13 +110,13 @@ class Inference:
         self._outputs: dict[str, bool] = {}
         self._leading: list[int] = []
 
-    def read(self, max_pixels: int, working_size: int) -> Reading:
+    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
         """The photo. Raises `RequestError` or `ImageError`."""
         request = parse(InferenceRequest, self._json)
         self._id = request.id
         parameters = request.parameters or {}
         self._outputs = _outputs(request.outputs, _flag(parameters, "binary_data_output") or False)
-        max_side = self._max_side(parameters) or working_size
+        max_side = self._max_side(parameters) or contract.working_size
         if [tensor.name for tensor in request.inputs] != [IMAGE]:
             raise MalformedRequest(f"inputs: there must be one, {IMAGE!r}")
         return Reading(
@@ -123,12 +125,16 @@ class Inference:
             with_confidence=CONFIDENCE in self._outputs,
         )
 
-    def write(self, labels: Labels, model: ModelName) -> tuple[bytes, int | None]:
+    def write(self, scene: Scene) -> tuple[bytes, int | None]:
         """The answer's body, and how many bytes of it are JSON if binary data follows."""
+        labels, contract = scene.labels, scene.contract
         arrays = {MASK: labels.mask}
         if labels.confidence is not None:
             arrays[CONFIDENCE] = labels.confidence
-        members: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
+        members: dict[str, Any] = {
+            "model_name": contract.name,
+            "model_version": contract.version,
+        }
         if self._id is not None:
             members["id"] = self._id
         # The numbers are put between JSON's brackets as they are: there may be millions.
@@ -201,7 +207,8 @@ class Inference:
         max_side = parameters.get("max_side")
         if max_side is not None and type(max_side) is not int:
             raise InvalidParameter("max_side: must be an integer")
-        return checked_side(max_side, self._settings)
+        check_side(max_side, self._settings)
+        return max_side
 
 
 def _outputs(requested: Sequence[RequestedOutput] | None, binary: bool) -> dict[str, bool]:

@@ -1,0 +1,112 @@
+"""A model's label set: the names and colours of its classes. VOC's is the default."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Annotated, Final, Self
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from service.errors import InvalidParameter
+
+MAX_CLASSES: Final = 255
+"""Class ids are uint8, and one value is left for void."""
+
+VOID_COLOR: Final = (224, 224, 192)
+"""RGB of void pixels in a palette: the cream of VOC's borders."""
+
+Level = Annotated[int, Field(ge=0, le=255)]
+Color = tuple[Level, Level, Level]
+"""RGB, each part in [0, 255]."""
+
+# A list of classes is separated by commas, in a query and on the command line.
+_NAME: Final = re.compile(r"[^\s,\x00-\x1f\x7f]([^,\x00-\x1f\x7f]*[^\s,\x00-\x1f\x7f])?")
+_LONGEST_NAME: Final = 64
+
+
+class LabelSet(BaseModel):
+    """Classes by id, immutable. Class 0 is the background: everything that is no other class.
+
+    ``names`` and ``colors`` have one entry per class id, 1 to 255 of them; ``ignore_index`` is the
+    value of void pixels in masks to train on, and no class id. Names are distinct, at most 64
+    characters long, and hold no comma, so that ``classes=person,dog`` is unambiguous.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    names: tuple[str, ...] = Field(min_length=1, max_length=MAX_CLASSES)
+    colors: tuple[Color, ...]
+    ignore_index: int = Field(255, ge=0, le=255)
+
+    @field_validator("names")
+    @classmethod
+    def _names_are_distinct_words(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for index, name in enumerate(names):
+            if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"class {index}: {name[:_LONGEST_NAME]!r} is not a name of 1 to "
+                    f"{_LONGEST_NAME} characters without commas"
+                )
+            if name in names[:index]:
+                raise ValueError(f"classes {names.index(name)} and {index} are both {name!r}")
+        return names
+
+    @model_validator(mode="after")
+    def _one_color_for_each_name(self) -> Self:
+        if len(self.colors) != len(self.names):
+            raise ValueError(f"{len(self.names)} classes, but {len(self.colors)} colors")
+        if self.ignore_index < len(self.names):
+            raise ValueError(f"ignore_index {self.ignore_index} is the id of a class")
+        return self
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def foreground(self) -> frozenset[int]:
+        """All class ids but the background's."""
+        return frozenset(range(1, len(self.names)))
+
+    def ids(self, names: Iterable[str]) -> frozenset[int]:
+        """The ids of classes by name, spaces around a name aside. Raises `InvalidParameter`."""
+        ids = set()
+        for name in map(str.strip, names):
+            if name not in self.names:
+                raise InvalidParameter(
+                    f"classes: no class {name[:_LONGEST_NAME]!r}; there are {', '.join(self.names)}"
+                )
+            ids.add(self.names.index(name))
+        return frozenset(ids)
+
+    @cached_property
+    def palette(self) -> npt.NDArray[np.uint8]:
+        """``(256, 3) uint8`` RGB, read-only: what an indexed PNG carries, void included.
+
+        Rows that are no class have VOC's colours, which differ from each other.
+        """
+        palette = color_map()
+        palette[self.ignore_index] = VOID_COLOR
+        palette[: len(self.colors)] = self.colors
+        palette.setflags(write=False)
+        return palette
+
+
+def color_map(size: int = 256) -> npt.NDArray[np.uint8]:
+    """VOC's label colours: the bits of the id dealt out to R, G, B, most significant first.
+
+    Returns ``(size, 3) uint8`` RGB. Row 255 is (224, 224, 192), the cream of VOC's borders.
+    Source: ``VOClabelcolormap.m``. Raises ``ValueError`` if ``size`` is not in [1, 256].
+    """
+    if not 1 <= size <= 256:
+        raise ValueError(f"a palette has 1 to 256 colours, not {size}")
+    ids = np.arange(size, dtype=np.uint8)
+    colors = np.zeros((size, 3), dtype=np.uint8)
+    for level in range(8):
+        for channel in range(3):
+            colors[:, channel] |= ((ids >> channel) & 1) << (7 - level)
+        ids >>= 3
+    return colors

@@ -1,0 +1,288 @@
+"""Models of other label sets than VOC's, through every endpoint, the clients and `predict`."""
+
+import base64
+import io
+import json
+import zipfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
+
+from service.artefact import voc
+from service.artefact.labels import LabelSet
+from service.cli.main import main
+from service.client import Client
+from service.settings import Settings
+from tests.artefacts import build_artefact, encode, make_contract, paint
+from tests.clients import InProcess, Server, drained, in_process, mask_of, serving
+
+pytestmark = pytest.mark.anyio
+
+ROOM = LabelSet(
+    names=("background", "chair", "dining table", "Sofa (2 seats)", "Straße"),
+    colors=((0, 0, 0), (250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10)),
+)
+STREET = LabelSet(
+    names=("background", *(f"thing {number}" for number in range(1, 150))),
+    colors=[tuple(color) for color in voc.FULL_PALETTE[:150].tolist()],
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A label set, and two of its classes that are in a photo, most pixels first."""
+
+    labels: LabelSet
+    present: tuple[int, int]
+
+    @property
+    def mask(self) -> npt.NDArray[np.uint8]:
+        """(64, 96) uint8: the first class on the right half, the other one in the left."""
+        ids = np.zeros((4, 6), dtype=np.uint8)
+        ids[:, 3:], ids[2:, :2] = self.present
+        return ids.repeat(16, axis=0).repeat(16, axis=1)
+
+    @property
+    def photo(self) -> bytes:
+        """A PNG file of the classes' colours."""
+        return encode(paint(self.mask[::16, ::16], labels=self.labels))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes that are present."""
+        return [self.labels.names[index] for index in self.present]
+
+
+CASES = (Case(ROOM, (4, 2)), Case(STREET, (149, 130)))
+
+
+@pytest.fixture(params=CASES, ids=["5 classes", "150 classes"])
+def case(request: pytest.FixtureRequest) -> Case:
+    """One of the label sets."""
+    case: Case = request.param
+    return case
+
+
+@pytest.fixture
+def artefact(case: Case, tmp_path: Path) -> Path:
+    """A folder whose network labels each pixel by the nearest colour, and one of VOC beside it."""
+    build_artefact(tmp_path / "models" / "vocs", name="vocs")
+    # Stride 1: nothing is interpolated, so that a photo's mask is known to the pixel.
+    metadata = make_contract(name="own", labels=case.labels, stride=1).to_metadata()
+    return build_artefact(
+        tmp_path / "models" / "own", name="own", labels=case.labels, metadata=metadata, stride=1
+    )
+
+
+@pytest.fixture
+async def client(
+    artefact: Path, make_settings: Callable[..., Settings]
+) -> AsyncIterator[InProcess]:
+    """The app on that artefact."""
+    async with in_process(make_settings(model=artefact)) as running:
+        yield running
+
+
+async def segment(client: InProcess, case: Case, accept: str, **query: str) -> httpx.Response:
+    """A photo's answer, which must be there."""
+    headers = {"Accept": accept}
+    answer = await client.http.post("/segment", content=case.photo, headers=headers, params=query)
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+async def test_the_label_map_is_the_models(client: InProcess, case: Case) -> None:
+    """The default's, and by `model=` that of another one."""
+    found = (await client.http.get("/classes")).json()
+    assert [one["name"] for one in found["classes"]] == list(case.labels.names)
+    assert [tuple(one["color"]) for one in found["classes"]] == list(case.labels.colors)
+    other = (await client.http.get("/classes", params={"model": "vocs"})).json()
+    assert [one["name"] for one in other["classes"]] == list(voc.CLASSES)
+    assert (await client.http.get("/classes", params={"model": "none"})).status_code == 404
+
+
+async def test_the_mask_carries_the_models_palette(client: InProcess, case: Case) -> None:
+    """Pixel values are class ids, and colours are the classes'."""
+    answer = await segment(client, case, "image/png")
+    np.testing.assert_array_equal(mask_of(answer), case.mask)
+    with Image.open(io.BytesIO(answer.content)) as image:
+        shown = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(shown, case.labels.palette[case.mask])
+
+
+async def test_every_view_has_the_models_classes(client: InProcess, case: Case) -> None:
+    """Overlay in its colours, cut-out of all but background or of chosen classes, confidence."""
+    overlay = await segment(client, case, "image/png", view="overlay", alpha="1")
+    with Image.open(io.BytesIO(overlay.content)) as image:
+        inside = case.mask > 0
+        np.testing.assert_array_equal(
+            np.asarray(image)[inside], case.labels.palette[case.mask][inside]
+        )
+    for query, kept in (
+        ({}, case.mask > 0),
+        ({"classes": case.names[1]}, case.mask == case.present[1]),
+    ):
+        cut = await segment(client, case, "image/png", view="cutout", **query)
+        with Image.open(io.BytesIO(cut.content)) as image:
+            np.testing.assert_array_equal(np.asarray(image)[..., 3] > 0, kept)
+    confidence = await segment(client, case, "image/png", view="confidence", classes=case.names[0])
+    with Image.open(io.BytesIO(confidence.content)) as image:
+        np.testing.assert_array_equal(np.asarray(image) > 0, case.mask == case.present[0])
+
+
+@pytest.mark.parametrize("form", ["rle", "polygons", "png", "none"])
+async def test_json_names_the_models_classes(client: InProcess, case: Case, form: str) -> None:
+    """Ids, names, colours and pixels, in each form of the mask."""
+    found = (await segment(client, case, "application/json", mask=form)).json()
+    by_id = {one["id"]: one for one in found["classes"]}
+    assert by_id.keys() == {0, *case.present}
+    for index in case.present:
+        one, wanted = by_id[index], case.mask == index
+        assert one["name"] == case.labels.names[index]
+        assert tuple(one["color"]) == case.labels.colors[index]
+        assert one["pixels"] == wanted.sum()
+        if form == "rle":
+            np.testing.assert_array_equal(coco_mask.decode(one["rle"]), wanted)
+        if form == "polygons":
+            filled = coco_mask.merge(coco_mask.frPyObjects(one["polygons"], *wanted.shape))
+            np.testing.assert_array_equal(coco_mask.decode(filled), wanted)
+    if form == "png":
+        with Image.open(io.BytesIO(base64.b64decode(found["mask"]))) as image:
+            np.testing.assert_array_equal(np.asarray(image), case.mask)
+
+
+async def test_classes_are_chosen_by_the_models_names(client: InProcess, case: Case) -> None:
+    """Those of VOC are unknown; of another model they are known."""
+    only = await segment(client, case, "image/png", classes=case.names[1])
+    np.testing.assert_array_equal(
+        mask_of(only), np.where(case.mask == case.present[1], case.mask, 0)
+    )
+    for model, name, status in (
+        ("own", "cat", 422),
+        ("vocs", "cat", 200),
+        ("vocs", case.names[1], 422),
+    ):
+        answer = await client.http.post(
+            "/segment", content=case.photo, params={"classes": name, "model": model}
+        )
+        assert answer.status_code == status
+        if status == 422:
+            labels = case.labels if model == "own" else voc.LABELS
+            assert f"there are {', '.join(labels.names)}" in answer.json()["detail"]
+
+
+async def test_batches(client: InProcess, case: Case) -> None:
+    """Masks in an archive, and lines of JSON."""
+    files = [("image", ("a.png", case.photo)), ("image", ("b.png", case.photo))]
+    archive = await client.http.post("/segment/batch", files=files)
+    with zipfile.ZipFile(io.BytesIO(archive.content)) as opened:
+        for name in ("a.png", "b.png"):
+            with Image.open(io.BytesIO(opened.read(name))) as image:
+                np.testing.assert_array_equal(np.asarray(image), case.mask)
+    headers = {"Accept": "application/x-ndjson"}
+    lines = (await client.http.post("/segment/batch", files=files, headers=headers)).text
+    for line in lines.splitlines():
+        found = json.loads(line)["segmentation"]["classes"]
+        assert {one["name"] for one in found} == {"background", *case.names}
+
+
+async def test_hugging_face(client: InProcess, case: Case) -> None:
+    """Segments are labelled by the model's names."""
+    answer = await client.http.post("/hf/image-segmentation", content=case.photo)
+    segments = {one["label"]: one["mask"] for one in answer.json()}
+    assert segments.keys() == {"background", *case.names}
+    for index, name in zip(case.present, case.names, strict=True):
+        with Image.open(io.BytesIO(base64.b64decode(segments[name]))) as image:
+            np.testing.assert_array_equal(np.asarray(image) == 255, case.mask == index)
+
+
+async def test_label_studio(client: InProcess, case: Case) -> None:
+    """A configuration's labels stand for the model's classes, VOC's for none."""
+
+    def config(label: str) -> str:
+        return (
+            '<View><Image name="img" value="$picture"/><BrushLabels name="tag" toName="img">'
+            f'<Label value="{label}"/></BrushLabels></View>'
+        )
+
+    picture = "data:image/png;base64," + base64.b64encode(case.photo).decode()
+    body = {
+        "tasks": [{"data": {"picture": picture}}],
+        "label_config": config(case.names[0].upper()),
+    }
+    (found,) = (await client.http.post("/label-studio/predict", json=body)).json()["results"]
+    assert found["model_version"] == "own-1"
+    assert [one["value"]["brushlabels"] for one in found["result"]] == [[case.names[0].upper()]]
+    refused = await client.http.post("/label-studio/setup", json={"schema": config("aeroplane")})
+    assert refused.status_code == 422
+    assert case.names[0] in refused.json()["error"]
+
+
+async def test_open_inference_protocol(client: InProcess, case: Case) -> None:
+    """The metadata names the classes; the mask holds their ids."""
+    metadata = (await client.http.get("/v2/models/own")).json()
+    assert metadata["parameters"] == {"classes": ",".join(case.labels.names)}
+    text = base64.b64encode(case.photo).decode()
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [text]}
+    body = {"inputs": [tensor], "outputs": [{"name": "mask"}]}
+    (mask,) = (await client.http.post("/v2/models/own/infer", json=body)).json()["outputs"]
+    np.testing.assert_array_equal(np.reshape(mask["data"], mask["shape"]), case.mask)
+
+
+async def test_the_catalogue(client: InProcess, case: Case) -> None:
+    """Both models are listed, and the default one is described."""
+    listed = (await client.http.get("/models")).json()["models"]
+    assert [one["name"] for one in listed] == ["own", "vocs"]
+    assert (await client.http.get("/model")).json()["name"] == "own"
+    assert (await client.http.get("/readyz")).status_code == 200
+    assert 'model="own"' in (await client.http.get("/metrics")).text
+    assert len(case.labels) in (5, 150)
+
+
+@pytest.fixture
+def server(artefact: Path) -> Iterator[Server]:
+    """A process that serves that artefact."""
+    with serving(artefact) as running, drained(running):
+        yield running
+
+
+def check_coco(folder: Path, case: Case) -> None:
+    """One COCO file: all of the model's classes but background, and what is in the photo."""
+    found: dict[str, Any] = json.loads((folder / "annotations.json").read_text())
+    names = {one["id"]: one["name"] for one in found["categories"]}
+    assert names == dict(list(enumerate(case.labels.names))[1:])
+    assert {names[one["category_id"]] for one in found["annotations"]} == set(case.names)
+
+
+def test_predict(artefact: Path, case: Case, tmp_path: Path) -> None:
+    """Files by a model in this process: masks and COCO; a class of VOC is refused."""
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(case.photo)
+    arguments = ["predict", str(photo), "--model", str(artefact), "--out"]
+    assert main([*arguments, str(tmp_path / "masks")]) == 0
+    with Image.open(tmp_path / "masks" / "photo.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), case.mask)
+    assert main([*arguments, str(tmp_path / "coco"), "--format", "coco"]) == 0
+    check_coco(tmp_path / "coco", case)
+    assert main([*arguments, str(tmp_path / "no"), "--classes", "cat"]) == 2
+
+
+def test_the_client_and_predict_by_a_service(server: Server, case: Case, tmp_path: Path) -> None:
+    """The label map by the client, and COCO's categories from it."""
+    with Client(server.url) as client:
+        assert [one.name for one in client.classes().classes] == list(case.labels.names)
+        assert [one.name for one in client.classes("vocs").classes] == list(voc.CLASSES)
+        np.testing.assert_array_equal(client.mask(case.photo), case.mask)
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(case.photo)
+    arguments = ["predict", str(photo), "--url", server.url, "--format", "coco", "--out"]
+    assert main([*arguments, str(tmp_path / "coco")]) == 0
+    check_coco(tmp_path / "coco", case)

@@ -1,0 +1,67 @@
+"""Label sets: what a model's classes may be called and look like."""
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from service.artefact import voc
+from service.artefact.labels import MAX_CLASSES, LabelSet
+from service.errors import InvalidParameter
+
+NAMES = ("background", "chair", "dining table")
+COLORS = ((0, 0, 0), (10, 20, 30), (255, 255, 255))
+
+
+def test_ids_by_name() -> None:
+    """Spaces around a name do not matter, spaces inside it do."""
+    labels = LabelSet(names=NAMES, colors=COLORS)
+    assert labels.ids(["chair", " dining table "]) == {1, 2}
+    assert labels.foreground == {1, 2}
+    with pytest.raises(InvalidParameter, match="no class 'sofa'; there are background, chair, din"):
+        labels.ids(["chair", "sofa"])
+
+
+def test_the_palette_has_the_colors_of_the_classes() -> None:
+    """256 rows, void in cream, read-only; VOC's is VOC's own."""
+    palette = LabelSet(names=NAMES, colors=COLORS, ignore_index=254).palette
+    assert palette.shape == (256, 3)
+    assert palette.dtype == np.uint8
+    assert palette[:3].tolist() == [list(color) for color in COLORS]
+    assert palette[254].tolist() == [224, 224, 192]
+    with pytest.raises(ValueError, match="read-only"):
+        palette[0] = 1
+    assert voc.LABELS.palette[255].tolist() == [224, 224, 192]
+    assert len(np.unique(voc.LABELS.palette, axis=0)) == 256
+
+
+def test_at_most_255_classes() -> None:
+    """One value of a byte is left for void."""
+    names = [f"class {number}" for number in range(256)]
+    labels = LabelSet(names=names[:MAX_CLASSES], colors=[(1, 2, 3)] * MAX_CLASSES)
+    assert len(labels) == 255
+    with pytest.raises(ValidationError, match="at most 255 items"):
+        LabelSet(names=names, colors=[(1, 2, 3)] * 256)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        LabelSet(names=(), colors=())
+
+
+@pytest.mark.parametrize("name", ["", " chair", "chair ", "a,b", "a\nb", "a\x7f", "n" * 65])
+def test_a_name_is_one_word_of_a_list(name: str) -> None:
+    """Names are put into comma-separated lists, and into headings."""
+    with pytest.raises(ValidationError, match=r"class 1: .* is not a name"):
+        LabelSet(names=("background", name), colors=COLORS[:2])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"names": ("a", "b", "a"), "colors": COLORS}, "classes 0 and 2 are both 'a'"),
+        ({"names": NAMES, "colors": COLORS[:2]}, "3 classes, but 2 colors"),
+        ({"names": NAMES, "colors": COLORS, "ignore_index": 2}, "ignore_index 2 is the id of a"),
+        ({"names": NAMES, "colors": [*COLORS[:2], (0, 0, 256)]}, "less than or equal to 255"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(fields: dict[str, object], message: str) -> None:
+    """The reason is named."""
+    with pytest.raises(ValidationError, match=message):
+        LabelSet.model_validate(fields)
