@@ -1,7 +1,8 @@
-"""What the clients of the service do, without a network.
+"""The requests that both clients send, and the errors that they raise.
 
-Each exchange is a generator that yields what is to be done next (send this, read that, wait so
-long) and is sent what came of it. `service.client` drives them, in threads or on asyncio.
+Each request is written once, as a coroutine of `Requests`. `AsyncClient` is a `Requests` whose
+coroutines run on asyncio. `Client` runs the same coroutines with blocking calls: they never
+suspend, so one ``send(None)`` runs each of them to its end, without an event loop.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import io
 import os
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypedDict, TypeVar, Unpack
 
 import httpx
 import numpy as np
@@ -25,33 +27,37 @@ from PIL import Image
 from pydantic import ValidationError
 
 from service.images.encoding import encode_image
-from service.schemas import BatchItem, Problem, Schema, Segmentation
+from service.schemas import BatchItem, LabelMap, ModelList, Problem, Schema, Segmentation
 
-T = TypeVar("T")
 SchemaT = TypeVar("SchemaT", bound=Schema)
 
-Photo = bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]
-"""An image file's bytes, its path, or ``(H, W, 3) uint8`` RGB."""
+PhotoSource = bytes | str | os.PathLike[str] | npt.NDArray[np.uint8]
+"""An image file's bytes, its path, or an ``(H, W, 3) uint8`` RGB array."""
+
+MaskFormat = Literal["rle", "polygons", "png", "none"]
+
+BATCH_SIZE: Final = 16
+"""Photos in one request of ``batch``: the service's default limit."""
 
 
 class ClientError(Exception):
-    """Root of what the clients raise."""
+    """Base class of the clients' errors."""
 
 
 class ServiceUnreachable(ClientError):
-    """No connection to the service, or it broke before the answer, at every try."""
+    """No connection to the service, or a broken one, at every try."""
 
 
 class ServiceBusy(ClientError):
-    """The service had no place for the request at any try, or this client may not send more."""
+    """The service was overloaded or limited this client's rate at every try."""
 
 
 class NoAnswerInTime(ClientError):
-    """The service took the request and did not answer within the timeout."""
+    """The service accepted the request but did not answer within the timeout."""
 
 
 class RequestRefused(ClientError):
-    """The service says what is wrong with the request, in ``problem``."""
+    """The service rejected the request; ``problem`` is its explanation."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.detail)
@@ -59,16 +65,15 @@ class RequestRefused(ClientError):
 
 
 class UnexpectedAnswer(ClientError):
-    """The answer is not one of this service's."""
+    """The response does not look like one from this service."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retries:
-    """How often to try in all, and how long to wait in between, in seconds.
+    """How many tries to make in total, and how long to wait between them, in seconds.
 
-    ``backoff_s`` before the second try where the service does not say, twice as long before each
-    further one, at most ``longest_s``. A service that wants to be left alone for longer than
-    ``longest_s`` is given up.
+    Without ``Retry-After`` the wait is ``backoff_s`` after the first failure and doubles after each
+    further one, up to ``longest_s``. A ``Retry-After`` above ``longest_s`` ends the retries.
     """
 
     tries: int = 5
@@ -76,7 +81,7 @@ class Retries:
     longest_s: float = 60.0
 
     def wait_s(self, failed: int, retry_after_s: float | None) -> float | None:
-        """Seconds to wait after so many tries that failed; None: give up."""
+        """Seconds to wait after ``failed`` failed tries; None: stop retrying."""
         if failed >= self.tries:
             return None
         if retry_after_s is None:
@@ -84,162 +89,200 @@ class Retries:
         return retry_after_s if retry_after_s <= self.longest_s else None
 
 
-@dataclass(frozen=True, slots=True)
-class Wait:
-    """Wait so many seconds."""
+class Parameters(TypedDict, total=False):
+    """Optional parameters of every request; the service has a default for each.
 
-    seconds: float
+    ``classes``: names, comma-separated; ``max_side``: pixels; ``model``: a name from ``models``.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Work that takes a moment, such as reading a file."""
-
-    work: Callable[[], bytes]
+    classes: str
+    max_side: int
+    model: str
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
-    """A request; ``options`` as `httpx.Client.request` takes them."""
+class Requests(ABC):
+    """The requests of both clients. Each raises `ClientError`, or `OSError` for an unreadable file.
 
-    method: Literal["GET", "POST"]
-    path: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    Subclasses decide how to send a request, how to wait and where slow work runs.
+    """
 
+    def __init__(self, retries: Retries | None) -> None:
+        self._retries = retries or Retries()
 
-Step = Wait | Read | Send
-Outcome = httpx.Response | httpx.RequestError | bytes | None
-Exchange = Generator[Step, Outcome, T]
+    @abstractmethod
+    async def _send(self, method: str, path: str, options: Mapping[str, Any]) -> httpx.Response:
+        """Send one request; ``options`` are keyword arguments of `httpx.Client.request`."""
 
+    @abstractmethod
+    async def _wait(self, seconds: float) -> None:
+        """Wait before the next try."""
 
-@dataclass(frozen=True, slots=True)
-class Exchanges:
-    """What both clients do, step by step."""
+    @abstractmethod
+    async def _work(self, work: Callable[[], bytes]) -> bytes:
+        """Run work that blocks, such as reading a file."""
 
-    retries: Retries
-
-    def get(self, path: str, schema: type[SchemaT]) -> Exchange[SchemaT]:
-        """What a ``GET`` answers."""
-        response = yield from self._ask(Send("GET", path))
-        return _parsed(response, schema, response.content)
-
-    def segment(self, photo: Photo, query: Mapping[str, Any]) -> Exchange[Segmentation]:
-        """A photo's classes."""
-        response = yield from self._post(photo, "application/json", query)
+    async def segment(
+        self, photo: PhotoSource, *, mask: MaskFormat = "rle", **parameters: Unpack[Parameters]
+    ) -> Segmentation:
+        """The classes that are present, largest first, with the mask in the given format."""
+        response = await self._post(photo, "application/json", {**parameters, "mask": mask})
         return _parsed(response, Segmentation, response.content)
 
-    def pixels(self, photo: Photo, query: Mapping[str, Any]) -> Exchange[npt.NDArray[np.uint8]]:
-        """The ``(H, W) uint8`` of a view that is a PNG of one channel."""
-        response = yield from self._post(photo, "image/png", query)
-        try:
-            with Image.open(io.BytesIO(response.content), formats=("PNG",)) as image:
-                return np.array(image)
-        except OSError as exc:
-            raise _unexpected(response) from exc
+    async def mask(
+        self, photo: PhotoSource, **parameters: Unpack[Parameters]
+    ) -> npt.NDArray[np.uint8]:
+        """Class ids, ``(H, W) uint8``."""
+        return _pixels(await self._post(photo, "image/png", {**parameters, "view": "mask"}))
 
-    def fetch(self, photo: Photo, media_type: str, query: Mapping[str, Any]) -> Exchange[bytes]:
-        """Whatever ``POST /segment`` answers."""
-        response = yield from self._post(photo, media_type, query)
-        return response.content
+    async def confidence(
+        self, photo: PhotoSource, **parameters: Unpack[Parameters]
+    ) -> npt.NDArray[np.uint8]:
+        """The probability of each pixel's class in 255ths, ``(H, W) uint8``."""
+        return _pixels(await self._post(photo, "image/png", {**parameters, "view": "confidence"}))
 
-    def batch(
-        self, photos: Sequence[Photo], batch_size: int, query: Mapping[str, Any]
-    ) -> Exchange[list[BatchItem]]:
-        """The classes of many photos, ``batch_size`` in one request."""
+    async def overlay(
+        self,
+        photo: PhotoSource,
+        *,
+        alpha: float = 0.5,
+        media_type: Literal["image/png", "image/jpeg", "image/webp"] = "image/png",
+        **parameters: Unpack[Parameters],
+    ) -> bytes:
+        """The photo blended with the class colours, as an image file."""
+        return await self.fetch(
+            photo, media_type, {**parameters, "view": "overlay", "alpha": alpha}
+        )
+
+    async def cutout(
+        self,
+        photo: PhotoSource,
+        *,
+        media_type: Literal["image/png", "image/webp"] = "image/png",
+        **parameters: Unpack[Parameters],
+    ) -> bytes:
+        """The photo's pixels of the chosen classes, transparent elsewhere, as an image file."""
+        return await self.fetch(photo, media_type, {**parameters, "view": "cutout"})
+
+    async def batch(
+        self,
+        photos: Iterable[PhotoSource],
+        *,
+        mask: MaskFormat = "rle",
+        batch_size: int = BATCH_SIZE,
+        **parameters: Unpack[Parameters],
+    ) -> list[BatchItem]:
+        """`segment` for many photos, with ``batch_size`` photos in each request.
+
+        The items are in the order of ``photos``. Each holds a segmentation or a problem.
+        """
+        photos = list(photos)
         items: list[BatchItem] = []
         for start in range(0, len(photos), batch_size):
             files = []
             for number, photo in enumerate(photos[start : start + batch_size], start):
                 name = Path(photo).name if isinstance(photo, str | os.PathLike) else str(number)
-                files.append(("image", (name, (yield from _bytes_of(photo)))))
-            send = Send(
+                files.append(("image", (name, await self._read(photo))))
+            response = await self._ask(
                 "POST",
                 "/segment/batch",
-                {
-                    "files": files,
-                    "params": query,
-                    "headers": {"Accept": "application/x-ndjson"},
-                },
+                files=files,
+                params={**parameters, "mask": mask},
+                headers={"Accept": "application/x-ndjson"},
             )
-            response = yield from self._ask(send)
             found = [_parsed(response, BatchItem, line) for line in response.content.splitlines()]
             if len(found) != len(files):
                 raise _unexpected(response)
             items += [item.model_copy(update={"index": start + item.index}) for item in found]
         return items
 
-    def _post(
-        self, photo: Photo, media_type: str, query: Mapping[str, Any]
-    ) -> Exchange[httpx.Response]:
-        content = yield from _bytes_of(photo)
-        options = {"content": content, "params": query, "headers": {"Accept": media_type}}
-        response = yield from self._ask(Send("POST", "/segment", options))
+    async def classes(self) -> LabelMap:
+        """The label map."""
+        response = await self._ask("GET", "/classes")
+        return _parsed(response, LabelMap, response.content)
+
+    async def models(self) -> ModelList:
+        """The served models, the default first."""
+        response = await self._ask("GET", "/models")
+        return _parsed(response, ModelList, response.content)
+
+    async def fetch(self, photo: PhotoSource, media_type: str, query: Mapping[str, Any]) -> bytes:
+        """The body that ``POST /segment`` returns for these query parameters."""
+        return (await self._post(photo, media_type, query)).content
+
+    async def _post(
+        self, photo: PhotoSource, media_type: str, query: Mapping[str, Any]
+    ) -> httpx.Response:
+        content = await self._read(photo)
+        headers = {"Accept": media_type}
+        response = await self._ask(
+            "POST", "/segment", content=content, params=query, headers=headers
+        )
         if response.headers.get("Content-Type") != media_type:
             raise _unexpected(response)
         return response
 
-    def _ask(self, send: Send) -> Exchange[httpx.Response]:
-        """Send a request until it is answered."""
+    async def _read(self, photo: PhotoSource) -> bytes:
+        if isinstance(photo, bytes):
+            return photo
+        if isinstance(photo, np.ndarray):
+            if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+                raise ValueError(
+                    f"a photo array must be (H, W, 3) uint8, not {photo.shape} {photo.dtype}"
+                )
+            return await self._work(partial(encode_image, np.ascontiguousarray(photo), "PNG"))
+        return await self._work(Path(photo).read_bytes)
+
+    async def _ask(
+        self,
+        method: Literal["GET", "POST"],
+        path: str,
+        **options: Any,  # noqa: ANN401 - httpx's own
+    ) -> httpx.Response:
+        """A successful response. Retries a service that is busy or cannot be reached."""
         failed = 0
         while True:
-            outcome = yield send
-            if isinstance(outcome, httpx.Response) and outcome.is_success:
-                return outcome
+            error: ClientError
+            cause, retry_after_s = None, None
+            try:
+                response = await self._send(method, path, options)
+            except httpx.RequestError as exc:
+                error, cause = _failure(exc), exc
+            else:
+                if response.is_success:
+                    return response
+                error = _refusal(response)
+                retry_after_s = _retry_after_s(response.headers.get("Retry-After"))
             failed += 1
-            error, cause, retry_after_s = _judge(outcome)
-            again = isinstance(error, ServiceUnreachable | ServiceBusy)
-            wait_s = self.retries.wait_s(failed, retry_after_s) if again else None
+            retriable = isinstance(error, ServiceUnreachable | ServiceBusy)
+            wait_s = self._retries.wait_s(failed, retry_after_s) if retriable else None
             if wait_s is None:
                 raise error from cause
-            # Those who were refused together should not come back together.
-            yield Wait(wait_s * (1 + random.random() / 4))  # noqa: S311
+            # Clients that were refused together must not all return at the same moment.
+            await self._wait(wait_s * (1 + random.random() / 4))  # noqa: S311
 
 
-def _bytes_of(photo: Photo) -> Exchange[bytes]:
-    if isinstance(photo, bytes):
-        return photo
-    if isinstance(photo, np.ndarray):
-        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
-            raise ValueError(f"a photo is (H, W, 3) uint8, not {photo.shape} {photo.dtype}")
-        work: Callable[[], bytes] = partial(encode_image, np.ascontiguousarray(photo), "PNG")
-    else:
-        work = Path(photo).read_bytes
-    content = yield Read(work)
-    if not isinstance(content, bytes):
-        raise TypeError(f"not what was read: {content!r}")
-    return content
-
-
-def _judge(outcome: Outcome) -> tuple[ClientError, Exception | None, float | None]:
-    """What a try that failed means: the error, its cause, and ``Retry-After`` in seconds."""
-    match outcome:
-        case httpx.Response():
-            return _refusal(outcome), None, _retry_after_s(outcome.headers.get("Retry-After"))
-        # What was sent may be worked on still: the same again would only make it worse.
-        case httpx.ReadTimeout() | httpx.WriteTimeout() | httpx.PoolTimeout():
-            error: ClientError = NoAnswerInTime(f"{_where(outcome)}: no answer in time")
-        case httpx.DecodingError() | httpx.TooManyRedirects() | httpx.LocalProtocolError():
-            error = UnexpectedAnswer(f"{_where(outcome)}: {outcome}")
-        case httpx.RequestError():
-            reason = str(outcome) or type(outcome).__name__
-            error = ServiceUnreachable(f"{_where(outcome)}: {reason}")
-        case _:
-            raise TypeError(f"no outcome of a request: {outcome!r}")
-    return error, outcome, None
-
-
-def _where(exc: httpx.RequestError) -> str:
+def _failure(exc: httpx.RequestError) -> ClientError:
+    """The client's error for one of httpx's."""
     url = exc.request.url
-    return f"{url.scheme}://{url.netloc.decode('ascii')}"
+    where = f"{url.scheme}://{url.netloc.decode('ascii')}"
+    match exc:
+        # The service may still work on the request: sending it again would add to its load.
+        case httpx.ReadTimeout() | httpx.WriteTimeout() | httpx.PoolTimeout():
+            return NoAnswerInTime(f"{where}: no answer in time")
+        case httpx.DecodingError() | httpx.TooManyRedirects() | httpx.LocalProtocolError():
+            return UnexpectedAnswer(f"{where}: {exc}")
+        case _:
+            return ServiceUnreachable(f"{where}: {str(exc) or type(exc).__name__}")
 
 
 def _refusal(response: httpx.Response) -> ClientError:
+    """The client's error for a response that is not a success."""
     try:
         problem = Problem.model_validate_json(response.content)
     except ValidationError:
         problem = None
     if response.status_code in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS):
-        # A proxy before the service may say so too, in its own words.
+        # A proxy in front of the service sends these too, with a body of its own.
         status = HTTPStatus(response.status_code)
         return ServiceBusy(problem.detail if problem else f"{status} {status.phrase}")
     return RequestRefused(problem) if problem else _unexpected(response)
@@ -256,6 +299,15 @@ def _retry_after_s(header: str | None) -> float | None:
     except ValueError:
         return None
     return max(0.0, (when.astimezone(UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _pixels(response: httpx.Response) -> npt.NDArray[np.uint8]:
+    """The ``(H, W) uint8`` of a PNG with one channel."""
+    try:
+        with Image.open(io.BytesIO(response.content), formats=("PNG",)) as image:
+            return np.array(image)
+    except OSError as exc:
+        raise _unexpected(response) from exc
 
 
 def _parsed(response: httpx.Response, schema: type[SchemaT], content: bytes) -> SchemaT:

@@ -4,7 +4,7 @@ import asyncio
 import io
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from skimage import data
 
 from service.artefact import voc
 from service.client import AsyncClient, Client, RequestRefused
+from service.schemas import LabelMap, ModelList, Segmentation
 from tests.artefacts import encode, two_class_photo
 from tests.clients import Server
 
@@ -28,7 +29,7 @@ def test_one_photo_in_every_form(protocol_server: Server, tmp_path: Path) -> Non
     with Client(protocol_server.url) as client:
         mask = client.mask(path)
         assert mask.shape == (512, 512)
-        found = client.segment(path)
+        found = assert_type(client.segment(path), Segmentation)
         assert found.model.name == "tiny"
         for one in found.classes:
             assert one.rle is not None
@@ -45,7 +46,7 @@ def test_one_photo_in_every_form(protocol_server: Server, tmp_path: Path) -> Non
 
 
 def test_parameters_reach_the_service(protocol_server: Server) -> None:
-    """Classes, the form of the mask, the model; what is wrong is told as a problem."""
+    """The service applies classes, mask format and model; a bad value raises its problem."""
     with Client(protocol_server.url) as client:
         found = client.segment(PHOTO, mask="polygons", classes="person", model="second")
         assert found.model.name == "second"
@@ -60,14 +61,16 @@ def test_parameters_reach_the_service(protocol_server: Server) -> None:
 
 
 def test_the_catalogue(protocol_server: Server) -> None:
-    """Classes and models."""
+    """The client lists the classes and the models."""
     with Client(protocol_server.url) as client:
-        assert [one.name for one in client.classes().classes] == list(voc.CLASSES)
-        assert [one.name for one in client.models().models] == ["tiny", "second"]
+        label_map = assert_type(client.classes(), LabelMap)
+        assert [one.name for one in label_map.classes] == list(voc.CLASSES)
+        catalogue = assert_type(client.models(), ModelList)
+        assert [one.name for one in catalogue.models] == ["tiny", "second"]
 
 
 def test_a_batch(protocol_server: Server, tmp_path: Path) -> None:
-    """More than one request takes, in order; one that is bad is a problem in its place."""
+    """A batch larger than one request keeps its order; a bad image gets a problem in its place."""
     path = tmp_path / "named.png"
     path.write_bytes(encode(PHOTO))
     with Client(protocol_server.url) as client:
@@ -82,7 +85,7 @@ def test_a_batch(protocol_server: Server, tmp_path: Path) -> None:
 
 
 def test_asyncio_gives_the_same(protocol_server: Server) -> None:
-    """Many at once, each its own."""
+    """Concurrent calls on `AsyncClient` return the same results as `Client`."""
 
     async def run() -> list[Any]:
         async with AsyncClient(protocol_server.url) as client:

@@ -1,4 +1,4 @@
-"""The client's judgement: what is tried again and when, and what is raised."""
+"""The clients: which failures they retry and when, and which errors they raise."""
 
 import asyncio
 import inspect
@@ -6,16 +6,17 @@ import io
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
@@ -37,6 +38,7 @@ from tests.artefacts import encode, two_class_photo
 PHOTO = encode(two_class_photo())
 MASK = np.array([[0, 15], [8, 0]], dtype=np.uint8)
 
+Mask = npt.NDArray[np.uint8]
 Handler = Callable[[httpx.Request], httpx.Response]
 Call = Callable[[Any], Any]
 
@@ -44,7 +46,7 @@ Call = Callable[[Any], Any]
 def drive_threads(
     handler: Handler, call: Call, retries: Retries | None = None
 ) -> tuple[Any, list[float]]:
-    """What a call gives on `Client`, and how long it waited."""
+    """The result of a call on `Client`, and its waits in seconds."""
     waits: list[float] = []
     with Client(
         transport=httpx.MockTransport(handler), sleep=waits.append, retries=retries
@@ -55,7 +57,7 @@ def drive_threads(
 def drive_asyncio(
     handler: Handler, call: Call, retries: Retries | None = None
 ) -> tuple[Any, list[float]]:
-    """The same on `AsyncClient`."""
+    """The result of a call on `AsyncClient`, and its waits in seconds."""
     waits: list[float] = []
 
     async def wait(seconds: float) -> None:
@@ -75,7 +77,7 @@ both = pytest.mark.parametrize("drive", [drive_threads, drive_asyncio])
 
 
 def answers(*script: httpx.Response | Exception) -> tuple[Handler, list[httpx.Request]]:
-    """A service that answers by a script; the last line again and again."""
+    """A handler that answers from a script and repeats the last step, and its requests."""
     seen: list[httpx.Request] = []
 
     def handler(request: httpx.Request) -> httpx.Response:
@@ -89,12 +91,12 @@ def answers(*script: httpx.Response | Exception) -> tuple[Handler, list[httpx.Re
 
 
 def mask_answer() -> httpx.Response:
-    """A mask."""
+    """A response with a mask."""
     return httpx.Response(200, content=encode_mask(MASK), headers={"Content-Type": "image/png"})
 
 
 def refusal(status: int, retry_after: str | None = None) -> httpx.Response:
-    """A problem."""
+    """A response with a problem."""
     problem = Problem(
         type="/problems/x",
         title="X",
@@ -108,14 +110,14 @@ def refusal(status: int, retry_after: str | None = None) -> httpx.Response:
 
 
 def get_mask(client: Any) -> Any:  # noqa: ANN401
-    """One request."""
+    """Send one request."""
     return client.mask(PHOTO)
 
 
 @both
 @pytest.mark.parametrize("status", [503, 429])
 def test_busy_is_tried_again_when_the_service_says(drive: Drive, status: int) -> None:
-    """Not before Retry-After, and at most a quarter later; then the answer."""
+    """The client waits for Retry-After, plus at most a quarter of it, and returns the answer."""
     handler, seen = answers(refusal(status, "7"), refusal(status, "2"), mask_answer())
     mask, waits = drive(handler, get_mask)
     assert np.array_equal(mask, MASK)
@@ -126,7 +128,7 @@ def test_busy_is_tried_again_when_the_service_says(drive: Drive, status: int) ->
 
 
 def test_retry_after_may_be_a_date() -> None:
-    """As HTTP allows; one in the past is now, and nonsense is as if it were not there."""
+    """A date in the past means no wait; an invalid value is ignored."""
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
     past = format_datetime(datetime.now(UTC) - timedelta(seconds=30), usegmt=True)
     handler, _ = answers(refusal(503, soon), refusal(503, past), refusal(503, "?"), mask_answer())
@@ -149,7 +151,7 @@ def test_retry_after_may_be_a_date() -> None:
     ],
 )
 def test_the_wait_doubles(drive: Drive, failure: httpx.Response | Exception) -> None:
-    """Where nobody says how long; a broken connection is as good a reason as 503."""
+    """Without Retry-After the wait doubles, after a broken connection as after 503."""
     handler, _ = answers(failure, failure, failure, mask_answer())
     _, waits = drive(handler, get_mask, retries=Retries(backoff_s=1))
     assert [int(wait) for wait in waits] == [1, 2, 4]
@@ -157,7 +159,7 @@ def test_the_wait_doubles(drive: Drive, failure: httpx.Response | Exception) -> 
 
 @both
 def test_at_last_it_is_given_up(drive: Drive) -> None:
-    """With the last reason; as many tries as were allowed."""
+    """After the last try the client raises that try's error."""
     handler, seen = answers(refusal(503, "1"))
     with pytest.raises(ServiceBusy, match="so it is"):
         drive(handler, get_mask, retries=Retries(tries=3))
@@ -171,7 +173,7 @@ def test_at_last_it_is_given_up(drive: Drive) -> None:
 
 @pytest.mark.parametrize("status", [503, 429])
 def test_a_proxy_may_be_busy_in_its_own_words(status: int) -> None:
-    """Its page is not shown, its status is."""
+    """The error shows the proxy's status, not its page."""
     handler, _ = answers(httpx.Response(status, text="<html>"))
     with pytest.raises(ServiceBusy, match=rf"^{status} [A-Z]"):
         drive_threads(handler, get_mask, retries=Retries(tries=1))
@@ -179,7 +181,7 @@ def test_a_proxy_may_be_busy_in_its_own_words(status: int) -> None:
 
 @pytest.mark.parametrize("kind", [Client, AsyncClient])
 def test_a_key_that_no_header_can_carry_is_not_shown(kind: type[Client | AsyncClient]) -> None:
-    """Such as one with the end of its line; an empty one is none."""
+    """The error for a key with a newline or a non-ASCII letter does not repeat the key."""
     for key in ("fcn_secret\n", "fcn_secr\N{LATIN SMALL LETTER E WITH ACUTE}t"):
         with pytest.raises(ClientError, match="API key") as caught:
             kind(api_key=key)
@@ -188,7 +190,7 @@ def test_a_key_that_no_header_can_carry_is_not_shown(kind: type[Client | AsyncCl
 
 @both
 def test_a_key_goes_with_every_request(drive: Drive, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's, where none is given; without one there is no header."""
+    """The key comes from the environment; without one there is no header."""
     handler, seen = answers(mask_answer())
     for variable in ("", "fcn_environments"):
         monkeypatch.setenv("FCN_API_KEY", variable)
@@ -200,7 +202,7 @@ def test_a_key_goes_with_every_request(drive: Drive, monkeypatch: pytest.MonkeyP
 
 
 def test_a_service_that_wants_to_be_left_alone_for_long_is() -> None:
-    """An hour is not waited."""
+    """The client gives up when Retry-After asks for an hour."""
     handler, seen = answers(refusal(503, "3600"))
     with pytest.raises(ServiceBusy):
         drive_threads(handler, get_mask)
@@ -210,7 +212,7 @@ def test_a_service_that_wants_to_be_left_alone_for_long_is() -> None:
 @both
 @pytest.mark.parametrize("status", [400, 404, 406, 413, 415, 422, 500, 504])
 def test_other_problems_are_raised_at_once(drive: Drive, status: int) -> None:
-    """With all that the service said."""
+    """The error carries the service's problem."""
     handler, seen = answers(refusal(status))
     with pytest.raises(RequestRefused, match="so it is") as caught:
         drive(handler, get_mask)
@@ -220,7 +222,7 @@ def test_other_problems_are_raised_at_once(drive: Drive, status: int) -> None:
 
 @pytest.mark.parametrize("failure", [httpx.ReadTimeout, httpx.WriteTimeout, httpx.PoolTimeout])
 def test_what_takes_too_long_is_not_asked_for_again(failure: type[httpx.TimeoutException]) -> None:
-    """The service may be at it still."""
+    """A timeout is not retried: the service may still work on the request."""
     handler, seen = answers(failure("slow"))
     with pytest.raises(NoAnswerInTime):
         drive_threads(handler, get_mask)
@@ -228,7 +230,7 @@ def test_what_takes_too_long_is_not_asked_for_again(failure: type[httpx.TimeoutE
 
 
 def test_every_error_of_httpx_is_one_of_the_clients() -> None:
-    """None gets through as it is."""
+    """Each exception of httpx becomes a `ClientError` with the exception as its cause."""
     pending: list[type[httpx.RequestError]] = [httpx.RequestError]
     while pending:
         kind = pending.pop()
@@ -250,7 +252,7 @@ def test_every_error_of_httpx_is_one_of_the_clients() -> None:
     ],
 )
 def test_another_services_answers(answer: httpx.Response) -> None:
-    """Are told as such, with where they came from."""
+    """A response from another service raises `UnexpectedAnswer` with its URL."""
     for call in (get_mask, lambda client: client.segment(PHOTO)):
         handler, _ = answers(answer)
         with pytest.raises(UnexpectedAnswer, match=r"127\.0\.0\.1:8000/segment answered"):
@@ -264,7 +266,7 @@ def test_another_services_answers(answer: httpx.Response) -> None:
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "", "http://", "http://[::1"])
 def test_urls_that_are_none(url: str) -> None:
-    """Are found at once."""
+    """An invalid URL raises an error in the constructor."""
     for make in (Client, AsyncClient):
         with pytest.raises(ClientError, match="is not a URL"):
             make(url)
@@ -272,7 +274,7 @@ def test_urls_that_are_none(url: str) -> None:
 
 @both
 def test_a_photo_is_bytes_a_path_or_an_array(drive: Drive, tmp_path: Path) -> None:
-    """An array travels as PNG; whatever it is, the file is the whole body."""
+    """The body is the image file alone; an array is sent as PNG."""
     path = tmp_path / "a.png"
     path.write_bytes(PHOTO)
     image = two_class_photo()
@@ -286,20 +288,20 @@ def test_a_photo_is_bytes_a_path_or_an_array(drive: Drive, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (4, 4, 3)])
 def test_other_arrays_are_no_photos(shape: tuple[int, ...]) -> None:
-    """Grey, with alpha, or of floats."""
-    with pytest.raises(ValueError, match="a photo is"):
+    """Grey, RGBA and float arrays raise `ValueError`."""
+    with pytest.raises(ValueError, match="a photo array must be"):
         drive_threads(answers(mask_answer())[0], lambda client: client.mask(np.zeros(shape)))
 
 
 def test_a_file_that_is_missing() -> None:
-    """Is the system's own error."""
+    """A missing file raises `FileNotFoundError`."""
     with pytest.raises(FileNotFoundError):
         drive_threads(answers(mask_answer())[0], lambda client: client.mask("missing.jpg"))
 
 
 @both
 def test_a_large_batch_is_several_requests(drive: Drive) -> None:
-    """Of ``batch_size`` each; the places are those of the whole."""
+    """Each request has at most ``batch_size`` photos; indices count over all of them."""
 
     def handler(request: httpx.Request) -> httpx.Response:
         lines = [
@@ -317,7 +319,7 @@ def test_a_large_batch_is_several_requests(drive: Drive) -> None:
 
 
 def test_a_batch_with_a_line_too_few() -> None:
-    """A stream that was cut off is not taken for whole."""
+    """A truncated response raises `UnexpectedAnswer`."""
     line = BatchItem(index=0, name="x").model_dump_json()
     handler, _ = answers(httpx.Response(200, text=line))
     with pytest.raises(UnexpectedAnswer):
@@ -325,7 +327,7 @@ def test_a_batch_with_a_line_too_few() -> None:
 
 
 def test_both_clients_have_the_same_methods() -> None:
-    """With the same parameters."""
+    """The public methods of both clients have the same names and parameters."""
 
     def methods(kind: type) -> dict[str, list[inspect.Parameter]]:
         return {
@@ -337,9 +339,34 @@ def test_both_clients_have_the_same_methods() -> None:
     assert methods(Client) == methods(AsyncClient)
 
 
+def test_static_types() -> None:
+    """Type checkers know what both clients return and accept; `help` shows the same."""
+    handler, _ = answers(mask_answer())
+    transport = httpx.MockTransport(handler)
+    with Client(transport=transport) as client:
+        assert_type(client.mask(PHOTO), Mask)
+        assert_type(client.cutout(PHOTO, classes="person"), bytes)
+        assert_type(client.batch([]), list[BatchItem])
+        with pytest.raises(TypeError):
+            client.mask()  # type: ignore[call-arg]
+        client.mask(PHOTO, alpha=0.5)  # type: ignore[call-arg]
+
+    async def run() -> None:
+        async with AsyncClient(transport=transport) as client:
+            pending = assert_type(client.mask(PHOTO), Coroutine[Any, Any, Mask])
+            assert_type(await pending, Mask)
+            assert_type(await client.cutout(PHOTO, classes="person"), bytes)
+            assert_type(await client.batch([]), list[BatchItem])
+
+    asyncio.run(run())
+    for kind in (Client, AsyncClient):
+        assert inspect.signature(kind.mask).return_annotation == "npt.NDArray[np.uint8]"
+        assert kind.mask.__doc__ == "Class ids, ``(H, W) uint8``."
+
+
 @contextmanager
 def stub(*script: str) -> Iterator[tuple[str, list[bytes]]]:
-    """A server on loopback that answers by a script, or drops the connection; gives its URL."""
+    """A loopback server that follows a script; yields its URL and the bodies it received."""
     steps = iter(script)
     bodies: list[bytes] = []
 
@@ -376,7 +403,7 @@ def stub(*script: str) -> Iterator[tuple[str, list[bytes]]]:
 
 
 def test_over_real_connections() -> None:
-    """Refused, dropped, answered: the same request three times, the waits in between."""
+    """The client sends the same request after a 503 and after a dropped connection."""
     waits: list[float] = []
     with (
         stub("503", "drop", "200") as (url, bodies),
@@ -389,7 +416,7 @@ def test_over_real_connections() -> None:
 
 
 def test_nobody_listens() -> None:
-    """A port that was just given up."""
+    """A closed port raises `ServiceUnreachable` with the URL."""
     with stub() as (url, _):
         pass
     with (
@@ -400,7 +427,7 @@ def test_nobody_listens() -> None:
 
 
 def test_the_client_loads_no_runtime() -> None:
-    """Neither ONNX Runtime nor the server; and without httpx it says what it needs."""
+    """The client imports no runtime and no server; without httpx it names the extra to install."""
     check = (
         "import sys, service.client; print({'onnxruntime', 'torch', 'uvicorn'} & {*sys.modules})"
     )
