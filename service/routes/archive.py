@@ -1,4 +1,4 @@
-"""Zip archives that are sent while they are made."""
+"""Zip archives that are streamed while they are written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _LONGEST_STEM: Final = 120
 
 
 class Archive:
-    """A zip archive in pieces: each file that is added gives the bytes to send.
+    """A zip archive in pieces: adding a file returns the bytes to send next.
 
-    Files are stored as they are: what the service answers is compressed already.
+    Files are stored without compression: images are compressed already.
     """
 
     def __init__(self) -> None:
@@ -25,25 +25,25 @@ class Archive:
         self._taken: set[str] = set()
 
     def add(self, name: str, content: bytes) -> bytes:
-        """Add a file."""
+        """Add a file; returns the bytes to send."""
         self._zip.writestr(zipfile.ZipInfo(name), content)
         return self._sink.drain()
 
     def close(self) -> bytes:
-        """The archive's end."""
+        """End the archive; returns the last bytes to send."""
         self._zip.close()
         return self._sink.drain()
 
     def name(self, sent: str, suffix: str) -> str:
-        """A name of its own for the answer to the file that was ``sent`` under this name.
+        """A unique name in the archive for the result of the file named ``sent``.
 
-        That is its stem, without folders and what file systems do not take; a name that is taken
-        gets a number (``a-2.png``).
+        The name is the file's stem without folders; ``_`` replaces characters that file systems
+        reject. A name that is already taken gets a number (``a-2.png``).
         """
         last = sent.replace("\\", "/").rstrip("/").rpartition("/")[2]
         stem = PurePosixPath(_UNSAFE.sub("_", last)).stem.strip(". ")[:_LONGEST_STEM] or "image"
         name, number = stem + suffix, 1
-        # Some file systems do not tell upper from lower case.
+        # Some file systems ignore case.
         while name.lower() in self._taken:
             number += 1
             name = f"{stem}-{number}{suffix}"
@@ -52,33 +52,37 @@ class Archive:
 
 
 class _Sink(io.RawIOBase):
-    """What was written since it was last drained; `zipfile` goes back no further than that."""
+    """A file for `zipfile` to write to, which keeps only the bytes since the last `drain`.
+
+    `zipfile` seeks back within one file's bytes only.
+    """
 
     def __init__(self) -> None:
         self._drained = 0
-        self._rest = io.BytesIO()
+        self._buffer = io.BytesIO()
 
     def drain(self) -> bytes:
-        """What there is, which is then forgotten."""
-        content = self._rest.getvalue()
+        """Return the bytes in the buffer and empty it."""
+        content = self._buffer.getvalue()
         self._drained += len(content)
-        self._rest = io.BytesIO()
+        self._buffer = io.BytesIO()
         return content
 
     def writable(self) -> bool:
         return True
 
     def seekable(self) -> bool:
-        """Yes: sizes and checksums stand before the files, where streaming readers need them."""
+        # `zipfile` then writes sizes and checksums before the data, where streaming readers need
+        # them.
         return True
 
     def tell(self) -> int:
-        return self._drained + self._rest.tell()
+        return self._drained + self._buffer.tell()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         if whence == os.SEEK_SET:
             offset -= self._drained
-        return self._drained + self._rest.seek(offset, whence)
+        return self._drained + self._buffer.seek(offset, whence)
 
     def write(self, data: bytes) -> int:  # type: ignore[override]
-        return self._rest.write(data)
+        return self._buffer.write(data)

@@ -1,4 +1,4 @@
-"""Hugging Face's image segmentation, by its own client over a socket and by hand."""
+"""Hugging Face's image segmentation, with its own client over a socket and with raw requests."""
 
 import base64
 from pathlib import Path
@@ -21,19 +21,19 @@ TASK = "/hf/image-segmentation"
 
 @pytest.fixture(scope="module")
 def segmenter(protocol_server: Server) -> InferenceClient:
-    """Hugging Face's client of this one model."""
-    # Else it would send the developer's own token.
+    """Hugging Face's client, connected to the service."""
+    # Without a token the client would send the developer's own.
     return InferenceClient(model=protocol_server.url + TASK, token="none")  # noqa: S106
 
 
 @pytest.fixture(scope="module")
 def mask(protocol_server: Server) -> npt.NDArray[np.uint8]:
-    """What `POST /segment` says of the photo."""
+    """The mask that `POST /segment` returns for the photo."""
     return mask_of(httpx.post(f"{protocol_server.url}/segment", content=PHOTO))
 
 
 def assert_partition(segments: Any, mask: npt.NDArray[np.uint8]) -> None:  # noqa: ANN401
-    """One segment for each class of the mask, most pixels first, each with the class's pixels."""
+    """Assert one segment with the exact pixels of each class in the mask, largest first."""
     for segment in segments:
         assert segment.mask.mode == "L"
         expected = mask == voc.CLASSES.index(segment.label)
@@ -45,14 +45,14 @@ def assert_partition(segments: Any, mask: npt.NDArray[np.uint8]) -> None:  # noq
 
 
 def test_bytes(segmenter: InferenceClient, mask: npt.NDArray[np.uint8]) -> None:
-    """Sent as they are, without a Content-Type."""
+    """The client sends bytes without a Content-Type."""
     segments = segmenter.image_segmentation(PHOTO)
     assert {"background", "cat", "person"} <= {segment.label for segment in segments}
     assert_partition(segments, mask)
 
 
 def test_a_path(segmenter: InferenceClient, mask: npt.NDArray[np.uint8], tmp_path: Path) -> None:
-    """By name."""
+    """The client accepts a path."""
     path = tmp_path / "photo.png"
     path.write_bytes(PHOTO)
     assert_partition(segmenter.image_segmentation(path), mask)
@@ -60,7 +60,7 @@ def test_a_path(segmenter: InferenceClient, mask: npt.NDArray[np.uint8], tmp_pat
 
 
 def test_parameters(segmenter: InferenceClient, mask: npt.NDArray[np.uint8]) -> None:
-    """With parameters the photo goes in base64; these change nothing."""
+    """With parameters the client sends base64; these values do not change the segments."""
     segments = segmenter.image_segmentation(
         PHOTO,
         subtask="semantic",
@@ -72,7 +72,7 @@ def test_parameters(segmenter: InferenceClient, mask: npt.NDArray[np.uint8]) -> 
 
 
 def test_thresholds(segmenter: InferenceClient) -> None:
-    """Segments that the network is too unsure of go, and so do such pixels of the others."""
+    """Thresholds remove segments with a low score and pixels with a low probability."""
     every = {segment.label: segment for segment in segmenter.image_segmentation(PHOTO)}
     scores = {name: segment.score or 0 for name, segment in every.items()}
     least = sorted(scores.values())[1]
@@ -86,7 +86,7 @@ def test_thresholds(segmenter: InferenceClient) -> None:
 
 
 def test_another_model(protocol_server: Server, mask: npt.NDArray[np.uint8]) -> None:
-    """In the URL's query."""
+    """The query parameter ``model`` selects the model."""
     url = f"{protocol_server.url}{TASK}?model="
     assert_partition(InferenceClient(model=f"{url}second").image_segmentation(PHOTO), mask)
     with pytest.raises(HfHubHTTPError, match="no model 'third'") as caught:
@@ -107,17 +107,17 @@ def test_another_model(protocol_server: Server, mask: npt.NDArray[np.uint8]) -> 
 def test_errors_as_the_client_reads_them(
     segmenter: InferenceClient, image: bytes, parameters: dict[str, Any], status: int, message: str
 ) -> None:
-    """Its own exception says what is wrong."""
+    """The client's exception carries the service's message and status."""
     with pytest.raises(HfHubHTTPError, match=message) as caught:
         segmenter.image_segmentation(image, **parameters)
     assert caught.value.response.status_code == status
 
 
-# ---- by hand -----------------------------------------------------------------------------------
+# ---- raw requests -----------------------------------------------------------------------------
 
 
 def assert_error(response: httpx.Response, status: int) -> str:
-    """Hugging Face's form of an error."""
+    """Assert an error in Hugging Face's format; return its message."""
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
     return str(response.json()["error"])
@@ -125,7 +125,7 @@ def assert_error(response: httpx.Response, status: int) -> str:
 
 @pytest.mark.anyio
 async def test_base64_and_data_uris(client: InProcess) -> None:
-    """Either, whatever the Content-Type; a `data:` URI is what browsers have."""
+    """Both forms of ``inputs`` work with any Content-Type; browsers produce data: URIs."""
     text = base64.b64encode(PHOTO).decode()
     plain = await client.http.post(TASK, content=PHOTO)
     for inputs in (text, f"data:image/png;base64,{text}"):
@@ -158,13 +158,13 @@ async def test_base64_and_data_uris(client: InProcess) -> None:
     ],
 )
 async def test_errors(client: InProcess, body: bytes, status: int) -> None:
-    """A status of 4xx, in Hugging Face's form."""
+    """Invalid requests get a 4xx status in Hugging Face's format."""
     assert_error(await client.http.post(TASK, content=body), status)
 
 
 @pytest.mark.anyio
 async def test_draining(client: InProcess) -> None:
-    """503 with Retry-After."""
+    """A draining service answers 503 with Retry-After."""
     client.service.begin_draining()
     refused = await client.http.post(TASK, content=PHOTO)
     assert_error(refused, 503)

@@ -1,4 +1,4 @@
-"""Label Studio's protocol for models, with the bodies that Label Studio sends."""
+"""Label Studio's protocol for ML backends, with the bodies that Label Studio sends."""
 
 import base64
 import threading
@@ -41,7 +41,7 @@ CONFIG = """
 
 @dataclass
 class LabelStudio:
-    """A stand-in for Label Studio's media: files by path, and what was asked of it."""
+    """A fake Label Studio: files by path, and the path and Authorization of each request."""
 
     files: dict[str, bytes]
     url: str = ""
@@ -66,7 +66,7 @@ def label_studio() -> Iterator[LabelStudio]:
             self.wfile.write(content or b"")
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -79,7 +79,7 @@ def label_studio() -> Iterator[LabelStudio]:
 async def backend(
     make_settings: Callable[..., Settings], label_studio: LabelStudio
 ) -> AsyncIterator[InProcess]:
-    """The app, which knows where Label Studio is."""
+    """The app, configured with the fake Label Studio."""
     settings = make_settings(
         max_bytes=100_000, label_studio_url=label_studio.url, label_studio_token=TOKEN
     )
@@ -88,12 +88,12 @@ async def backend(
 
 
 def data_uri(data: bytes = PHOTO) -> str:
-    """An image in a task itself."""
+    """An image as a data: URI."""
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
 def predict_body(*images: object, config: str = CONFIG) -> dict[str, Any]:
-    """As Label Studio's ``MLApi.make_predictions`` writes it."""
+    """A request body like those of Label Studio's ``MLApi.make_predictions``."""
     tasks = [
         {"id": number, "data": {"picture": image}, "annotations": [], "predictions": []}
         for number, image in enumerate(images)
@@ -103,7 +103,7 @@ def predict_body(*images: object, config: str = CONFIG) -> dict[str, Any]:
 
 
 def decode_rle(rle: list[int]) -> npt.NDArray[np.uint8]:
-    """rle-pack's decoder, as Label Studio's converter spells it: one bit field after the other."""
+    """Decode rle-pack the way Label Studio's converter does: one bit field after another."""
     bits = "".join(f"{byte:08b}" for byte in rle)
     position = 0
 
@@ -129,7 +129,7 @@ def decode_rle(rle: list[int]) -> npt.NDArray[np.uint8]:
 
 
 def assert_error(response: httpx.Response, status: int) -> str:
-    """An error that says what is wrong, in one member."""
+    """Assert an error in the protocol's format; return its message."""
     assert response.status_code == status, response.text
     assert list(response.json()) == ["error"]
     return str(response.json()["error"])
@@ -141,7 +141,7 @@ def assert_error(response: httpx.Response, status: int) -> str:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (13, 17), (300, 400)])
 @pytest.mark.parametrize("classes", [1, 2, 3])
 def test_brush_regions_decode_to_the_mask(shape: tuple[int, int], classes: int) -> None:
-    """Noise: all four channels of each pixel, 255 or 0."""
+    """Random masks decode to 255 or 0 in all four channels of each pixel."""
     mask = np.random.default_rng(classes).integers(0, classes, shape, dtype=np.uint8)
     for chosen in ([0], [1], [0, 2]):
         pixels = decode_rle(list(RowRuns.of(mask).brush(chosen))).reshape(*shape, 4)
@@ -150,7 +150,7 @@ def test_brush_regions_decode_to_the_mask(shape: tuple[int, int], classes: int) 
 
 
 def test_long_runs() -> None:
-    """A length of more than 16 bits is written in parts."""
+    """A run longer than 16 bits allow is split."""
     mask = np.zeros((40, 5000), dtype=np.uint8)
     mask[10:30] = 1
     mask[39, -1] = 1
@@ -159,7 +159,7 @@ def test_long_runs() -> None:
 
 
 def test_brush_regions_are_those_of_label_studios_converter() -> None:
-    """Byte for byte what ``label_studio_converter.brush.mask2rle`` 0.0.59 gave."""
+    """The bytes equal those of ``label_studio_converter.brush.mask2rle`` 0.0.59."""
     mask = np.repeat([0, 1, 0, 1, 0], [3, 2, 40, 70, 5]).astype(np.uint8).reshape(8, 15)
     expected = bytes.fromhex("000001e0391bfdb009fff4f8070117ffc26000")
     assert RowRuns.of(mask).brush([1]) == expected
@@ -169,7 +169,7 @@ def test_brush_regions_are_those_of_label_studios_converter() -> None:
 
 
 async def test_health_and_setup(backend: InProcess) -> None:
-    """What Label Studio asks when a model is connected; its token is not kept."""
+    """Label Studio can connect the service as a model."""
     assert (await backend.http.get(f"{BASE}/health")).json()["status"] == "UP"
     body = {
         "project": "1.17",
@@ -180,12 +180,12 @@ async def test_health_and_setup(backend: InProcess) -> None:
     }
     response = await backend.http.post(f"{BASE}/setup", json=body)
     assert response.json() == {"model_version": "tiny-1"}
-    # A project that is not configured yet.
+    # A project without a configuration yet.
     assert (await backend.http.post(f"{BASE}/setup", json={})).status_code == 200
 
 
 async def test_predict(backend: InProcess) -> None:
-    """A region for each label of the configuration that is there, with its very pixels."""
+    """Each label found in the photo gets a region with exactly its pixels."""
     mask = mask_of(await backend.http.post("/segment", content=PHOTO))
     response = await backend.http.post(f"{BASE}/predict", json=predict_body(data_uri()))
     assert response.status_code == 200, response.text
@@ -211,7 +211,7 @@ async def test_predict(backend: InProcess) -> None:
 
 
 async def test_a_label_of_several_classes(backend: InProcess) -> None:
-    """One region of all their pixels, by the label's alias if it has one."""
+    """A label of several classes gets one region, named by the label's alias."""
     config = CONFIG.replace('"Animal" predicted_values="cat,dog"', '"x" alias="Being" '
                             'predicted_values="cat, person"')  # fmt: skip
     mask = mask_of(await backend.http.post("/segment", content=PHOTO))
@@ -237,7 +237,7 @@ async def test_a_label_of_several_classes(backend: InProcess) -> None:
 async def test_images_come_from_label_studio(
     backend: InProcess, label_studio: LabelStudio, image: str
 ) -> None:
-    """By path or whole URL, with the token."""
+    """The service fetches images by path or full URL, and sends the token."""
     body = predict_body(image.format(url=label_studio.url))
     response = await backend.http.post(f"{BASE}/predict", json=body)
     assert len(response.json()["results"][0]["result"]) == 2
@@ -272,7 +272,7 @@ async def test_images_come_from_label_studio(
 async def test_nothing_else_is_fetched(
     backend: InProcess, label_studio: LabelStudio, image: str
 ) -> None:
-    """Tasks come from strangers; no request goes out that they could aim."""
+    """Tasks are untrusted: a task cannot direct a request to another target."""
     response = await backend.http.post(f"{BASE}/predict", json=predict_body(image))
     assert_error(response, 422)
     assert label_studio.asked == []
@@ -281,16 +281,16 @@ async def test_nothing_else_is_fetched(
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("missing.png", 502, "answers 404"),
-        ("moved.png", 502, "answers 302"),
+        ("missing.png", 502, "answered 404"),
+        ("moved.png", 502, "answered 302"),
         ("large.png", 413, "at most 100000 bytes"),
-        ("x\r\nHost: y.png", 502, "answers 404"),
+        ("x\r\nHost: y.png", 502, "answered 404"),
     ],
 )
 async def test_images_that_label_studio_does_not_give(
     backend: InProcess, label_studio: LabelStudio, path: str, status: int, message: str
 ) -> None:
-    """A redirect is not followed, and no more is read than an image may have."""
+    """The service does not follow redirects or read past the size limit."""
     body = predict_body(f"/data/upload/1/{path}")
     response = await backend.http.post(f"{BASE}/predict", json=body)
     assert message in assert_error(response, status)
@@ -298,11 +298,11 @@ async def test_images_that_label_studio_does_not_give(
 
 
 async def test_label_studio_is_down(make_settings: Callable[..., Settings]) -> None:
-    """502, without where it was looked for."""
+    """The answer is 502 and does not reveal Label Studio's address."""
     async with in_process(make_settings(label_studio_url="http://127.0.0.1:1")) as backend:
         body = predict_body("/data/upload/1/photo.png")
         error = assert_error(await backend.http.post(f"{BASE}/predict", json=body), 502)
-    assert error == "Label Studio does not send an image"
+    assert error == "Label Studio did not send the image"
 
 
 @pytest.mark.parametrize(
@@ -310,14 +310,14 @@ async def test_label_studio_is_down(make_settings: Callable[..., Settings]) -> N
     ["localhost:8080", "ftp://host", "http://", "http://user@host", "http://host?x", "http://h:x"],
 )
 async def test_a_label_studio_that_cannot_be(url: str) -> None:
-    """A wrong address stops the start; the token shows nowhere."""
+    """An invalid URL is a settings error; the token is not in the settings' repr."""
     with pytest.raises(ValidationError, match="label_studio_url"):
         Settings(label_studio_url=url)
     assert TOKEN not in repr(Settings(label_studio_token=TOKEN))
 
 
 async def test_without_a_label_studio_nothing_is_fetched(client: InProcess) -> None:
-    """Only what tasks bring themselves."""
+    """Without a Label Studio only data: URIs work."""
     body = predict_body("/data/upload/1/photo.png")
     assert "FCN_LABEL_STUDIO_URL" in assert_error(
         await client.http.post(f"{BASE}/predict", json=body), 422
@@ -327,7 +327,7 @@ async def test_without_a_label_studio_nothing_is_fetched(client: InProcess) -> N
 
 
 async def test_one_bad_image_does_not_fail_the_others(client: InProcess) -> None:
-    """Its own prediction is empty: Label Studio wants one for each task, in order."""
+    """The bad image gets an empty prediction: Label Studio expects one for each task, in order."""
     body = predict_body(data_uri(), data_uri(b"hello"), "http://example.org/x.png", 7, data_uri())
     response = await client.http.post(f"{BASE}/predict", json=body)
     assert [len(one["result"]) for one in response.json()["results"]] == [2, 0, 0, 0, 2]
@@ -349,7 +349,7 @@ async def test_one_bad_image_does_not_fail_the_others(client: InProcess) -> None
     ],
 )
 async def test_bad_images(client: InProcess, image: object, status: int) -> None:
-    """The only task's problem is the request's."""
+    """If the only image fails, the request fails with its error."""
     response = await client.http.post(f"{BASE}/predict", json=predict_body(image))
     assert_error(response, status)
 
@@ -372,7 +372,7 @@ async def test_bad_images(client: InProcess, image: object, status: int) -> None
     ],
 )
 async def test_configurations_that_cannot_be_pre_labelled(client: InProcess, config: str) -> None:
-    """422 when the project is connected, and when it is predicted for."""
+    """An unusable configuration gets 422 from ``setup`` and from ``predict``."""
     setup = await client.http.post(f"{BASE}/setup", json={"schema": config})
     assert "label_config" in assert_error(setup, 422)
     body = predict_body(data_uri(), config=config)
@@ -383,19 +383,19 @@ async def test_configurations_that_cannot_be_pre_labelled(client: InProcess, con
     "content", [b"", b"[]", b"{}", b'{"tasks": [1], "label_config": ""}', b'{"tasks": null}']
 )
 async def test_malformed_requests(client: InProcess, content: bytes) -> None:
-    """400."""
+    """Malformed requests get 400."""
     assert_error(await client.http.post(f"{BASE}/predict", content=content), 400)
 
 
 async def test_webhooks_are_ignored(client: InProcess) -> None:
-    """Nothing is trained here; Label Studio wants an answer in JSON."""
+    """The answer to an event is JSON that says that it is ignored."""
     for body in ({"action": "START_TRAINING", "project": {}}, {"action": "ANNOTATION_CREATED"}):
         response = await client.http.post(f"{BASE}/webhook", json=body)
         assert response.json() == {"status": "ignored"}
 
 
 async def test_draining(client: InProcess) -> None:
-    """Neither healthy nor predicting; Retry-After says when to come back."""
+    """A draining service is unhealthy and refuses predictions with Retry-After."""
     client.service.begin_draining()
     assert_error(await client.http.get(f"{BASE}/health"), 503)
     refused = await client.http.post(f"{BASE}/predict", json=predict_body(data_uri()))
@@ -404,6 +404,6 @@ async def test_draining(client: InProcess) -> None:
 
 
 async def test_paths_that_are_not_there(client: InProcess) -> None:
-    """Label Studio asks for these in some versions."""
+    """Paths that some versions of Label Studio request get 404."""
     for path in ("versions", "train", "validate"):
         assert_error(await client.http.get(f"{BASE}/{path}"), 404)

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol, by Triton's own client over a socket and by hand."""
+"""The Open Inference Protocol, with Triton's own client over a socket and with raw requests."""
 
 import asyncio
 import base64
@@ -33,14 +33,14 @@ Pixels = npt.NDArray[np.uint8]
 
 @pytest.fixture(scope="module")
 def client(protocol_server: Server) -> Iterator[Any]:
-    """Triton's client."""
+    """Triton's client, connected to the service."""
     with triton.InferenceServerClient(protocol_server.url.removeprefix("http://")) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def mask(protocol_server: Server) -> Pixels:
-    """What `POST /segment` says of the photo."""
+    """The mask that `POST /segment` returns for the photo."""
     return mask_of(httpx.post(f"{protocol_server.url}/segment", content=PNG))
 
 
@@ -51,7 +51,7 @@ def raw(pixels: Pixels = PHOTO, *, binary: bool = True) -> Any:  # noqa: ANN401
 
 
 def encoded(data: bytes = PNG, shape: tuple[int, ...] = (1,)) -> Any:  # noqa: ANN401
-    """An input that holds an image file."""
+    """An input with an image file."""
     tensor = triton.InferInput("image", shape, "BYTES")
     return tensor.set_data_from_numpy(np.array([data], dtype=np.object_).reshape(shape))
 
@@ -65,7 +65,7 @@ def wanted(name: str = "mask", *, binary: bool = True) -> Any:  # noqa: ANN401
 
 
 def test_health(client: Any) -> None:  # noqa: ANN401
-    """Alive and ready, the server and each model, loaded or not."""
+    """The server is alive; it and each model are ready, loaded or not."""
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("tiny")
@@ -75,7 +75,7 @@ def test_health(client: Any) -> None:  # noqa: ANN401
 
 
 def test_metadata(client: Any) -> None:  # noqa: ANN401
-    """Of the server, and of a model with and without its version."""
+    """The server and a model, with or without its version, return their metadata."""
     assert client.get_server_metadata() == {
         "name": "fcn-segment",
         "version": __version__,
@@ -97,7 +97,7 @@ def test_metadata(client: Any) -> None:  # noqa: ANN401
 
 
 def test_repository_index(client: Any) -> None:  # noqa: ANN401
-    """All models, the default first."""
+    """The index lists all models, the default first."""
     ready = {"version": "1", "state": "READY", "reason": ""}
     assert client.get_model_repository_index() == [
         {"name": "tiny", **ready},
@@ -106,7 +106,7 @@ def test_repository_index(client: Any) -> None:  # noqa: ANN401
 
 
 def test_there_is_no_model_configuration(client: Any) -> None:  # noqa: ANN401
-    """That is Triton's own extension: its client gets an error that it understands."""
+    """Without this extension of Triton's the client gets an error that it understands."""
     with pytest.raises(InferenceServerException, match="Not Found") as caught:
         client.get_model_config("tiny")
     assert caught.value.status() == "404"
@@ -122,7 +122,7 @@ def test_pixels_in_mask_out(
     binary_out: bool,
     leading: bool,
 ) -> None:
-    """The very mask of `POST /segment`, in JSON or as binary data, of the input's rank."""
+    """The mask equals that of `POST /segment`, in JSON or binary, and has the input's rank."""
     pixels = PHOTO[None] if leading else PHOTO
     result = client.infer(
         "tiny",
@@ -139,14 +139,14 @@ def test_pixels_in_mask_out(
 
 @pytest.mark.parametrize("shape", [(1,), (1, 1)])
 def test_a_file_in_mask_out(client: Any, mask: Pixels, shape: tuple[int, ...]) -> None:  # noqa: ANN401
-    """An image file as BYTES, with or without a leading 1."""
+    """BYTES may be an image file, with or without a leading 1."""
     result = client.infer("tiny", [encoded(shape=shape)], outputs=[wanted()])
     np.testing.assert_array_equal(result.as_numpy("mask").reshape(mask.shape), mask)
     assert result.as_numpy("mask").ndim == 1 + len(shape)
 
 
 def test_without_a_list_of_outputs_all_are_answered(client: Any, mask: Pixels) -> None:  # noqa: ANN401
-    """As the protocol says; the client then asks for binary data."""
+    """The protocol's default is all outputs; the client then requests binary data."""
     result = client.infer("tiny", [raw()])
     np.testing.assert_array_equal(result.as_numpy("mask"), mask)
     confidence = result.as_numpy("confidence")
@@ -157,7 +157,7 @@ def test_without_a_list_of_outputs_all_are_answered(client: Any, mask: Pixels) -
 
 
 def test_one_output_binary_and_one_not(client: Any, mask: Pixels) -> None:  # noqa: ANN401
-    """Each in the order and in the form that was asked for."""
+    """Outputs have the requested order and format."""
     outputs = [wanted("confidence", binary=False), wanted("mask")]
     result = client.infer("tiny", [raw()], outputs=outputs)
     forms = {one["name"]: "data" in one for one in result.get_response()["outputs"]}
@@ -168,14 +168,14 @@ def test_one_output_binary_and_one_not(client: Any, mask: Pixels) -> None:  # no
 
 
 def test_another_model_and_a_version(client: Any, mask: Pixels) -> None:  # noqa: ANN401
-    """The path picks among the models; one that is not loaded is, when it is asked."""
+    """The path selects the model; a request loads one that is not in memory."""
     result = client.infer("second", [raw()], model_version="1", outputs=[wanted()])
     assert result.get_response()["model_name"] == "second"
     np.testing.assert_array_equal(result.as_numpy("mask"), mask)
 
 
 def test_a_larger_max_side_does_not_change_the_size(client: Any, mask: Pixels) -> None:  # noqa: ANN401
-    """As a parameter of the request; one out of range is an error."""
+    """`max_side` is a parameter of the request; a value out of range is an error."""
     result = client.infer("tiny", [raw()], outputs=[wanted()], parameters={"max_side": 192})
     assert result.as_numpy("mask").shape == mask.shape
     with pytest.raises(InferenceServerException, match="max_side") as caught:
@@ -184,7 +184,7 @@ def test_a_larger_max_side_does_not_change_the_size(client: Any, mask: Pixels) -
 
 
 def test_many_at_once(client: Any, mask: Pixels) -> None:  # noqa: ANN401
-    """The client's own asynchronous calls."""
+    """The client's asynchronous calls work."""
     calls = [client.async_infer("tiny", [raw()], outputs=[wanted()]) for _ in range(4)]
     for call in calls:
         np.testing.assert_array_equal(call.get_result().as_numpy("mask"), mask)
@@ -194,7 +194,7 @@ def test_many_at_once(client: Any, mask: Pixels) -> None:  # noqa: ANN401
     ("model", "version", "tensor", "status", "message"),
     [
         ("third", "", raw(), "404", "no model 'third'; there are tiny, second"),
-        ("tiny", "2", raw(), "404", "version 1 alone"),
+        ("tiny", "2", raw(), "404", "no version '2'; its version is 1"),
         ("tiny", "", raw(PHOTO[..., :2]), "400", "height, width, 3"),
         ("tiny", "", raw(np.stack([PHOTO, PHOTO])), "400", "1, height, width, 3"),
         ("tiny", "", raw(np.zeros((1001, 1000, 3), np.uint8)), "413", "at most 1000000"),
@@ -211,24 +211,24 @@ def test_errors_as_the_client_reads_them(
     status: str,
     message: str,
 ) -> None:
-    """Their status and what is wrong."""
+    """The client's exception carries the service's message and status."""
     with pytest.raises(InferenceServerException, match=message) as caught:
         client.infer(model, [tensor], model_version=version)
     assert caught.value.status() == status
 
 
-# ---- by hand -----------------------------------------------------------------------------------
+# ---- raw requests -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def service(make_settings: Callable[..., Settings]) -> AsyncIterator[InProcess]:
-    """The app with small caps: twice the photo's pixels."""
+    """The app with low limits: twice the photo's pixels."""
     async with in_process(make_settings(max_bytes=30_000, max_pixels=12_288)) as running:
         yield running
 
 
 def request(**changes: object) -> dict[str, Any]:
-    """A request in JSON, with members of its tensor changed."""
+    """A request in JSON; ``changes`` replace members of its tensor, None removes one."""
     data = PHOTO.reshape(-1).tolist()
     tensor = {"name": "image", "shape": [HEIGHT, WIDTH, 3], "datatype": "UINT8", "data": data}
     changed = {**tensor, **changes}
@@ -236,7 +236,7 @@ def request(**changes: object) -> dict[str, Any]:
 
 
 def assert_error(response: httpx.Response, status: int) -> str:
-    """The protocol's own form of an error, and nothing else."""
+    """Assert an error in the protocol's format; return its message."""
     assert response.status_code == status, response.text
     assert response.headers["Content-Type"] == "application/json"
     assert response.headers["X-Request-ID"]
@@ -248,7 +248,7 @@ def assert_error(response: httpx.Response, status: int) -> str:
 
 @pytest.mark.anyio
 async def test_nested_pixels_and_base64(service: InProcess) -> None:
-    """JSON's other forms; the headers say which model it was and how long it took."""
+    """Nested pixels and base64 give the same answer; headers name the model and the timings."""
     text = base64.b64encode(PNG).decode()
     flat = await service.http.post(INFER, json=request())
     nested = await service.http.post(INFER, json=request(data=PHOTO.tolist()))
@@ -262,7 +262,7 @@ async def test_nested_pixels_and_base64(service: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_binary_output_for_the_whole_request(service: InProcess) -> None:
-    """`binary_data_output` holds where an output does not say otherwise."""
+    """`binary_data_output` is the default for outputs without `binary_data`."""
     outputs = [{"name": "mask"}, {"name": "confidence", "parameters": {"binary_data": False}}]
     body = {**request(), "outputs": outputs, "parameters": {"binary_data_output": True}}
     response = await service.http.post(INFER, json=body)
@@ -325,7 +325,7 @@ MALFORMED: dict[str, tuple[object, int]] = {
 @pytest.mark.anyio
 @pytest.mark.parametrize("case", MALFORMED)
 async def test_malformed_requests(service: InProcess, case: str) -> None:
-    """A status of 4xx, in the protocol's own form."""
+    """Malformed requests get a 4xx status in the protocol's format."""
     body, status = MALFORMED[case]
     assert_error(await service.http.post(INFER, content=json.dumps(body)), status)
 
@@ -336,7 +336,7 @@ async def test_malformed_requests(service: InProcess, case: str) -> None:
     [b"", b"{", b"\xff\xfe", b"[" * 10_000, b'{"inputs": NaN}', b'{"id": "\\ud800"}', PNG],
 )
 async def test_what_is_not_json(service: InProcess, content: bytes) -> None:
-    """400, whatever it is."""
+    """Any body that is not JSON gets 400."""
     assert_error(await service.http.post(INFER, content=content), 400)
 
 
@@ -360,7 +360,7 @@ async def test_what_is_not_json(service: InProcess, content: bytes) -> None:
 async def test_binary_data_that_is_not_as_long_as_said(
     service: InProcess, header: str | None, size: int, tail: bytes
 ) -> None:
-    """400; an empty ``header`` stands for the right one."""
+    """A wrong length gets 400. An empty ``header`` stands for the right value."""
     text = json.dumps(request(data=None, parameters={"binary_data_size": size})).encode()
     value = str(len(text)) if header == "" else header
     headers = [] if value is None else [(LENGTH.encode(), value.encode())]
@@ -371,7 +371,7 @@ async def test_binary_data_that_is_not_as_long_as_said(
 @pytest.mark.anyio
 @pytest.mark.parametrize("tail", [b"", b"\1\0", b"\5\0\0\0abcd", b"\3\0\0\0abcd"])
 async def test_bytes_whose_length_is_wrong(service: InProcess, tail: bytes) -> None:
-    """400."""
+    """A wrong length before the file gets 400."""
     parameters = {"binary_data_size": len(tail)}
     body = request(data=None, datatype="BYTES", shape=[1], parameters=parameters)
     text = json.dumps(body).encode()
@@ -381,7 +381,7 @@ async def test_bytes_whose_length_is_wrong(service: InProcess, tail: bytes) -> N
 
 @pytest.mark.anyio
 async def test_more_bytes_than_the_cap(service: InProcess) -> None:
-    """413, for pixels and for a file, though JSON may take more than binary data."""
+    """A file over the limit gets 413, as binary data and as base64."""
     parameters = {"binary_data_size": 30_005}
     body = request(data=None, datatype="BYTES", shape=[1], parameters=parameters)
     text = json.dumps(body).encode()
@@ -395,7 +395,7 @@ async def test_more_bytes_than_the_cap(service: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_an_endless_body_is_not_read_to_its_end(service: InProcess) -> None:
-    """Without a Content-Length the bytes are counted as they come."""
+    """A body without Content-Length gets 413 as soon as it exceeds the limit."""
     taken = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -412,7 +412,7 @@ async def test_an_endless_body_is_not_read_to_its_end(service: InProcess) -> Non
 async def test_json_that_would_take_too_much_memory(
     make_settings: Callable[..., Settings],
 ) -> None:
-    """413: a pair of brackets is two bytes here and fifty in memory."""
+    """Millions of JSON values get 413: two bytes of JSON can take fifty bytes of memory."""
     body = b'{"inputs": [' + b"[]," * 2_100_000 + b"[]]}"
     async with in_process(make_settings()) as service:
         error = assert_error(await service.http.post(INFER, content=body), 413)
@@ -421,7 +421,7 @@ async def test_json_that_would_take_too_much_memory(
 
 @pytest.mark.anyio
 async def test_a_compressed_body(service: InProcess) -> None:
-    """415: what it would become has no cap."""
+    """A compressed body gets 415: its decompressed size has no limit."""
     response = await service.http.post(INFER, content=b"x", headers={"Content-Encoding": "gzip"})
     assert "Content-Encoding" in assert_error(response, 415)
 
@@ -444,13 +444,13 @@ async def test_a_compressed_body(service: InProcess) -> None:
 async def test_paths_that_are_not_there(
     service: InProcess, method: str, path: str, status: int
 ) -> None:
-    """In the protocol's own form too."""
+    """Errors of routing have the protocol's format too."""
     assert_error(await service.http.request(method, path), status)
 
 
 @pytest.mark.anyio
 async def test_the_index_of_models_that_are_ready(service: InProcess) -> None:
-    """With and without a body; while draining none is."""
+    """The index works with and without a body; no model is ready while the service drains."""
     index = "/v2/repository/index"
     assert [one["state"] for one in (await service.http.post(index)).json()] == ["READY"]
     assert_error(await service.http.post(index, content=b"x"), 400)
@@ -462,7 +462,7 @@ async def test_the_index_of_models_that_are_ready(service: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_draining(service: InProcess) -> None:
-    """Alive, not ready, and requests are refused with Retry-After."""
+    """A draining service is alive, not ready, and refuses requests with Retry-After."""
     service.service.begin_draining()
     assert (await service.http.get("/v2/health/live")).json() == {"live": True}
     for path in ("/v2/health/ready", "/v2/models/tiny/ready", "/v2/models/tiny/versions/1/ready"):
@@ -475,7 +475,7 @@ async def test_draining(service: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_overload(make_settings: Callable[..., Settings]) -> None:
-    """503 with Retry-After; whose place it is gets its answer."""
+    """A full queue answers 503 with Retry-After; the queued request still succeeds."""
     fake = FakeSession()
     async with in_process(make_settings(queue_size=1), fake) as service:
         fake.gate.clear()
@@ -491,7 +491,7 @@ async def test_overload(make_settings: Callable[..., Settings]) -> None:
 
 @pytest.mark.anyio
 async def test_the_runtime_fails(make_settings: Callable[..., Settings]) -> None:
-    """503 in the protocol's own form, and nothing of the inside."""
+    """A runtime failure is 503 in the protocol's format and reveals no internals."""
     fake = FakeSession()
     async with in_process(make_settings(), fake) as service:
         fake.error = RuntimeError("secret")
@@ -505,7 +505,7 @@ async def test_the_runtime_fails(make_settings: Callable[..., Settings]) -> None
 async def test_what_nobody_foresaw(
     make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """500 in the protocol's own form, and nothing of the inside."""
+    """An unforeseen error is 500 in the protocol's format and reveals no internals."""
 
     def fail(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("secret")

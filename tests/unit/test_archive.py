@@ -1,4 +1,4 @@
-"""Zip archives in pieces, and the names in them."""
+"""Streamed zip archives, and the names of the files in them."""
 
 import io
 import zipfile
@@ -12,7 +12,7 @@ from service.routes.archive import Archive
 
 
 def test_the_pieces_are_an_archive() -> None:
-    """Each file is sent when it is added; the whole has checksums, sizes and contents."""
+    """Each file is sent when it is added; the joined pieces are a valid zip archive."""
     archive = Archive()
     contents = {"a.png": b"x" * 1000, "ä b.png": b"", "index.json": b"{}"}
     pieces = [archive.add(name, content) for name, content in contents.items()]
@@ -20,7 +20,7 @@ def test_the_pieces_are_an_archive() -> None:
     with zipfile.ZipFile(io.BytesIO(b"".join([*pieces, archive.close()]))) as read:
         assert read.testzip() is None
         assert {name: read.read(name) for name in read.namelist()} == contents
-        # Sizes before the data: readers that cannot seek need that of stored files.
+        # Readers that cannot seek need a stored file's size before its data.
         assert all(not entry.flag_bits & 0x08 for entry in read.infolist())
 
 
@@ -39,12 +39,12 @@ def test_the_pieces_are_an_archive() -> None:
     ],
 )
 def test_names_are_stems(sent: str, name: str) -> None:
-    """Without folders and without what file systems do not take."""
+    """A name has no folders and no characters that file systems reject."""
     assert Archive().name(sent, ".png") == name
 
 
 def test_names_that_are_taken_get_a_number() -> None:
-    """Also where only the case differs."""
+    """A number makes names unique, ignoring case."""
     archive = Archive()
     sent = ["a.jpg", "a.png", "d/A.gif", "a-2.jpg"]
     assert [archive.name(one, ".png") for one in sent] == [
@@ -55,7 +55,7 @@ def test_names_that_are_taken_get_a_number() -> None:
 
 @given(st.lists(st.text(max_size=30), max_size=8))
 def test_any_names(sent: list[str]) -> None:
-    """One component, never above the folder, all different, and writable into an archive."""
+    """Any names give single path components that are unique and valid in an archive."""
     archive = Archive()
     names = [archive.name(one, ".png") for one in sent]
     assert len({name.lower() for name in names}) == len(sent)

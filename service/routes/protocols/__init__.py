@@ -1,1 +1,1 @@
-"""Endpoints that follow other services' protocols."""
+"""Endpoints that implement the protocols of other services."""

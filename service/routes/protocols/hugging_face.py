@@ -1,4 +1,4 @@
-"""``POST /hf/image-segmentation``: Hugging Face's task, as ``InferenceClient`` speaks it.
+"""``POST /hf/image-segmentation``: Hugging Face's task, for its ``InferenceClient``.
 
 Source: https://huggingface.co/docs/inference-providers/tasks/image-segmentation.
 """
@@ -20,19 +20,19 @@ from service.http.parameters import ModelQuery
 from service.http.problems import documented_errors
 from service.http.responses import answer_headers
 from service.http.routers import ServiceRouter
-from service.http.uploads import read_body
 from service.images.brush_rle import RowRuns
 from service.images.decoding import IMAGE_MEDIA_TYPES, decode
 from service.images.encoding import encode_binary_mask
 from service.routes.protocols.messages import (
     DATA_URI,
     Message,
-    base64_bytes,
     check_size,
     complaint,
     decode_base64,
     decode_data_uri,
     parse,
+    read_image_body,
+    request_body,
 )
 from service.schemas import Schema
 from service.segmenter import Reading
@@ -47,25 +47,25 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class SegmentationParameters(Message):
-    """What of the segmentation is wanted."""
+    """Which segments to return."""
 
     model_config = ConfigDict(extra="forbid")
 
-    subtask: Literal["semantic"] | None = Field(None, description="there is no other")
-    threshold: Fraction | None = Field(None, description="least score of a segment")
+    subtask: Literal["semantic"] | None = Field(None, description="the only subtask")
+    threshold: Fraction | None = Field(None, description="lowest score of a segment")
     mask_threshold: Fraction | None = Field(
-        None, description="least probability of its class that a pixel of a mask must have"
+        None, description="lowest probability of its class at which a pixel belongs to a mask"
     )
     overlap_mask_area_threshold: Fraction | None = Field(
-        None, description="without effect: masks of classes do not overlap"
+        None, description="has no effect: masks do not overlap"
     )
 
 
 class SegmentationRequest(Message):
-    """A photo with parameters."""
+    """A photo and the parameters of its segmentation."""
 
-    inputs: str = Field(description="the image file in base64, or as a data: URI")
-    # Wrong ones are told apart from what is no JSON, so they are read one by one.
+    inputs: str = Field(description="the image file, in base64 or as a data: URI")
+    # Validated later: an invalid parameter is 422, malformed JSON is 400.
     parameters: dict[str, Any] | None = Field(
         None,
         json_schema_extra={
@@ -75,15 +75,14 @@ class SegmentationRequest(Message):
 
 
 class Segment(Schema):
-    """One class that is present."""
+    """The pixels of one class."""
 
     label: str
-    score: float = Field(description="mean over the class's pixels of its probability, 0 to 1")
-    mask: str = Field(description="base64 of a greyscale PNG of the photo's size, 255 or 0")
+    score: float = Field(description="mean probability of the class over its pixels, 0 to 1")
+    mask: str = Field(description="greyscale PNG of the photo's size in base64, 255 or 0")
 
 
 _ANSWER: Final = TypeAdapter(list[Segment])
-_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
 
 class ImageSegmentation:
@@ -98,7 +97,7 @@ class ImageSegmentation:
     def read(self, max_pixels: int, contract: ModelContract) -> Reading:
         """The photo. Raises `RequestError` or `ImageError`."""
         data = self._body
-        # No image begins like JSON; headers are often missing, and may lie.
+        # Content-Type is often missing or wrong; no image file begins like JSON.
         if data[:1].isspace() or data.startswith(b"{"):
             request = parse(SegmentationRequest, data)
             self._parameters = _parameters(request.parameters)
@@ -132,25 +131,18 @@ class ImageSegmentation:
 
 @router.post(
     "/image-segmentation",
-    summary="Segment a photo as Hugging Face's pipeline does",
+    summary="Segment a photo with Hugging Face's protocol",
     response_class=Response,
     responses={
-        200: {"description": "The segments, most pixels first", "model": list[Segment]},
+        200: {"description": "The segments, largest first", "model": list[Segment]},
         **documented_errors(400, 404, 408, 413, 415, 422, 503, 504),
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "description": f"The image file ({', '.join(IMAGE_MEDIA_TYPES)}), or JSON that holds "
-            "it; told by their bytes, whatever Content-Type the body claims.",
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": f"#/components/schemas/{SegmentationRequest.__name__}"}
-                },
-                "application/octet-stream": _BINARY,
-            },
-        }
-    },
+    openapi_extra=request_body(
+        SegmentationRequest,
+        binary=True,
+        description=f"The image file ({', '.join(IMAGE_MEDIA_TYPES)}), or JSON that contains it. "
+        "The service detects which from the bytes and ignores Content-Type.",
+    ),
 )
 async def image_segmentation(
     request: Request,
@@ -158,12 +150,10 @@ async def image_segmentation(
     model: ModelQuery = None,
 ) -> Response:
     """`InferenceClient(model="http://.../hf/image-segmentation").image_segmentation(photo)`."""
-    settings = service.settings
-    envelope = base64_bytes(settings.max_bytes) - settings.max_bytes + _ENVELOPE_BYTES
-    body = await read_body(request, settings.max_bytes, envelope)
+    body = await read_image_body(request, service.settings, _ENVELOPE_BYTES)
     if not body:
         raise NoImage("the body is empty: send an image file, or JSON with inputs")
-    job = ImageSegmentation(body, settings, model)
+    job = ImageSegmentation(body, service.settings, model)
     result = await unless_gone(request, service.segmenter.segment(job))
     return Response(result.content, media_type="application/json", headers=answer_headers(result))
 

@@ -1,4 +1,4 @@
-"""Label Studio's labelling configuration: which of its labels stand for which classes.
+"""Label Studio's labelling configuration: which classes each of its labels stands for.
 
 Source: https://labelstud.io/tags/brushlabels.
 """
@@ -14,7 +14,7 @@ from service.artefact.labels import LabelSet
 from service.errors import InvalidParameter
 
 _MAX_LENGTH: Final = 2**18
-# Nothing that a configuration needs; it is how XML is made to grow or to name files.
+# No configuration needs these; attackers use them to expand XML or to read files.
 _DECLARATION: Final = re.compile(r"<!(DOCTYPE|ENTITY)", re.IGNORECASE)
 
 
@@ -22,8 +22,8 @@ _DECLARATION: Final = re.compile(r"<!(DOCTYPE|ENTITY)", re.IGNORECASE)
 class BrushControl:
     """A ``<BrushLabels>`` tag over an ``<Image>``.
 
-    ``data_key`` is where a task has its image; ``labels`` are the class ids of each label that
-    stands for any, in the configuration's order.
+    ``data_key``: key of the image in a task's data; ``labels``: the class ids of each label that
+    stands for at least one class, in the configuration's order.
     """
 
     from_name: str
@@ -35,20 +35,18 @@ class BrushControl:
 def parse_label_config(config: str, label_set: LabelSet) -> list[BrushControl]:
     """The brush controls of a configuration.
 
-    A label stands for the class of its name in ``label_set``, case, spaces and punctuation aside
-    ("Potted plant"), or for those that its attribute ``predicted_values`` lists.
-
-    Raises `InvalidParameter` if the configuration cannot be read, or nothing in it can be
-    pre-labelled.
+    A label stands for the classes in its attribute ``predicted_values``, or else for the class of
+    ``label_set`` with its own name. Case, spaces and punctuation do not matter ("Potted plant").
+    Raises `InvalidParameter` if the configuration cannot be read or no label stands for a class.
     """
     if len(config) > _MAX_LENGTH:
-        raise InvalidParameter(f"label_config: may have at most {_MAX_LENGTH} characters")
+        raise InvalidParameter(f"label_config: must have at most {_MAX_LENGTH} characters")
     if _DECLARATION.search(config):
-        raise InvalidParameter("label_config: declarations are not allowed")
+        raise InvalidParameter("label_config: DOCTYPE and ENTITY declarations are not allowed")
     try:
-        root = ET.fromstring(config)  # noqa: S314 - nothing is declared in it
+        root = ET.fromstring(config)  # noqa: S314 - without declarations
     except (ET.ParseError, ValueError) as exc:
-        raise InvalidParameter("label_config: not well-formed XML") from exc
+        raise InvalidParameter("label_config: must be well-formed XML") from exc
     images = {
         tag.get("name", ""): tag.get("value", "").removeprefix("$")
         for tag in root.iter("Image")

@@ -1,4 +1,4 @@
-"""``/label-studio``: Label Studio's protocol for models that pre-label, with brush regions.
+"""``/label-studio``: Label Studio's protocol for ML backends; predictions are brush regions.
 
 Sources: https://github.com/HumanSignal/label-studio-ml-backend, ``label_studio_ml/api.py``, and
 https://labelstud.io/guide/predictions.
@@ -29,7 +29,7 @@ from service.images.decoding import decode
 from service.inference.upsampling import Labels
 from service.routes.protocols.label_config import BrushControl, parse_label_config
 from service.routes.protocols.label_studio_images import LabelStudioImages
-from service.routes.protocols.messages import Message, base64_bytes, parse
+from service.routes.protocols.messages import Message, parse, read_image_body, request_body
 from service.runtime import Service
 from service.schemas import Schema
 from service.segmenter import Reading
@@ -40,14 +40,14 @@ health = ServiceRouter(
     foreign_errors=True, probe=True, prefix="/label-studio/health", tags=["label studio"]
 )
 
-# Tasks come with all their annotations and predictions.
+# Tasks include all their annotations and predictions.
 _ENVELOPE_BYTES: Final = 8 * 2**20
 
 _log: Any = structlog.get_logger("service.label_studio")
 
 
 class Task(Message):
-    """One task of a project; ``data`` holds its image under the key that the image's tag names."""
+    """One task of a project; ``data`` has its image under the key in the configuration."""
 
     data: dict[str, Any]
 
@@ -60,7 +60,7 @@ class PredictRequest(Message):
 
 
 class SetupRequest(Message):
-    """A project that wants to be pre-labelled. Its host name and access token are not used."""
+    """A project to connect. Its host name and access token are not used."""
 
     label_schema: str | None = Field(
         None, alias="schema", description="the project's labelling configuration, XML"
@@ -71,12 +71,12 @@ class BrushValue(Schema):
     """The pixels of one label."""
 
     format: Literal["rle"] = "rle"
-    rle: list[int] = Field(description="rle-pack's bytes of the RGBA image, 255 or 0")
+    rle: list[int] = Field(description="the RGBA image, 255 or 0, encoded by rle-pack")
     brushlabels: list[str]
 
 
 class BrushRegion(Schema):
-    """One label that is present."""
+    """The region of one label."""
 
     id: str
     type: Literal["brushlabels"] = "brushlabels"
@@ -86,11 +86,11 @@ class BrushRegion(Schema):
     original_height: int
     image_rotation: int = 0
     value: BrushValue
-    score: float = Field(description="mean over the label's pixels of their probability, 0 to 1")
+    score: float = Field(description="mean probability of the label over its pixels, 0 to 1")
 
 
 class Prediction(Schema):
-    """What is in one task's image."""
+    """The regions of one task's image."""
 
     model_version: str
     score: float = Field(description="mean of its regions' scores, 0 to 1")
@@ -98,41 +98,33 @@ class Prediction(Schema):
 
 
 class PredictResponse(Schema):
-    """A prediction for each task, in order; an empty one where the image cannot be had."""
+    """A prediction for each task, in order; an empty one for an image that failed."""
 
     results: list[Prediction]
 
 
 class SetupResponse(Schema):
-    """The model that will answer."""
+    """The model that predicts."""
 
     model_version: str
 
 
 class BackendHealth(Schema):
-    """Label Studio asks before it sends anything."""
+    """Label Studio's health check."""
 
     status: Literal["UP"] = "UP"
     model_class: str = "FCN Segment"
 
 
 class WebhookAnswer(Schema):
-    """Nothing is trained here."""
+    """The service does not train on annotations."""
 
     status: Literal["ignored"] = "ignored"
 
 
-_PREDICT_BODY: Final = {"$ref": f"#/components/schemas/{PredictRequest.__name__}"}
-_SETUP_BODY: Final = {"$ref": f"#/components/schemas/{SetupRequest.__name__}"}
-
-
-def _json_body(schema: dict[str, str]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
-
-
-@health.get("", summary="Ready, in Label Studio's words", responses=documented_errors(503))
+@health.get("", summary="Ready, for Label Studio", responses=documented_errors(503))
 async def label_studio_health(_: ReadyServiceDep) -> BackendHealth:
-    """As `GET /readyz`."""
+    """The same as `GET /readyz`."""
     return BackendHealth()
 
 
@@ -140,10 +132,10 @@ async def label_studio_health(_: ReadyServiceDep) -> BackendHealth:
     "/setup",
     summary="Connect a project",
     responses=documented_errors(400, 408, 413, 422, 503),
-    openapi_extra=_json_body(_SETUP_BODY),
+    openapi_extra=request_body(SetupRequest),
 )
 async def label_studio_setup(request: Request, service: ReadyServiceDep) -> SetupResponse:
-    """Checks that the project's configuration has something to pre-label; nothing is kept."""
+    """Checks that a label of the project stands for a class. The service stores nothing."""
     setup = parse(SetupRequest, await read_body(request, _ENVELOPE_BYTES))
     if setup.label_schema is not None:
         parse_label_config(setup.label_schema, _contract(service).labels)
@@ -158,19 +150,15 @@ async def label_studio_setup(request: Request, service: ReadyServiceDep) -> Setu
         200: {"description": "The predictions", "model": PredictResponse},
         **documented_errors(400, 408, 413, 415, 422, 502, 503, 504),
     },
-    openapi_extra=_json_body(_PREDICT_BODY),
+    openapi_extra=request_body(PredictRequest),
 )
 async def label_studio_predict(request: Request, service: ReadyServiceDep) -> Response:
-    """A brush region for each label of the configuration that is found in a task's image.
+    """Returns a brush region for each of the configuration's labels found in a task's image.
 
-    Images are `data:` URIs, or lie at the Label Studio that `FCN_LABEL_STUDIO_URL` names; nothing
-    else is fetched.
+    Images are `data:` URIs or files of the Label Studio at `FCN_LABEL_STUDIO_URL`. The service
+    fetches nothing else.
     """
-    body = await read_body(
-        request,
-        service.settings.max_bytes,
-        base64_bytes(service.settings.max_bytes) - service.settings.max_bytes + _ENVELOPE_BYTES,
-    )
+    body = await read_image_body(request, service.settings, _ENVELOPE_BYTES)
     message = await asyncio.to_thread(parse, PredictRequest, body)
     controls = parse_label_config(message.label_config, _contract(service).labels)
     predictions = await unless_gone(request, _predict(service, message.tasks, controls))
@@ -178,19 +166,18 @@ async def label_studio_predict(request: Request, service: ReadyServiceDep) -> Re
     return Response(content, media_type="application/json")
 
 
-@router.post("/webhook", summary="Hear of annotations")
+@router.post("/webhook", summary="Receive events")
 async def label_studio_webhook() -> WebhookAnswer:
-    """Label Studio tells each change of a project, and asks to train; both are ignored."""
+    """Label Studio reports changes of a project and requests training. Both are ignored."""
     return WebhookAnswer()
 
 
 async def _predict(
     service: Service, tasks: Sequence[Task], controls: Sequence[BrushControl]
 ) -> list[bytes]:
-    """A prediction as JSON for each task.
+    """A prediction as JSON for each task; an empty one for an image that failed.
 
-    A bad image does not take the other tasks' predictions away: its own is empty. If all are bad,
-    raises what is wrong with the last.
+    If all images failed, raises the error of the last.
     """
     images = LabelStudioImages.configured(service.settings)
     predictions = []
@@ -215,7 +202,7 @@ async def _predict(
 
 
 def _reference(task: Task, key: str) -> str:
-    """Where a task's image is."""
+    """The reference to a task's image."""
     reference = task.data.get(key)
     if not isinstance(reference, str):
         raise MalformedRequest(f"tasks: data has no image in {key!r:.80}")
@@ -271,6 +258,6 @@ def _contract(service: Service) -> ModelContract:
 
 
 def _version(service: Service) -> str:
-    """The version by which Label Studio distinguishes predictions."""
+    """The model version by which Label Studio groups predictions."""
     contract = _contract(service)
     return f"{contract.name}-{contract.version}"

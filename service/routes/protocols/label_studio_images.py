@@ -1,8 +1,8 @@
-"""Where a Label Studio task's image comes from: the request itself, or one Label Studio.
+"""Reads the image of a Label Studio task: from the request itself, or from one Label Studio.
 
-Tasks name images by URL, and whoever reaches this service may send tasks. So nothing is ever
-fetched but media files of the Label Studio that the settings name: of a task's URL only path and
-query are used, they must lie where Label Studio keeps media, and redirects are not followed.
+Tasks name images by URL, and any client may send tasks. Therefore the service fetches only media
+files of the Label Studio in the settings: it uses only path and query of a task's URL, the path
+must be one of Label Studio's media paths, and redirects are not followed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MEDIA_PATHS: Final = ("/data/", "/storage-data/")
 """Label Studio's uploads, local files and its proxy for other storage."""
 
 TIMEOUT_S: Final = 10.0
-"""Of one answer from Label Studio, whole."""
+"""Longest time for one whole response from Label Studio."""
 
 _CHUNK_BYTES: Final = 1 << 16
 _PORTS: Final = {"http": 80, "https": 443}
@@ -32,8 +32,8 @@ _PORTS: Final = {"http": 80, "https": 443}
 class LabelStudioImages:
     """Reads the images of tasks; blocking.
 
-    ``url`` is Label Studio's own (None: images come in ``data:`` URIs alone), ``token`` an access
-    token of it.
+    ``url``: Label Studio's own (None: images must be ``data:`` URIs); ``token``: an access token
+    for it; ``max_bytes``: largest image file.
     """
 
     url: str | None
@@ -42,7 +42,7 @@ class LabelStudioImages:
 
     @classmethod
     def configured(cls, settings: Settings) -> LabelStudioImages:
-        """As the settings say."""
+        """The reader for these settings."""
         token = settings.label_studio_token
         return cls(
             settings.label_studio_url,
@@ -51,17 +51,17 @@ class LabelStudioImages:
         )
 
     def read(self, reference: str) -> bytes:
-        """The image file that a task names.
+        """The bytes of the image file that a task names.
 
-        Raises `InvalidParameter` for a URL that is not fetched from, `ImageUnavailable`,
+        Raises `InvalidParameter` for a URL that the service does not fetch, `ImageUnavailable`,
         `BodyTooLarge` or `MalformedRequest`.
         """
         if reference.startswith(DATA_URI):
             return decode_data_uri(reference, self.max_bytes)
         if self.url is None:
             raise InvalidParameter(
-                "an image that is not a data: URI is fetched from Label Studio only, and "
-                "FCN_LABEL_STUDIO_URL does not say where that is"
+                "an image must be a data: URI: FCN_LABEL_STUDIO_URL is not set, so the service "
+                "cannot fetch images"
             )
         return self._fetch(self.url, _media_path(reference, self.url))
 
@@ -79,17 +79,17 @@ class LabelStudioImages:
             connection.request("GET", path, headers=self._headers())
             response = connection.getresponse()
             if response.status != http.HTTPStatus.OK:
-                raise ImageUnavailable(f"Label Studio answers {response.status} for an image")
+                raise ImageUnavailable(f"Label Studio answered {response.status} for an image")
             return self._body(response)
         except (OSError, http.client.HTTPException) as exc:
-            raise ImageUnavailable("Label Studio does not send an image") from exc
+            raise ImageUnavailable("Label Studio did not send the image") from exc
         finally:
             connection.close()
 
     def _headers(self) -> dict[str, str]:
         if self.token is None:
             return {}
-        # Label Studio's newer tokens are JWTs: three parts with dots between them.
+        # Newer tokens of Label Studio are JWTs: three parts separated by dots.
         scheme = "Bearer" if self.token.count(".") == 2 else "Token"
         return {"Authorization": f"{scheme} {self.token}"}
 
@@ -101,14 +101,14 @@ class LabelStudioImages:
             if len(data) > self.max_bytes:
                 raise BodyTooLarge(f"an image may have at most {self.max_bytes} bytes")
             if time.monotonic() > until:
-                raise ImageUnavailable("Label Studio sends an image too slowly")
+                raise ImageUnavailable("Label Studio sent the image too slowly")
         return bytes(data)
 
 
 def _media_path(reference: str, url: str) -> str:
-    """Path and query of an image, as they are asked of Label Studio at ``url``.
+    """Path and query to request from the Label Studio at ``url``.
 
-    ``reference``: a URL of that Label Studio, or a path at it. Raises `InvalidParameter`.
+    ``reference``: a URL of that Label Studio, or a path on it. Raises `InvalidParameter`.
     """
     base = urlsplit(url)
     prefix = base.path.rstrip("/")
@@ -119,13 +119,13 @@ def _media_path(reference: str, url: str) -> str:
         raise InvalidParameter("an image's URL is malformed") from exc
     ours = (base.scheme, base.hostname, base.port or _PORTS[base.scheme])
     if (parts.scheme or parts.netloc) and origin != ours:
-        raise InvalidParameter(f"images are fetched from {url} only, or sent as data: URIs")
+        raise InvalidParameter(f"an image must be a file of {url} or a data: URI")
     path = parts.path
-    if path.startswith(("upload/", "/upload/")):  # as Label Studio stores its uploads
+    if path.startswith(("upload/", "/upload/")):  # the form in which Label Studio stores uploads
         path = f"/data/{path.lstrip('/')}"
     path = path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
     plain = unquote(path)
     if not plain.startswith(MEDIA_PATHS) or {".", ".."} & set(plain.replace("\\", "/").split("/")):
-        raise InvalidParameter(f"images lie under {' or '.join(MEDIA_PATHS)} of Label Studio")
+        raise InvalidParameter(f"an image's path must begin with {' or '.join(MEDIA_PATHS)}")
     query = f"?{quote(parts.query, safe='%=&/:+,;@!~*()')}" if parts.query else ""
     return prefix + quote(path, safe="%/:+,;@!~*()=&") + query

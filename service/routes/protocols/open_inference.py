@@ -1,4 +1,4 @@
-"""``/v2``: the Open Inference Protocol's REST half, as Triton's and KServe's clients speak it.
+"""``/v2``: the Open Inference Protocol over REST, for the clients of Triton and KServe.
 
 Sources: https://github.com/kserve/open-inference-protocol, ``inference_rest.md``, and Triton's
 ``extension_binary_data.md`` and ``extension_model_repository.md``.
@@ -20,7 +20,13 @@ from service.http.problems import documented_errors
 from service.http.responses import answer_headers
 from service.http.routers import ServiceRouter
 from service.http.uploads import read_body
-from service.routes.protocols.messages import Message, base64_bytes, parse
+from service.routes.protocols.messages import (
+    BINARY,
+    Message,
+    parse,
+    read_image_body,
+    request_body,
+)
 from service.routes.protocols.tensors import (
     CONFIDENCE,
     IMAGE,
@@ -39,43 +45,32 @@ health = ServiceRouter(
 
 JSON_LENGTH: Final = "Inference-Header-Content-Length"
 
-# The JSON around a tensor; ids and parameters are short.
+# The JSON around a tensor: ids and parameters are short.
 _ENVELOPE_BYTES: Final = 64 * 1024
 _INDEX_BYTES: Final = 4096
 
-_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 _INFER: Final[dict[str, Any]] = {
     "response_class": Response,
     "responses": {
         200: {
             "description": "The outputs; with binary data, the tensors after the JSON",
             "model": InferenceResponse,
-            "content": {"application/json": {}, "application/octet-stream": _BINARY},
+            "content": {"application/json": {}, "application/octet-stream": BINARY},
             "headers": {
                 JSON_LENGTH: {
                     "schema": {"type": "integer"},
-                    "description": "bytes of JSON, where binary data follows",
+                    "description": "bytes of JSON before the binary data, if there is any",
                 }
             },
         },
         **documented_errors(400, 404, 408, 413, 415, 422, 503, 504),
     },
-    "openapi_extra": {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": f"#/components/schemas/{InferenceRequest.__name__}"}
-                },
-                "application/octet-stream": _BINARY,
-            },
-        }
-    },
+    "openapi_extra": request_body(InferenceRequest, binary=True),
 }
 
 
 class ServerMetadata(Schema):
-    """Who serves, and which extensions of the protocol it speaks."""
+    """The server's name and version, and its extensions of the protocol."""
 
     name: str
     version: str
@@ -89,13 +84,13 @@ class ServerLive(Schema):
 
 
 class ServerReady(Schema):
-    """Whether the server takes photos."""
+    """Whether the server accepts photos."""
 
     ready: bool
 
 
 class ModelReady(Schema):
-    """Whether a model takes photos."""
+    """Whether a model accepts photos."""
 
     name: str
     ready: bool
@@ -126,11 +121,11 @@ class ModelMetadata(Schema):
 class IndexRequest(Message):
     """Which models to list."""
 
-    ready: bool = Field(False, description="only those that take photos")
+    ready: bool = Field(False, description="only models that accept photos")
 
 
 class IndexEntry(Schema):
-    """A model of the repository; one that is not in memory yet is ready: a request loads it."""
+    """A model of the repository. A model that is not loaded is ready: a request loads it."""
 
     name: str
     version: str
@@ -148,19 +143,19 @@ async def server_metadata() -> ServerMetadata:
 
 @health.get("/live", summary="Alive")
 async def server_live() -> ServerLive:
-    """As `GET /healthz`."""
+    """The same as `GET /healthz`."""
     return ServerLive(live=True)
 
 
 @health.get("/ready", summary="Ready", responses=documented_errors(503))
 async def server_ready(_: ReadyServiceDep) -> ServerReady:
-    """As `GET /readyz`."""
+    """The same as `GET /readyz`."""
     return ServerReady(ready=True)
 
 
 @router.get("/models/{name}", summary="A model's metadata", responses=documented_errors(404, 503))
 async def model_metadata(service: ServiceDep, name: str) -> ModelMetadata:
-    """Its inputs and outputs. `image` may also be BYTES `[1]`, holding an image file."""
+    """The model's inputs and outputs. `image` may also be BYTES `[1]`, an image file."""
     return _metadata(service, name)
 
 
@@ -170,7 +165,7 @@ async def model_metadata(service: ServiceDep, name: str) -> ModelMetadata:
     responses=documented_errors(404, 503),
 )
 async def model_version_metadata(service: ServiceDep, name: str, version: str) -> ModelMetadata:
-    """The same; a model has one version."""
+    """The metadata of a model's only version."""
     _check_version(service, name, version)
     return _metadata(service, name)
 
@@ -179,7 +174,7 @@ async def model_version_metadata(service: ServiceDep, name: str, version: str) -
     "/models/{name}/ready", summary="A model is ready", responses=documented_errors(404, 503)
 )
 async def model_ready(service: ReadyServiceDep, name: str) -> ModelReady:
-    """It takes photos; one that is not in memory is loaded by the first."""
+    """The model accepts photos. The first photo loads a model that is not in memory."""
     service.engines.manifest(name)
     return ModelReady(name=name, ready=True)
 
@@ -190,12 +185,12 @@ async def model_ready(service: ReadyServiceDep, name: str) -> ModelReady:
     responses=documented_errors(404, 503),
 )
 async def model_version_ready(service: ReadyServiceDep, name: str, version: str) -> ModelReady:
-    """The same; a model has one version."""
+    """The readiness of a model's only version."""
     _check_version(service, name, version)
     return ModelReady(name=name, ready=True)
 
 
-@router.post("/models/{name}/infer", summary="Segment a photo by a model", **_INFER)
+@router.post("/models/{name}/infer", summary="Segment a photo with a model", **_INFER)
 async def infer(
     request: Request,
     service: ReadyServiceDep,
@@ -206,16 +201,16 @@ async def infer(
 ) -> Response:
     """One photo in, `mask` and `confidence` out: UINT8 of the photo's size.
 
-    `image` is UINT8 `[H, W, 3]` RGB, with or without a leading 1, or BYTES `[1]`, an image file as
-    `POST /segment` takes it (in JSON as base64). Without a list of outputs both are answered; the
-    service is faster when `mask` is asked for alone.
+    `image` is UINT8 `[H, W, 3]` RGB, with or without a leading 1, or BYTES `[1]`, an image file in
+    a format that `POST /segment` accepts (in JSON as base64). Without a list of outputs the answer
+    has both; `mask` alone is faster.
     """
     return await _infer(request, service, name, json_length)
 
 
 @router.post(
     "/models/{name}/versions/{version}/infer",
-    summary="Segment a photo by a version of a model",
+    summary="Segment a photo with a version of a model",
     **_INFER,
 )
 async def infer_version(
@@ -227,7 +222,7 @@ async def infer_version(
         str | None, Header(alias=JSON_LENGTH, description="bytes of JSON before binary data")
     ] = None,
 ) -> Response:
-    """The same; a model has one version."""
+    """The same as without a version: a model has only one."""
     _check_version(service, name, version)
     return await _infer(request, service, name, json_length)
 
@@ -236,18 +231,10 @@ async def infer_version(
     "/repository/index",
     summary="All models",
     responses=documented_errors(400, 408, 413, 503),
-    openapi_extra={
-        "requestBody": {
-            "content": {
-                "application/json": {
-                    "schema": {"$ref": f"#/components/schemas/{IndexRequest.__name__}"}
-                }
-            },
-        }
-    },
+    openapi_extra=request_body(IndexRequest, required=False),
 )
 async def repository_index(request: Request, service: ServiceDep) -> list[IndexEntry]:
-    """The default first, then the artefact folders beside it, as in `GET /models`."""
+    """The models of `GET /models`, the default first."""
     wanted = parse(IndexRequest, await read_body(request, _INDEX_BYTES) or b"{}")
     entries = [_entry(service, name) for name in service.engines.names]
     return [entry for entry in entries if entry.state == "READY" or not wanted.ready]
@@ -256,16 +243,11 @@ async def repository_index(request: Request, service: ServiceDep) -> list[IndexE
 async def _infer(
     request: Request, service: Service, name: str, json_length: str | None
 ) -> Response:
-    service.engines.manifest(name)  # before megabytes are read for a model that is not there
+    service.engines.manifest(name)  # an unknown model is refused before its body is read
     if request.headers.get("Content-Encoding", "identity") != "identity":
-        raise HTTPException(415, "Content-Encoding: a request must not be compressed")
-    settings = service.settings
-    body = await read_body(
-        request,
-        settings.max_bytes,
-        base64_bytes(settings.max_bytes) - settings.max_bytes + _ENVELOPE_BYTES,
-    )
-    inference = Inference(body, _json_bytes(json_length, len(body)), settings, name)
+        raise HTTPException(415, "Content-Encoding: the request must not be compressed")
+    body = await read_image_body(request, service.settings, _ENVELOPE_BYTES)
+    inference = Inference(body, _json_bytes(json_length, len(body)), service.settings, name)
     result = await unless_gone(request, service.segmenter.segment(inference))
     (content, json_bytes), headers = result.content, answer_headers(result)
     if json_bytes is None:
@@ -277,18 +259,18 @@ async def _infer(
 def _json_bytes(header: str | None, body_bytes: int) -> int | None:
     if header is None:
         return None
-    # Longer numbers than any body has are not worth parsing.
+    # No body needs more digits, and parsing thousands of them is slow.
     if not (header.isascii() and header.isdecimal() and len(header) < 20):
-        raise MalformedRequest(f"{JSON_LENGTH}: not a number of bytes")
+        raise MalformedRequest(f"{JSON_LENGTH}: must be a number of bytes")
     if int(header) > body_bytes:
-        raise MalformedRequest(f"{JSON_LENGTH}: the body has {body_bytes} bytes")
+        raise MalformedRequest(f"{JSON_LENGTH}: exceeds the body's {body_bytes} bytes")
     return int(header)
 
 
 def _check_version(service: Service, name: str, version: str) -> None:
     served = service.engines.manifest(name).version
     if version != served:
-        raise UnknownModel(f"model {name} is served in version {served} alone")
+        raise UnknownModel(f"model {name} has no version {version!r:.80}; its version is {served}")
 
 
 def _metadata(service: Service, name: str) -> ModelMetadata:

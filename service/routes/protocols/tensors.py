@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol over HTTP, in JSON and as binary data after it.
+"""Tensors of the Open Inference Protocol over HTTP, in JSON or as binary data after it.
 
 Sources: https://github.com/kserve/open-inference-protocol, ``inference_rest.md``, and Triton's
 ``extension_binary_data.md``.
@@ -35,7 +35,7 @@ Pixels = npt.NDArray[np.uint8]
 
 _BYTES_LENGTH: Final = struct.Struct("<I")
 _STRIPE: Final = 1 << 18
-# Every uint8 as JSON, with the comma after it, filled up with spaces.
+# (256, 4): each uint8 as JSON text with a comma, padded with spaces.
 _DECIMALS: Final = np.array([list(f"{n},".ljust(4).encode()) for n in range(256)], dtype=np.uint8)
 
 
@@ -46,7 +46,7 @@ class InputTensor(Message):
     shape: list[int] = Field(max_length=8)
     datatype: str
     parameters: Parameters | None = Field(
-        None, description="`binary_data_size`: bytes of the tensor, which follow the JSON"
+        None, description="`binary_data_size`: bytes of the tensor after the JSON"
     )
     data: list[Any] | None = Field(
         None, description="UINT8 flat or nested, row by row; BYTES in base64"
@@ -54,11 +54,11 @@ class InputTensor(Message):
 
 
 class RequestedOutput(Message):
-    """One of the outputs `mask` and `confidence`."""
+    """An output, `mask` or `confidence`."""
 
     name: str
     parameters: Parameters | None = Field(
-        None, description="`binary_data`: whether the tensor follows the JSON"
+        None, description="`binary_data`: whether the tensor is binary data after the JSON"
     )
 
 
@@ -68,29 +68,31 @@ class InferenceRequest(Message):
     id: str | None = Field(None, max_length=1024)
     parameters: Parameters | None = Field(
         None,
-        description="`binary_data_output`: whether all tensors follow the JSON; `max_side`: "
-        "longest side that the network sees, pixels",
+        description="`binary_data_output`: whether all tensors are binary data after the JSON; "
+        "`max_side`: longest side of the network's input, pixels",
     )
     inputs: list[InputTensor]
-    outputs: list[RequestedOutput] | None = Field(None, description="all if there is none")
+    outputs: list[RequestedOutput] | None = Field(None, description="default: all")
 
 
 class OutputTensor(Schema):
-    """UINT8 of the photo's size, with a leading 1 if the input had it."""
+    """UINT8 of the photo's size, with a leading 1 if the input has it."""
 
     name: str
     datatype: str
     shape: list[int]
-    parameters: dict[str, int] | None = Field(None, description="`binary_data_size`, if binary")
-    data: list[int] | None = Field(None, description="row by row, flat, unless binary")
+    parameters: dict[str, int] | None = Field(
+        None, description="`binary_data_size`, for binary data"
+    )
+    data: list[int] | None = Field(None, description="flat, row by row; absent for binary data")
 
 
 class InferenceResponse(Schema):
-    """The outputs that were asked for."""
+    """The requested outputs."""
 
     model_name: str
     model_version: str
-    id: str | None = Field(None, description="the request's")
+    id: str | None = Field(None, description="the request's id")
     outputs: list[OutputTensor]
 
 
@@ -118,7 +120,7 @@ class Inference:
         self._outputs = _outputs(request.outputs, _flag(parameters, "binary_data_output") or False)
         max_side = self._max_side(parameters) or contract.working_size
         if [tensor.name for tensor in request.inputs] != [IMAGE]:
-            raise MalformedRequest(f"inputs: there must be one, {IMAGE!r}")
+            raise MalformedRequest(f"inputs: must be one tensor, {IMAGE!r}")
         return Reading(
             self._photo(request.inputs[0], max_pixels, max_side),
             max_side,
@@ -126,7 +128,7 @@ class Inference:
         )
 
     def write(self, scene: Scene) -> tuple[bytes, int | None]:
-        """The answer's body, and how many bytes of it are JSON if binary data follows."""
+        """The response body, and the length of its JSON in bytes (None: all of it)."""
         labels, contract = scene.labels, scene.contract
         arrays = {MASK: labels.mask}
         if labels.confidence is not None:
@@ -137,7 +139,7 @@ class Inference:
         }
         if self._id is not None:
             members["id"] = self._id
-        # The numbers are put between JSON's brackets as they are: there may be millions.
+        # The numbers are written between the brackets as text: there may be millions.
         parts = [json.dumps(members)[:-1].encode(), b', "outputs": [']
         tail = []
         for number, (name, binary) in enumerate(self._outputs.items()):
@@ -158,11 +160,11 @@ class Inference:
         binary = self._binary_data(tensor)
         if tensor.datatype == "BYTES":
             if tensor.shape not in ([1], [1, 1]):
-                raise MalformedRequest(f"{IMAGE}: BYTES has the shape [1], one image file")
+                raise MalformedRequest(f"{IMAGE}: BYTES must have the shape [1], one image file")
             self._leading = [1] * (len(tensor.shape) - 1)
             return decode(self._file(tensor, binary), max_pixels, max_side)
         if tensor.datatype != "UINT8":
-            raise MalformedRequest(f"{IMAGE}: the datatype must be UINT8 or BYTES")
+            raise MalformedRequest(f"{IMAGE}: datatype must be UINT8 or BYTES")
         *self._leading, height, width, channels = _image_shape(tensor.shape)
         if height * width > max_pixels:
             raise ImageTooLarge(
@@ -171,7 +173,7 @@ class Inference:
         values = _uint8(tensor.data or []) if binary is None else np.frombuffer(binary, np.uint8)
         if values.size != height * width * channels:
             raise MalformedRequest(
-                f"{IMAGE}: {values.size} values do not have the shape {tensor.shape}"
+                f"{IMAGE}: {values.size} values do not fit the shape {tensor.shape}"
             )
         return DecodedPhoto.whole(values.reshape(height, width, channels))
 
@@ -182,12 +184,12 @@ class Inference:
             raise MalformedRequest(f"{IMAGE}: shared memory is not supported")
         size = parameters.get("binary_data_size")
         if (size is None) == (tensor.data is None):
-            raise MalformedRequest(f"{IMAGE}: there must be either data or binary_data_size")
+            raise MalformedRequest(f"{IMAGE}: must have either data or binary_data_size")
         if len(self._binary) != (0 if size is None else size):
             raise MalformedRequest(
                 f"{len(self._binary)} bytes follow the JSON, but binary_data_size is {size!r:.20}"
             )
-        # Less what says how long a file is; four bytes of pixels do not matter.
+        # A BYTES tensor begins with its length, which is not part of the file.
         check_size(len(self._binary) - _BYTES_LENGTH.size, self._settings.max_bytes)
         return None if size is None else self._binary
 
@@ -197,10 +199,12 @@ class Inference:
             match tensor.data:
                 case [str() as text]:
                     return decode_base64(text, self._settings.max_bytes)
-            raise MalformedRequest(f"{IMAGE}: BYTES in JSON is one string, in base64")
+            raise MalformedRequest(f"{IMAGE}: BYTES in JSON must be one string in base64")
         length, content = binary[: _BYTES_LENGTH.size], binary[_BYTES_LENGTH.size :]
         if len(length) < _BYTES_LENGTH.size or _BYTES_LENGTH.unpack(length) != (len(content),):
-            raise MalformedRequest(f"{IMAGE}: BYTES is four bytes of length, and as many bytes")
+            raise MalformedRequest(
+                f"{IMAGE}: BYTES must be a length in four bytes, then that many bytes"
+            )
         return bytes(content)
 
     def _max_side(self, parameters: Parameters) -> int | None:
@@ -212,16 +216,16 @@ class Inference:
 
 
 def _outputs(requested: Sequence[RequestedOutput] | None, binary: bool) -> dict[str, bool]:
-    """Which outputs are wanted, and whether as binary data."""
+    """The requested outputs, and whether each is binary data."""
     if not requested:
         return dict.fromkeys(OUTPUTS, binary)
     wanted: dict[str, bool] = {}
     for output in requested:
         if output.name not in OUTPUTS or output.name in wanted:
-            raise MalformedRequest(f"outputs: there are {' and '.join(OUTPUTS)}, each once")
+            raise MalformedRequest(f"outputs: must be {' or '.join(OUTPUTS)}, each at most once")
         parameters = output.parameters or {}
         if not parameters.keys() <= {"binary_data"}:
-            raise MalformedRequest(f"outputs: {output.name} takes no parameter but binary_data")
+            raise MalformedRequest(f"outputs: {output.name} has only the parameter binary_data")
         own = _flag(parameters, "binary_data")
         wanted[output.name] = binary if own is None else own
     return wanted
@@ -235,17 +239,17 @@ def _flag(parameters: Parameters, name: str) -> bool | None:
 
 
 def _image_shape(shape: list[int]) -> list[int]:
-    """``[H, W, 3]`` or ``[1, H, W, 3]``."""
+    """The same shape, if it is ``[H, W, 3]`` or ``[1, H, W, 3]``."""
     match shape:
         case [1, height, width, 3] | [height, width, 3] if height > 0 and width > 0:
             return shape
     raise MalformedRequest(
-        f"{IMAGE}: UINT8 has the shape [height, width, 3] or [1, height, width, 3]"
+        f"{IMAGE}: UINT8 must have the shape [height, width, 3] or [1, height, width, 3]"
     )
 
 
 def _uint8(data: list[Any]) -> Pixels:
-    """Numbers in JSON, flat or nested, as ``(n,) uint8``."""
+    """The numbers of JSON, flat or nested, as ``(n,) uint8``."""
     try:
         if data and isinstance(data[0], int):
             return np.frombuffer(bytes(data), dtype=np.uint8)
@@ -259,7 +263,7 @@ def _uint8(data: list[Any]) -> Pixels:
 
 
 def _decimals(values: Pixels) -> bytes:
-    """Numbers separated by commas."""
+    """The numbers as text, separated by commas."""
     flat = values.reshape(-1)
     parts = []
     for start in range(0, flat.size, _STRIPE):
