@@ -1,4 +1,4 @@
-"""``GET /``, the web page, and ``GET /docs``, the API's description: files of this host alone."""
+"""``GET /``, the web page, and ``GET /docs``, the API description: no files of other hosts."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ PAGE_POLICY: Final = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 DOCS_POLICY: Final = (
-    # Swagger UI writes style attributes and carries its icons as data.
+    # Swagger UI uses inline styles and data URLs for icons.
     "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 HEADERS: Final = {
-    # Kept by browsers, but asked for each time: an ETag that still holds answers 304.
+    # Browsers keep a file but revalidate it each time: an unchanged ETag gets 304.
     "Cache-Control": "no-cache",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Permissions-Policy": "camera=(self), geolocation=(), microphone=()",
 }
 
 
-class Files(StaticFiles):
-    """A folder's files, each with an ETag and the headers of a page."""
+class PageFiles(StaticFiles):
+    """The files of a folder, each with an ETag and the security headers of a page."""
 
     def file_response(
         self,
@@ -39,15 +39,15 @@ class Files(StaticFiles):
         scope: Scope,
         status_code: int = 200,
     ) -> Response:
-        """The file, or 304 to a browser that has it."""
+        """Return the file, or 304 if the browser has it."""
         response = super().file_response(full_path, stat_result, scope, status_code)
         policy = DOCS_POLICY if Path(full_path).name == "docs.html" else PAGE_POLICY
         response.headers.update({**HEADERS, "Content-Security-Policy": policy})
         return response
 
 
-_STATIC: Final = Files(directory=Path(__file__).parent.parent / "static")
-_SWAGGER_UI: Final = Files(packages=[("fastapi_swagger", "resources")])
+_STATIC: Final = PageFiles(directory=Path(__file__).parent.parent / "static")
+_SWAGGER_UI: Final = PageFiles(packages=[("fastapi_swagger", "resources")])
 
 router = ServiceRouter(include_in_schema=False)
 
@@ -66,11 +66,11 @@ async def docs(request: Request) -> Response:
 
 @router.api_route("/static/swagger-ui/{path:path}", methods=["GET", "HEAD"])
 async def swagger_ui(request: Request, path: str) -> Response:
-    """Swagger UI's own files, out of their package."""
+    """A file of Swagger UI, from its package."""
     return await _SWAGGER_UI.get_response(path, request.scope)
 
 
 @router.api_route("/static/{path:path}", methods=["GET", "HEAD"])
 async def static(request: Request, path: str) -> Response:
-    """What the two pages are made of."""
+    """A file of the two pages."""
     return await _STATIC.get_response(path, request.scope)
