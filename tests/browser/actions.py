@@ -1,4 +1,4 @@
-"""What the tests of the page do and look at again and again."""
+"""Shared steps of the page's tests."""
 
 from __future__ import annotations
 
@@ -25,48 +25,55 @@ ASTRONAUT = SAMPLES / "astronaut.jpg"
 PERSON = voc.CLASSES.index("person")
 
 SLOWLY_MS = 60_000
-"""How long an answer may take; `expect` goes on as soon as it is there."""
+"""The longest wait for an answer. `expect` returns as soon as its condition holds."""
 
 
 def choose(
     page: Page, data: bytes, name: str = "photo.jpg", media_type: str = "image/jpeg"
 ) -> None:
-    """Choose a file, as its dialog would."""
+    """Choose a file, as in the file dialog."""
     page.get_by_label("Choose a picture", exact=True).set_input_files(
         {"name": name, "mimeType": media_type, "buffer": data}
     )
 
 
 def expect_result(page: Page, name: str, size: tuple[int, int]) -> None:
-    """The result is shown, of the picture with this name, width and height."""
+    """The page shows the result of the picture with this name, width and height."""
     facts = f"{name} · {size[0]} \N{MULTIPLICATION SIGN} {size[1]}"
     expect(page.locator("#facts")).to_have_text(facts, timeout=SLOWLY_MS)
     expect(page.locator("#result")).to_be_visible()
 
 
 def expect_trouble(page: Page, title: str) -> None:
-    """The error with this title is shown, and the server's detail under it."""
+    """The page shows the error with this title, and a detail under it."""
     expect(page.get_by_role("alert").get_by_role("heading")).to_have_text(title, timeout=SLOWLY_MS)
     expect(page.locator("#error-detail")).not_to_be_empty()
 
 
 def canvas(page: Page, name: str) -> npt.NDArray[np.uint8]:
-    """A canvas's own pixels: ``(H, W, 4) uint8`` RGBA."""
+    """The pixels of a canvas: ``(H, W, 4) uint8`` RGBA."""
     url: str = page.evaluate("name => document.getElementById(name).toDataURL()", name)
     with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
         return np.asarray(image.convert("RGBA"))
 
 
-def painted(mask: npt.NDArray[np.uint8], *hidden: int) -> npt.NDArray[np.uint8]:
-    """What the overlay's canvas must hold: ``(H, W, 4) uint8`` RGBA, clear where nothing is."""
+def painted(
+    mask: npt.NDArray[np.uint8],
+    *hidden: int,
+    palette: npt.NDArray[np.uint8] = voc.FULL_PALETTE,
+) -> npt.NDArray[np.uint8]:
+    """The expected overlay canvas: ``(H, W, 4) uint8`` RGBA, transparent for background and hidden.
+
+    ``palette``: ``(n, 3) uint8`` RGB, one row for each class id.
+    """
     shown = np.where(np.isin(mask, hidden), 0, mask)
     opaque = np.where(shown == 0, 0, 255).astype(np.uint8)
-    colors = np.where(shown[..., None] == 0, 0, voc.FULL_PALETTE[shown])
+    colors = np.where(shown[..., None] == 0, 0, palette[shown])
     return np.dstack((colors.astype(np.uint8), opaque))
 
 
 def ask(server: Server, data: bytes, accept: str = "*/*", **parameters: str) -> httpx.Response:
-    """The server's own answer to the same photo."""
+    """The server's answer to a direct request with the same photo."""
     response = httpx.post(
         f"{server.url}/segment",
         content=data,
@@ -79,18 +86,18 @@ def ask(server: Server, data: bytes, accept: str = "*/*", **parameters: str) -> 
 
 
 def ask_mask(server: Server, data: bytes, **parameters: str) -> npt.NDArray[np.uint8]:
-    """The mask's class ids ``(H, W) uint8``."""
+    """The class ids of the server's mask: ``(H, W) uint8``."""
     return mask_of(ask(server, data, **parameters))
 
 
 def move_over(page: Page, x: int, y: int) -> None:
-    """Put the mouse over a pixel of the picture."""
+    """Move the mouse over a pixel of the picture."""
     left, top = place_of(page, x, y)
     page.mouse.move(left, top)
 
 
 def place_of(page: Page, x: int, y: int) -> tuple[float, float]:
-    """Where the middle of a pixel of the picture is on the page."""
+    """The page coordinates of the middle of a pixel of the picture."""
     box = page.locator("#photo").bounding_box()
     assert box is not None
     width, height = page.evaluate(
@@ -103,7 +110,7 @@ def place_of(page: Page, x: int, y: int) -> tuple[float, float]:
 
 
 def inside_of(mask: npt.NDArray[np.uint8], class_id: int) -> tuple[int, int]:
-    """``(x, y)`` of a pixel that has only its own class for 6 pixels around."""
+    """``(x, y)`` of a pixel with only its own class within 6 pixels."""
     inside = mask == class_id
     for shift in range(-6, 7):
         inside = inside & np.roll(mask == class_id, shift, axis=0)
@@ -114,7 +121,7 @@ def inside_of(mask: npt.NDArray[np.uint8], class_id: int) -> tuple[int, int]:
 
 
 def width_of(page: Page, selector: str = "#layers") -> float:
-    """How wide something is on the page, in CSS pixels."""
+    """The width of an element on the page, in CSS pixels."""
     box: Any = page.locator(selector).bounding_box()
     width: float = box["width"]
     return width

@@ -1,4 +1,4 @@
-"""A real server with the default model, and Chromium on its page."""
+"""A real server with the default model, and Chromium with its page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_BYTES = 1_000_000
 
 @pytest.fixture(scope="package")
 def server() -> Iterator[Server]:
-    """The default model on all cores."""
+    """The default model on two threads."""
     with (
         serving(DEFAULT_MODEL, threads=2, deadline_s=300, max_bytes=MAX_BYTES) as running,
         drained(running),
@@ -28,10 +28,10 @@ def server() -> Iterator[Server]:
         yield running
 
 
-# Of the package, not of the session: while it is open, no test can run an event loop of its own.
+# Scope package, not session: while the browser is open, no test can run its own event loop.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium with a camera that shows a test picture."""
+    """Debian's Chromium with a fake camera."""
     path = shutil.which("chromium")
     assert path, "the browser tests need chromium (Debian: apt-get install chromium)"
     flags = ["--use-fake-device-for-media-stream"]
@@ -45,20 +45,22 @@ def browser() -> Iterator[Browser]:
 
 @contextlib.contextmanager
 def watched_pages(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]:
-    """A function that opens the page in a fresh profile; its arguments are those of contexts.
+    """Yield a function that opens the page in a fresh profile. Its options are a context's options.
 
-    At the end no request has gone to another host, and nothing was complained about.
+    At the end no request went to another host, and the console has no errors or warnings.
     """
     contexts: list[BrowserContext] = []
     requests: list[str] = []
     complaints: list[str] = []
 
     def hear(message: ConsoleMessage) -> None:
-        # Chromium notes every answer that is an error; those of /segment and those without a key
-        # are the tests' own doing.
+        # Chromium reports every error status. Tests cause errors of /segment, a missing /views and
+        # requests without a key on purpose.
         refused = message.text.startswith("Failed to load resource")
-        meant = "/segment" in message.location["url"] or "401" in message.text
-        if message.type in ("error", "warning") and not (refused and meant):
+        intended = message.location["url"].endswith("/views") or (
+            "/segment" in message.location["url"] or "401" in message.text
+        )
+        if message.type in ("error", "warning") and not (refused and intended):
             complaints.append(message.text)
 
     def open_page(path: str = "/", **options: Any) -> Page:  # noqa: ANN401 - Playwright's own
@@ -66,7 +68,7 @@ def watched_pages(browser: Browser, server: Server) -> Iterator[Callable[..., Pa
             base_url=server.url, **{"viewport": DESKTOP, "reduced_motion": "reduce", **options}
         )
         contexts.append(context)
-        # Patience for machines that do other work too; nothing waits longer than it must.
+        # Long enough for a busy machine.
         context.set_default_timeout(60_000)
         context.on("request", lambda request: requests.append(request.url))
         page = context.new_page()
@@ -85,20 +87,20 @@ def watched_pages(browser: Browser, server: Server) -> Iterator[Callable[..., Pa
 
 @pytest.fixture
 def open_page(browser: Browser, server: Server) -> Iterator[Callable[..., Page]]:
-    """As in `watched_pages`."""
+    """The function of `watched_pages`."""
     with watched_pages(browser, server) as open_page:
         yield open_page
 
 
 @pytest.fixture
 def page(open_page: Callable[..., Page]) -> Page:
-    """The page on a desktop."""
+    """The page at desktop size."""
     return open_page()
 
 
 @pytest.fixture(scope="package")
 def astronaut(browser: Browser, server: Server) -> Iterator[Page]:
-    """A page that many tests look at; what they do to it, `result` undoes."""
+    """A result that many tests share. The fixture `result` resets it."""
     with watched_pages(browser, server) as open_page:
         page = open_page()
         page.get_by_role("button", name="Astronaut").click()
@@ -108,7 +110,7 @@ def astronaut(browser: Browser, server: Server) -> Iterator[Page]:
 
 @pytest.fixture
 def result(astronaut: Page) -> Page:
-    """The astronaut's result, as it came."""
+    """The astronaut's result in its initial state."""
     astronaut.bring_to_front()
     astronaut.context.set_offline(False)
     astronaut.mouse.move(5, 5)

@@ -1,4 +1,4 @@
-"""The README's picture of the page: ``python -m tests.browser.picture`` writes ``page.webp``."""
+"""Write the README's picture of the page: ``python -m tests.browser.picture`` -> ``page.webp``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PICTURE = Path(__file__).with_name("page.webp")
 
 
 def main() -> None:
-    """The cat on a desktop, in light colours, with the pointer over it."""
+    """Show the cat at desktop size in light colours, with the pointer over it."""
     with serving(DEFAULT_MODEL, threads=2) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]

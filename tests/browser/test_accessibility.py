@@ -1,4 +1,4 @@
-"""For everybody: axe finds nothing serious, everything is reached by Tab, nothing sticks out."""
+"""Accessibility: no serious axe violation, all controls in tab order, no horizontal overflow."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -13,7 +13,7 @@ axe = Axe()
 
 
 def assert_nothing_serious(page: Page) -> None:
-    """No violation that axe calls serious or critical, and nothing wider than the screen."""
+    """Axe reports no serious or critical violation, and nothing is wider than the screen."""
     found: list[dict[str, Any]] = axe.run(page).response["violations"]
     serious = [
         (one["id"], [node["target"] for node in one["nodes"]])
@@ -29,7 +29,7 @@ def assert_nothing_serious(page: Page) -> None:
 def test_axe(
     open_page: Callable[..., Page], viewport: ViewportSize, scheme: Literal["light", "dark"]
 ) -> None:
-    """Empty, with a result and everything open, and with an error."""
+    """The empty page, a result with every section open, and an error."""
     page = open_page(viewport=viewport, color_scheme=scheme)
     assert_nothing_serious(page)
     page.get_by_role("button", name="Astronaut").click()
@@ -39,12 +39,12 @@ def test_axe(
         part.click()
     assert_nothing_serious(page)
     choose(page, b"no picture")
-    expect_trouble(page, "This file is not a picture that can be read")
+    expect_trouble(page, "This file is not a supported picture")
     assert_nothing_serious(page)
 
 
 def test_axe_with_the_camera(open_page: Callable[..., Page]) -> None:
-    """The dialog, and Escape closes it back to its button."""
+    """The camera dialog passes axe. Escape closes it and returns the focus to its button."""
     page = open_page(permissions=["camera"])
     page.get_by_role("button", name="Use the camera").click()
     expect(page.get_by_role("button", name="Take the picture")).to_be_focused()
@@ -54,7 +54,7 @@ def test_axe_with_the_camera(open_page: Callable[..., Page]) -> None:
 
 
 def test_tab_reaches_everything_in_order(result: Page) -> None:
-    """From the head through picture and panel, as it is read."""
+    """From the header through picture and panel, in reading order."""
     reached = []
     result.locator(".brand").focus()
     for _ in range(22):
@@ -66,12 +66,12 @@ def test_tab_reaches_everything_in_order(result: Page) -> None:
         )
     names = [name.split("  ")[0] for name in reached]
     ids = ["file", "camera", "detail", "stage", "zoom-in", "zoom-out", "zoom-fit"]
-    ids += ["opacity", "contours-on", "Mask", "Overlay", "Cut-out"]
+    ids += ["opacity", "contours-on", "Mask", "Overlay", "Cutout", "Confidence"]
     assert [name for name in names if name in ids] == ids
 
 
 def test_a_picture_by_keyboard_alone(page: Page) -> None:
-    """Tab to a sample, Enter, and the result is said."""
+    """Enter on a focused sample segments it, and the page announces the result."""
     page.get_by_role("button", name="Cat").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_contain_text("Done. Found: cat", timeout=60_000)

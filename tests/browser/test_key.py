@@ -1,4 +1,4 @@
-"""A server that asks for an API key: the page asks for it, and goes on where it was."""
+"""A server that requires an API key: the page asks for the key, then continues."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,21 +28,21 @@ def keyed(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def open_page(browser: Browser, keyed: Server) -> Iterator[Callable[..., Page]]:
-    """As of every other page, but of this server."""
+    """The function of `watched_pages` for this server."""
     with watched_pages(browser, keyed) as open_page:
         yield open_page
 
 
 def give(page: Page, key: str) -> None:
-    """Type a key, and Enter."""
-    field = page.get_by_label("This server asks for an API key")
+    """Type a key and press Enter."""
+    field = page.get_by_label("This server requires an API key")
     expect(field).to_be_focused()
     field.fill(key)
     field.press("Enter")
 
 
 def test_the_key_is_asked_for_at_once(page: Page) -> None:
-    """Typed unseen, kept for this tab alone and never in the address; with it all works."""
+    """The key is a password field, stays in this tab and out of the URL, and unlocks the page."""
     expect(page.locator("#key-input")).to_have_attribute("type", "password")
     assert_nothing_serious(page)
     give(page, KEY)
@@ -50,7 +50,7 @@ def test_the_key_is_asked_for_at_once(page: Page) -> None:
     expect(page.locator("#key")).to_be_hidden()
     choose(page, PHOTO, "photo.png", "image/png")
     expect_result(page, "photo.png", (96, 64))
-    page.get_by_text("The same with curl").click()
+    page.get_by_text("Request with curl").click()
     command = page.locator("#curl").inner_text()
     assert '-H "Authorization: Bearer $FCN_API_KEY"' in command
     assert KEY not in page.content() + page.url
@@ -60,11 +60,9 @@ def test_the_key_is_asked_for_at_once(page: Page) -> None:
 
 
 def test_a_wrong_key_is_said_and_asked_for_again(page: Page) -> None:
-    """The picture that was refused meanwhile is done as soon as there is a right one."""
+    """The refused picture is segmented as soon as the key is right."""
     choose(page, PHOTO, "photo.png", "image/png")
     give(page, "fcn_wrong")
-    expect(page.locator("#key-detail")).to_have_text(
-        "The server does not know the key that was sent."
-    )
+    expect(page.locator("#key-detail")).to_have_text("The server does not accept this key.")
     give(page, KEY)
     expect_result(page, "photo.png", (96, 64))

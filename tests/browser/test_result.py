@@ -1,4 +1,4 @@
-"""The result: legend, colours, contours, what is under the pointer, zoom, downloads, curl."""
+"""The result: legend, colours, contours, class under the pointer, zoom, downloads, curl."""
 
 import io
 import json
@@ -36,7 +36,7 @@ PHOTO = ASTRONAUT.read_bytes()
 
 @pytest.fixture
 def tip(result: Page) -> Locator:
-    """What is written beside the pointer."""
+    """The label beside the pointer."""
     return result.locator("#tip")
 
 
@@ -54,7 +54,7 @@ def pair() -> bytes:
 
 @pytest.fixture
 def pair_result(page: Page, pair: bytes) -> Page:
-    """What it became."""
+    """The result of the pair."""
     choose(page, pair, "pair.png")
     with Image.open(io.BytesIO(pair)) as picture:
         expect_result(page, "pair.png", picture.size)
@@ -62,12 +62,12 @@ def pair_result(page: Page, pair: bytes) -> Page:
 
 
 def run_in(folder: Path, command: str) -> None:
-    """Run a command as a shell does."""
+    """Run a command in a POSIX shell."""
     subprocess.run(["sh", "-ec", command], cwd=folder, check=True, capture_output=True)
 
 
 def test_the_legend_tells_the_shares(result: Page, server: Server) -> None:
-    """Name, colour and share of each class, largest first, as the server counted them."""
+    """Name, colour and share of each class, largest first, as in the server's answer."""
     classes = ask(server, PHOTO, "application/json").json()["classes"]
     rows = result.locator("#legend .class")
     expect(rows.locator(".class-name")).to_have_text([one["name"] for one in classes])
@@ -80,7 +80,7 @@ def test_the_legend_tells_the_shares(result: Page, server: Server) -> None:
 
 
 def test_colour_strength(result: Page) -> None:
-    """From the photo alone to the colours alone."""
+    """From the photo only to the colours only."""
     slider = result.get_by_label("Colour strength")
     expect(result.locator("#overlay")).to_have_css("opacity", "0.5")
     slider.press("End")
@@ -91,7 +91,7 @@ def test_colour_strength(result: Page) -> None:
 
 
 def test_hide_a_class_in_the_legend(result: Page, server: Server) -> None:
-    """Its colour and its contour go, and come back."""
+    """Its colour and its contour disappear, and `Show all` restores them."""
     mask = ask_mask(server, PHOTO)
     person = result.locator("#legend").get_by_role("button", name="person")
     contour = result.locator(f"#contours [data-id='{PERSON}']")
@@ -108,7 +108,7 @@ def test_hide_a_class_in_the_legend(result: Page, server: Server) -> None:
 
 
 def test_hide_a_class_in_the_picture(result: Page, server: Server, tip: Locator) -> None:
-    """A click on it hides it, another one shows it; the background is nobody's to hide."""
+    """A click on a class hides it, a second click shows it. The background cannot be hidden."""
     mask = ask_mask(server, PHOTO)
     move_over(result, *inside_of(mask, PERSON))
     result.mouse.down()
@@ -127,7 +127,7 @@ def test_hide_a_class_in_the_picture(result: Page, server: Server, tip: Locator)
 
 
 def test_hover_tells_the_class(pair_result: Page, pair: bytes, server: Server) -> None:
-    """Beside the pointer, in the legend and by a stronger contour, until the pointer leaves."""
+    """Label, legend and a stronger contour mark the class until the pointer leaves."""
     mask = ask_mask(server, pair)
     tip, pointed = pair_result.locator("#tip"), pair_result.locator(".class.pointed")
     for class_id in (0, voc.CLASSES.index("cat"), PERSON):
@@ -141,7 +141,7 @@ def test_hover_tells_the_class(pair_result: Page, pair: bytes, server: Server) -
 
 
 def test_the_keyboard_tells_the_class(result: Page, server: Server, tip: Locator) -> None:
-    """Arrow keys move a crosshair; what is under it is said, and Enter hides it."""
+    """Arrow keys move a crosshair. The page announces the class under it, and Enter hides it."""
     mask = ask_mask(server, PHOTO)
     result.locator("#stage").focus()
     result.keyboard.press("ArrowRight")
@@ -160,7 +160,7 @@ def test_the_keyboard_tells_the_class(result: Page, server: Server, tip: Locator
 
 
 def test_contours_lie_where_the_classes_meet(result: Page, server: Server) -> None:
-    """The path of a class goes along all its edges and no others, and can be switched off."""
+    """The path of a class follows all its edges and no others. A switch hides the contours."""
     inside = ask_mask(server, PHOTO) == PERSON
     path = result.locator(f"#contours [data-id='{PERSON}'] .over").get_attribute("d")
     assert path is not None
@@ -180,7 +180,7 @@ def test_contours_lie_where_the_classes_meet(result: Page, server: Server) -> No
 
 
 def test_zoom_by_wheel_and_pan(result: Page) -> None:
-    """What is under the pointer stays there; dragging moves the picture and hides nothing."""
+    """The pixel under the pointer stays there. Dragging moves the picture and hides no class."""
     whole = width_of(result)
     before = place_of(result, 200, 150)
     result.mouse.move(*before)
@@ -199,7 +199,7 @@ def test_zoom_by_wheel_and_pan(result: Page) -> None:
 
 
 def test_zoom_by_buttons_and_keys(result: Page) -> None:
-    """In, out, and the whole picture again; the crosshair is kept in sight."""
+    """In, out, and back to the whole picture. The crosshair stays visible."""
     whole = width_of(result)
     result.get_by_role("button", name="Zoom in").click()
     assert width_of(result) == pytest.approx(1.5 * whole, rel=0.01)
@@ -220,7 +220,7 @@ def test_zoom_by_buttons_and_keys(result: Page) -> None:
 
 
 def test_zoom_by_pinching(open_page: Callable[..., Page]) -> None:
-    """Two fingers that part; one finger that taps hides a class."""
+    """Two fingers zoom. A tap hides a class."""
     page = open_page(viewport=PHONE, has_touch=True, is_mobile=True)
     page.get_by_role("button", name="Cat").tap()
     expect_result(page, "cat.jpg", (451, 300))
@@ -240,7 +240,7 @@ def test_zoom_by_pinching(open_page: Callable[..., Page]) -> None:
 
 
 def test_downloads(pair_result: Page, pair: bytes, server: Server) -> None:
-    """Byte for byte what the server answers to the same photo, strength and classes."""
+    """The bytes of the server's answer for the same photo, strength and classes."""
     classes = ask(server, pair, "application/json").json()["classes"]
     kept = [one["name"] for one in classes if one["name"] not in ("background", "cat")]
     shown = {"classes": ",".join(kept)}
@@ -249,7 +249,8 @@ def test_downloads(pair_result: Page, pair: bytes, server: Server) -> None:
     for button, name, parameters in (
         ("Mask", "mask", {}),
         ("Overlay", "overlay", {"view": "overlay", "alpha": "0.7", **shown}),
-        ("Cut-out", "cutout", {"view": "cutout", **shown}),
+        ("Cutout", "cutout", {"view": "cutout", **shown}),
+        ("Confidence", "confidence", {"view": "confidence", **shown}),
     ):
         with pair_result.expect_download() as download:
             pair_result.get_by_role("button", name=button, exact=True).click()
@@ -259,7 +260,7 @@ def test_downloads(pair_result: Page, pair: bytes, server: Server) -> None:
 
 
 def test_a_download_that_fails(result: Page) -> None:
-    """The reason stands under the button; the result stays."""
+    """The page shows the reason under the buttons and keeps the result."""
     result.context.set_offline(True)
     result.get_by_role("button", name="Overlay", exact=True).click()
     expect(result.locator("#download-note")).to_contain_text("The server cannot be reached")
@@ -267,22 +268,23 @@ def test_a_download_that_fails(result: Page) -> None:
 
 
 def test_the_curl_commands(page: Page, server: Server, tmp_path: Path) -> None:
-    """Run in a shell, they give what the page shows; a file name may have anything in it."""
+    """Run in a shell, each command gives the server's answer. A file name may need quoting."""
     name = "it's a cat; $HOME.jpg"
     photo = CAT.read_bytes()
     (tmp_path / name).write_bytes(photo)
     choose(page, photo, name)
     expect_result(page, name, (451, 300))
-    page.get_by_text("The same with curl").click()
+    page.get_by_text("Request with curl").click()
     for view, file, parameters in (
         ("Mask", "mask.png", {}),
         ("Overlay", "overlay.png", {"view": "overlay", "alpha": "0.5"}),
-        ("Cut-out", "cutout.png", {"view": "cutout"}),
+        ("Cutout", "cutout.png", {"view": "cutout"}),
+        ("Confidence", "confidence.png", {"view": "confidence"}),
     ):
-        page.get_by_label("Answer").select_option(view)
+        page.get_by_label("Response").select_option(view)
         run_in(tmp_path, page.locator("#curl").inner_text())
         assert (tmp_path / file).read_bytes() == ask(server, photo, **parameters).content
-    page.get_by_label("Answer").select_option("JSON")
+    page.get_by_label("Response").select_option("JSON")
     run_in(tmp_path, page.locator("#curl").inner_text())
     answer = ask(server, photo, "application/json").json()
     assert json.loads((tmp_path / "answer.json").read_bytes())["classes"] == answer["classes"]
@@ -291,11 +293,11 @@ def test_the_curl_commands(page: Page, server: Server, tmp_path: Path) -> None:
 def test_the_curl_command_of_a_sample(
     open_page: Callable[..., Page], server: Server, tmp_path: Path
 ) -> None:
-    """Fetches the sample first; the button copies the whole command."""
+    """The command downloads the sample first. The button copies the whole command."""
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Cat").click()
     expect_result(page, "cat.jpg", (451, 300))
-    page.get_by_text("The same with curl").click()
+    page.get_by_text("Request with curl").click()
     page.get_by_role("button", name="Copy").click()
     expect(page.locator("#copy")).to_have_text("Copied")
     command: str = page.evaluate("() => navigator.clipboard.readText()")
@@ -304,7 +306,7 @@ def test_the_curl_command_of_a_sample(
 
 
 def test_the_times(result: Page) -> None:
-    """Each of the server's stages, in its order, and the way to it."""
+    """Each of the server's stages, in order, then the transfer."""
     result.get_by_text("Time", exact=False).locator("visible=true").first.click()
     expect(result.locator("#times dt")).to_have_text(
         ["Reading", "Resizing", "Waiting", "Network", "Enlarging", "Writing", "Transfer"]

@@ -1,4 +1,4 @@
-"""Where pictures come from: file, drop, clipboard, camera, samples; each gets the right result."""
+"""The sources of a picture: file, drop, clipboard, camera, samples. Each gets the right result."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ CAT_PHOTO = np.asarray(Image.open(CAT))
 
 
 def test_choose(page: Page, server: Server) -> None:
-    """The canvas holds exactly the server's mask in VOC's colours."""
+    """The canvas contains exactly the server's mask in the model's colours."""
     choose(page, CAT.read_bytes(), "cat.jpg")
     expect_result(page, "cat.jpg", (451, 300))
     assert np.array_equal(canvas(page, "overlay"), painted(ask_mask(server, CAT.read_bytes())))
@@ -35,7 +35,7 @@ def test_choose(page: Page, server: Server) -> None:
 
 
 def test_drop(page: Page) -> None:
-    """Anywhere on the page; a sign shows that it may be let go."""
+    """A file dropped anywhere on the page is segmented. A sign appears during the drag."""
     transfer = page.evaluate_handle(
         """([name, data]) => {
             const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
@@ -53,16 +53,16 @@ def test_drop(page: Page) -> None:
 
 
 def test_drop_of_something_else(page: Page) -> None:
-    """Text is no picture: the page says so and stays as it is."""
+    """The page reports that dropped text is not a file, and does not change."""
     transfer = page.evaluate_handle("() => new DataTransfer()")
     page.dispatch_event("main", "drop", {"dataTransfer": transfer})
     expect(page.get_by_role("alert")).to_have_text(
-        "What was dropped is not a file: save the picture first"
+        "The dropped item is not a file. Save the picture first."
     )
 
 
 def test_paste(open_page: Callable[..., Page]) -> None:
-    """Out of the real clipboard, with the keyboard."""
+    """Ctrl+V segments a picture from the real clipboard."""
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
     page.evaluate(
         """async (data) => {
@@ -77,7 +77,7 @@ def test_paste(open_page: Callable[..., Page]) -> None:
 
 
 def test_samples(page: Page) -> None:
-    """One click; each is found to hold something."""
+    """One click segments a sample, and the model finds a class in each."""
     for name, size in (("Cat", (451, 300)), ("Coffee cup", (600, 400))):
         page.get_by_role("button", name=name).click()
         expect_result(page, f"{name.split()[0].lower()}.jpg", size)
@@ -85,7 +85,7 @@ def test_samples(page: Page) -> None:
 
 
 def test_camera(open_page: Callable[..., Page]) -> None:
-    """A live picture, taken; the camera is let go afterwards."""
+    """The page takes a live picture and then releases the camera."""
     page = open_page(permissions=["camera"])
     page.get_by_role("button", name="Use the camera").click()
     page.get_by_role("button", name="Take the picture").click()
@@ -94,10 +94,10 @@ def test_camera(open_page: Callable[..., Page]) -> None:
 
 
 def test_camera_refused(page: Page) -> None:
-    """Without permission the dialog says why, and offers a file instead."""
+    """Without permission the dialog gives the reason and offers a file instead."""
     page.get_by_role("button", name="Use the camera").click()
     dialog = page.get_by_role("dialog")
-    expect(dialog.get_by_role("status")).to_contain_text("may not use the camera")
+    expect(dialog.get_by_role("status")).to_contain_text("blocks the camera for this page")
     with page.expect_file_chooser() as chooser:
         dialog.get_by_role("button", name="Choose a picture instead").click()
     chooser.value.set_files(CAT)
@@ -106,7 +106,7 @@ def test_camera_refused(page: Page) -> None:
 
 
 def test_camera_of_a_phone(open_page: Callable[..., Page]) -> None:
-    """A phone's own camera app takes the picture."""
+    """A phone opens its own camera app."""
     page = open_page(viewport=PHONE, has_touch=True, is_mobile=True)
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Use the camera").tap()
@@ -116,7 +116,7 @@ def test_camera_of_a_phone(open_page: Callable[..., Page]) -> None:
 
 
 def test_a_photo_with_an_exif_orientation(page: Page, server: Server) -> None:
-    """Photo and mask stand upright together."""
+    """Photo and mask are both upright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(CAT_PHOTO, "JPEG", quality=95, exif=exif)
@@ -128,14 +128,14 @@ def test_a_photo_with_an_exif_orientation(page: Page, server: Server) -> None:
 
 
 def test_a_format_that_the_browser_cannot_show(page: Page) -> None:
-    """TIFF: the photo is shown as the server saw it."""
+    """The page shows a TIFF as the server decodes it."""
     choose(page, encode(CAT_PHOTO, "TIFF"), "scan.tif", "image/tiff")
     expect_result(page, "scan.tif", (451, 300))
     assert np.array_equal(canvas(page, "photo")[..., :3], CAT_PHOTO)
 
 
 def test_a_transparent_picture(page: Page) -> None:
-    """On white, as the server sees it."""
+    """Transparent pixels are white, as in the server."""
     image = Image.fromarray(CAT_PHOTO).convert("RGBA")
     image.putalpha(0)
     file = io.BytesIO()
@@ -146,7 +146,7 @@ def test_a_transparent_picture(page: Page) -> None:
 
 
 def test_detail(page: Page, server: Server) -> None:
-    """More detail asks for a larger side, and works on the same picture again."""
+    """More detail requests a larger side and segments the same picture again."""
     page.get_by_role("button", name="Cat").click()
     expect_result(page, "cat.jpg", (451, 300))
     with page.expect_response("**/segment?*") as response:
@@ -158,25 +158,29 @@ def test_detail(page: Page, server: Server) -> None:
 
 
 def test_another_model(page: Page, server: Server) -> None:
-    """Where several are served, one may be chosen; the server is asked for it by name."""
+    """With several models the user can choose one. The page requests it and its classes by name."""
     default = httpx.get(f"{server.url}/models").json()["models"][0]
     other = {**default, "name": "other", "default": False}
     page.route("**/models", lambda route: route.fulfill(json={"models": [default, other]}))
+    page.route("**/classes?model=other", lambda route: route.fulfill(json={"classes": []}))
     page.reload()
     page.get_by_role("button", name="Cat").click()
     expect_result(page, "cat.jpg", (451, 300))
-    with page.expect_response("**/segment?*") as response:
+    with (
+        page.expect_response("**/segment?*") as response,
+        page.expect_response("**/classes?model=other"),
+    ):
         page.get_by_label("Model").select_option("other")
     assert "model=other" in response.value.url
-    expect_trouble(page, "This model is not served")
+    expect_trouble(page, "The server does not have this model")
 
 
 def test_the_next_picture_takes_the_place_of_the_last(page: Page) -> None:
-    """And an unreadable one between them takes nothing away."""
+    """An unreadable picture between them does not remove the last result."""
     page.get_by_role("button", name="Coffee cup").click()
     expect_result(page, "coffee.jpg", (600, 400))
     choose(page, b"no picture at all", "notes.txt", "text/plain")
-    expect_trouble(page, "This file is not a picture that can be read")
+    expect_trouble(page, "This file is not a supported picture")
     page.get_by_role("button", name="Back to the last result").click()
     expect_result(page, "coffee.jpg", (600, 400))
     expect(page.locator("#curl")).to_contain_text("coffee.jpg")

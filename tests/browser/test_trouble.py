@@ -1,4 +1,4 @@
-"""What goes wrong is said in plain words, and can be tried again."""
+"""Errors: the page describes each one and offers a retry where that can help."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.browser.conftest import MAX_BYTES
 
 
 def refuse(route: Route) -> None:
-    """Answer as `service.http.problems` does when the queue is full."""
+    """Answer as the service does when its queue is full."""
     problem = {"type": "/problems/overloaded", "title": "Overloaded", "detail": "queue is full"}
     route.fulfill(
         status=503,
@@ -21,17 +21,17 @@ def refuse(route: Route) -> None:
 
 
 REFUSED = (
-    (b"no picture", "This file is not a picture that can be read", "JPEG, PNG"),
+    (b"no picture", "This file is not a supported picture", "JPEG, PNG"),
     (CAT.read_bytes()[:2000], "This picture is damaged", "Try another copy"),
     (bytes(MAX_BYTES + 1), "This file is too large", "1 MB"),
     (b"", "This file is empty", ""),
     (bytes(4 * MAX_BYTES), "This file is too large", "1 MB"),
 )
-"""Files, and what the page says to them."""
+"""File, title of the error, part of its detail."""
 
 
 def test_pictures_that_are_refused(page: Page) -> None:
-    """What is wrong with the file; trying it again would not help."""
+    """The page says what is wrong with the file and offers no retry."""
     for data, title, words in REFUSED:
         choose(page, data)
         expect_trouble(page, title)
@@ -41,8 +41,11 @@ def test_pictures_that_are_refused(page: Page) -> None:
 
 
 def test_the_server_cannot_be_reached(page: Page) -> None:
-    """Said so; once it is back, trying again does it."""
-    expect(page.locator("#model")).not_to_be_empty()  # what it asks for itself has come
+    """The page reports the lost connection. A retry works once the server is back."""
+    # Wait for the page's own requests.
+    expect(page.locator("#model")).not_to_be_empty()
+    expect(page.locator("#known")).not_to_be_empty()
+    expect(page.locator("#downloads button")).not_to_have_count(1)
     page.context.set_offline(True)
     choose(page, CAT.read_bytes(), "cat.jpg")
     expect_trouble(page, "The server cannot be reached")
@@ -52,15 +55,15 @@ def test_the_server_cannot_be_reached(page: Page) -> None:
 
 
 def test_a_busy_server_is_asked_again(page: Page) -> None:
-    """After as many seconds as it asks for, without anybody's doing."""
+    """The page retries by itself after the seconds of Retry-After."""
     page.route("**/segment?*", refuse, times=1)
     choose(page, CAT.read_bytes(), "cat.jpg")
-    expect(page.locator("#phase")).to_have_text("The server is busy. Next try in 1 s")
+    expect(page.locator("#phase")).to_have_text("The server is busy. Retrying in 1 s")
     expect_result(page, "cat.jpg", (451, 300))
 
 
 def test_a_server_that_stays_busy(page: Page) -> None:
-    """Is let alone after a few times."""
+    """The page gives up after a few tries and offers a retry."""
     page.route("**/segment?*", refuse)
     choose(page, CAT.read_bytes())
     expect_trouble(page, "The server is busy")
@@ -68,7 +71,7 @@ def test_a_server_that_stays_busy(page: Page) -> None:
 
 
 def test_too_many_requests_for_an_hour(page: Page) -> None:
-    """So long is not waited: it is said, and can be tried again."""
+    """The page does not wait for an hour. It reports the error and offers a retry."""
     problem = {
         "type": "/problems/rate-limited",
         "title": "Too many",
@@ -81,7 +84,7 @@ def test_too_many_requests_for_an_hour(page: Page) -> None:
         ),
     )
     choose(page, CAT.read_bytes())
-    expect_trouble(page, "These were too many requests")
+    expect_trouble(page, "Too many requests")
     expect(page.locator("#error-detail")).to_contain_text(
         "More than 9 per 1 hour. Try again later."
     )
@@ -89,7 +92,7 @@ def test_too_many_requests_for_an_hour(page: Page) -> None:
 
 
 def test_an_error_that_is_not_the_services_own(page: Page) -> None:
-    """A proxy's page in HTML is not shown; its status is."""
+    """The page shows the status of a proxy's error, not its HTML."""
     page.route("**/segment?*", lambda route: route.fulfill(status=502, body="<h1>Bad</h1>"))
     choose(page, CAT.read_bytes())
     expect_trouble(page, "The server could not answer")
@@ -97,7 +100,7 @@ def test_an_error_that_is_not_the_services_own(page: Page) -> None:
 
 
 def test_cancel(page: Page) -> None:
-    """Ends the request itself, and leaves the page as it was."""
+    """Cancel aborts the request and restores the page."""
     page.route("**/segment?*", lambda route: None)
     with page.expect_event("requestfailed") as failed:
         choose(page, CAT.read_bytes())
@@ -110,7 +113,7 @@ def test_cancel(page: Page) -> None:
 
 
 def test_another_picture_while_one_is_on_its_way(page: Page) -> None:
-    """Only the last one given is shown."""
+    """The page shows only the latest picture."""
     page.route("**/segment?*", lambda route: None, times=1)
     choose(page, CAT.read_bytes(), "first.jpg")
     expect(page.get_by_role("progressbar")).to_be_visible()

@@ -1,57 +1,57 @@
-// The service's API as this page uses it: requests, errors in plain words, curl commands.
+// A client of the service's API: requests, error messages, curl commands.
 
-/** What went wrong, in words for whoever looks at the page. */
+/** A failed request, with a message for the user. */
 export class Failure extends Error {
   constructor(title, detail, { status = 0, retryAfterS = 1, requestId = "" } = {}) {
     super(title);
     Object.assign(this, { title, detail, status, retryAfterS, requestId });
   }
 
-  /** Whether the same request may well succeed later. */
-  get passing() {
+  /** Whether the same request may succeed later. */
+  get temporary() {
     return this.status === 0 || this.status === 429 || this.status >= 500;
   }
 }
 
 const TITLES = {
   "body-too-large": "This file is too large",
-  "deadline-exceeded": "It took too long",
+  "deadline-exceeded": "The request took too long",
   "image-too-large": "This picture has too many pixels",
   "internal-error": "Something went wrong on the server",
   "invalid-parameter": "The server does not accept this setting",
   "no-image": "This file is empty",
-  "not-ready": "The server is just starting or stopping",
+  "not-ready": "The server is starting or stopping",
   "overloaded": "The server is busy",
-  "rate-limited": "These were too many requests",
+  "rate-limited": "Too many requests",
   "undecodable-image": "This picture is damaged",
-  "unknown-model": "This model is not served",
-  "unsupported-image-type": "This file is not a picture that can be read",
+  "unknown-model": "The server does not have this model",
+  "unsupported-image-type": "This file is not a supported picture",
 };
 
 const ADVICE = {
-  "body-too-large": "Choose a smaller file, or save the picture with less quality.",
-  "deadline-exceeded": "Try again, or with less detail.",
-  "image-too-large": "Make the picture smaller, and try again.",
+  "body-too-large": "Choose a smaller file, or save the picture at a lower quality.",
+  "deadline-exceeded": "Try again, or choose less detail.",
+  "image-too-large": "Resize the picture and try again.",
   "not-ready": "Try again in a moment.",
   "overloaded": "Try again in a moment.",
   "rate-limited": "Try again later.",
-  "undecodable-image": "It may have been cut off on its way here. Try another copy of it.",
+  "undecodable-image": "The file may be incomplete. Try another copy.",
 };
 
 const KEY = "api-key";
 
-/** Send this API key from now on, until the tab is closed. */
+/** Send this API key with every request until the tab is closed. */
 export function useKey(key) {
   sessionStorage.setItem(KEY, key);
 }
 
-/** The headers that carry the key; none if there is none. */
+/** The headers that carry the API key; empty without a key. */
 export function credentials() {
   const key = sessionStorage.getItem(KEY);
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-/** An address of the service, wherever it is mounted; parameters that are undefined are left out. */
+/** A URL of the service under any root path. Parameters that are undefined are left out. */
 export function address(path, parameters = {}) {
   const url = new URL(path, document.baseURI);
   for (const [name, value] of Object.entries(parameters)) {
@@ -60,12 +60,19 @@ export function address(path, parameters = {}) {
   return url.href;
 }
 
+/** GET a JSON document. Rejects with a Failure, or with a TypeError without a connection. */
+export async function getJson(path, parameters) {
+  const response = await fetch(address(path, parameters), { headers: credentials() });
+  if (!response.ok) throw new Failure(response.statusText, "", { status: response.status });
+  return response.json();
+}
+
 /**
- * Send a picture to /segment. `picture`: a Blob; `as`: the type wanted back.
- * `onUpload` is told the part that is sent, 0 to 1. Resolves to {blob, stages, totalMs}; rejects
- * with a Failure, or with an AbortError when `signal` says so.
+ * Send a picture to /segment. `picture`: a Blob; `as`: the accepted media type;
+ * `onUpload(part)`: called with the uploaded part, 0 to 1. Resolves to {blob, stages, totalMs}.
+ * Rejects with a Failure, or with an AbortError after `signal` aborts.
  *
- * XMLHttpRequest, because fetch cannot tell how far an upload is.
+ * Uses XMLHttpRequest because fetch does not report upload progress.
  */
 export function segment(picture, parameters, { as, signal, onUpload = () => {} }) {
   return new Promise((resolve, reject) => {
@@ -110,13 +117,13 @@ async function failure(request) {
   try {
     problem = JSON.parse(await request.response.text());
   } catch {
-    // A proxy's own error page; the status says enough.
+    // Not the service's own error, but for example a proxy's page: report the status only.
   }
   const kind = problem.type?.split("/").pop();
   const detail = [problem.detail && sentence(problem.detail), ADVICE[kind]];
   return new Failure(
     TITLES[kind] ?? problem.title ?? "The server could not answer",
-    detail.filter(Boolean).join(" ") || `It said ${request.status} ${request.statusText}.`,
+    detail.filter(Boolean).join(" ") || `The status is ${request.status} ${request.statusText}.`,
     {
       status: request.status,
       retryAfterS: Number(request.getResponseHeader("Retry-After")) || 1,
@@ -135,13 +142,13 @@ function sentence(detail) {
 
 const quote = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
 
-/** The command for a POSIX shell that asks what this page asked. `picture`: {name, url?}. */
-export function curlCommand(picture, parameters, as, output) {
+/** The POSIX shell command of a request to /segment. `picture`: {name, url?}. */
+export function curlCommand(picture, parameters, accept, output) {
   const body = picture.url
     ? `curl -s ${quote(picture.url)} | curl --data-binary @-`
     : `curl --data-binary ${quote(`@${picture.name}`)}`;
-  const accept = as ? ` -H ${quote(`Accept: ${as}`)}` : "";
-  // In double quotes: the shell puts the key in, which is not shown.
+  const header = accept ? ` -H ${quote(`Accept: ${accept}`)}` : "";
+  // In double quotes, so that the shell inserts the key and this page does not show it.
   const key = credentials().Authorization ? ' -H "Authorization: Bearer $FCN_API_KEY"' : "";
-  return `${body}${accept}${key} \\\n  ${quote(address("segment", parameters))} \\\n  -o ${output}`;
+  return `${body}${header}${key} \\\n  ${quote(address("segment", parameters))} \\\n  -o ${output}`;
 }

@@ -1,25 +1,31 @@
-// The page: from a picture to what is shown, downloaded and copied.
+// The page: takes a picture, shows its classes, and offers downloads and curl commands.
 
-import { address, credentials, curlCommand, Failure, segment, useKey } from "./api.js";
-import { decodeMask } from "./mask.js";
+import { credentials, curlCommand, Failure, getJson, segment, useKey } from "./api.js";
+import { create, element } from "./dom.js";
+import { BACKGROUND, decodeMask } from "./mask.js";
 import { drawLegend, drawTimes, duration, markLegend, share } from "./panel.js";
 import { listen } from "./sources.js";
 import { Viewer } from "./viewer.js";
+import { imageViews, MASK, STATISTICS } from "./views.js";
 
 const TRIES_WHEN_BUSY = 3;
-const LONGEST_WAIT_S = 60;
+const MAX_WAIT_S = 60;
 const BUSY = [429, 503];
+const NAMED_CLASSES = 4; // in the introduction
 
-const element = (id) => document.getElementById(id);
-const say = (text) => (element("status").textContent = text);
+const listOf = new Intl.ListFormat("en-GB");
+/** Report a change to screen readers. */
+const announce = (text) => (element("status").textContent = text);
+const chosenModel = () => element("model-choice").value || undefined;
 
-const viewer = new Viewer({ onToggle: toggle, onPoint: point, say });
+const viewer = new Viewer({ onToggle: toggle, onPoint: point, announce });
 
-let workingSize = 512; // the model's own; /model tells
-let picture = null; // {blob, name, url?}: the last one given
-let refused = null; // what was given without a key that the server takes
-let current = null; // {picture, parameters, png, classes}: what is shown
-let shown = new Set();
+let workingSize = 512; // of the default model, until GET /model answers
+let labels = null; // Promise of the answer to GET /classes for the chosen model
+let views = [MASK];
+let picture = null; // the latest {blob, name, url?}
+let refused = null; // the picture of a request that the server answered with 401
+let current = null; // the result shown: {picture, parameters, png, classes, background}
 let running = new AbortController();
 
 // ---- from a picture to its result ------------------------------------------------------------------
@@ -35,7 +41,7 @@ async function start(given) {
   try {
     const photo = readPhoto(given.blob);
     showPreview(photo, signal);
-    const parameters = { max_side: maxSide(), model: element("model-choice").value || undefined };
+    const parameters = { max_side: maxSide(), model: chosenModel() };
     const answer = await segmentPatiently(given.blob, parameters, signal);
     await showAnswer(answer, parameters, await photo, signal);
   } catch (error) {
@@ -47,11 +53,11 @@ async function start(given) {
       return;
     }
     if (!(error instanceof Failure)) console.error(error);
-    showFailure(error instanceof Failure ? error : new Failure("This page failed", String(error)));
+    showFailure(error instanceof Failure ? error : new Failure("This page has a fault", String(error)));
   }
 }
 
-/** The picture as an ImageBitmap, upright as its EXIF says; null if this browser cannot read it. */
+/** The picture as an ImageBitmap, turned as its EXIF says; null if the browser cannot read it. */
 async function readPhoto(blob) {
   try {
     return await createImageBitmap(blob, { imageOrientation: "from-image" });
@@ -69,24 +75,24 @@ async function showPreview(photo, signal) {
   preview.hidden = false;
 }
 
-/** Segment; while the server is busy, wait as long as it asks and try again. */
+/** Segment. While the server is busy, wait for the time that it asks for and try again. */
 async function segmentPatiently(blob, parameters, signal) {
   const onUpload = (part) => {
-    // All of it is sent: how long the rest takes, nobody knows.
+    // The server does not report its progress after the upload.
     if (part < 1) showPhase(`Uploading ${Math.floor(part * 100)}%`, part);
-    else showPhase("Looking at every pixel…");
+    else showPhase("Processing…");
   };
   for (let tried = 1; ; tried++) {
     showPhase("Uploading…");
-    say("Working on it");
+    announce("Processing the picture");
     try {
       const wanted = { ...parameters, mask: "png" };
       return await segment(blob, wanted, { as: "application/json", signal, onUpload });
     } catch (error) {
-      const waitable = BUSY.includes(error.status) && error.retryAfterS <= LONGEST_WAIT_S;
+      const waitable = BUSY.includes(error.status) && error.retryAfterS <= MAX_WAIT_S;
       if (!waitable || tried === TRIES_WHEN_BUSY) throw error;
-      say(error.title);
-      await countDown(error.retryAfterS, (left) => showPhase(`${error.title}. Next try in ${left} s`), signal);
+      announce(error.title);
+      await countDown(error.retryAfterS, (left) => showPhase(`${error.title}. Retrying in ${left} s`), signal);
     }
   }
 }
@@ -104,19 +110,20 @@ async function showAnswer({ blob, stages, totalMs }, parameters, photo, signal) 
   const png = Uint8Array.from(atob(answer.mask), (character) => character.charCodeAt(0));
   const mask = await decodeMask(png);
   if (photo?.width !== mask.width || photo?.height !== mask.height) {
-    // Not a format of this browser (TIFF), or turned otherwise: show the photo that the server saw.
+    // The browser cannot read the format (TIFF) or turns it differently: show the server's photo.
     const plain = { ...parameters, view: "overlay", alpha: 0 };
     const seen = await segment(picture.blob, plain, { as: "image/png", signal });
     photo = await createImageBitmap(seen.blob);
   }
+  const background = (await labels)?.classes.find(({ id }) => id === BACKGROUND)?.name;
   signal.throwIfAborted();
 
-  current = { picture, parameters, png, classes: answer.classes };
+  current = { picture, parameters, png, classes: answer.classes, background };
   setState("result");
   viewer.show(photo, mask, new Map(answer.classes.map((one) => [one.id, one])));
   photo.close();
   drawLegend(element("legend"), answer.classes, { onToggle: toggle, onPoint: point });
-  setShown(answer.classes.map((one) => one.id).filter((id) => id !== 0));
+  showAll();
   viewer.setOpacity(opacity());
   viewer.setContours(element("contours-on").checked);
   drawTimes(element("times"), stages, totalMs);
@@ -124,7 +131,7 @@ async function showAnswer({ blob, stages, totalMs }, parameters, photo, signal) 
   element("facts").textContent = `${picture.name} · ${mask.width} × ${mask.height}`;
   element("download-note").textContent = "";
   const found = answer.classes.map((one) => `${one.name} ${share(one.fraction)}`).join(", ");
-  say(`Done. Found: ${found}`);
+  announce(`Done. Found: ${found}`);
 }
 
 // ---- states ------------------------------------------------------------------------------------------
@@ -140,35 +147,35 @@ function showPhase(text, part) {
   else element("progress").value = part;
 }
 
-function showFailure({ title, detail, passing, requestId }) {
+function showFailure({ title, detail, temporary, requestId }) {
   setState("error");
   element("error-title").textContent = title;
   element("error-detail").textContent = detail;
   element("error-reference").textContent = requestId ? `Request ${requestId}` : "";
-  element("retry").hidden = !passing;
+  element("retry").hidden = !temporary;
   element("back").hidden = !current;
 }
 
 function cancel() {
   running.abort();
   goBack();
-  say("Cancelled");
+  announce("Cancelled");
   element(current ? "stage" : "file").focus();
 }
 
-/** To the last result, or to the beginning. */
+/** Return to the last result, or to the start. */
 function goBack() {
   picture = current?.picture ?? null;
   setState(current ? "result" : "empty");
 }
 
-// ---- the key, for servers that ask for one -----------------------------------------------------------
+// ---- the API key, if the server requires one ---------------------------------------------------------
 
 function askForKey() {
   const sent = credentials().Authorization;
   element("key-detail").textContent = sent
-    ? "The server does not know the key that was sent."
-    : "It is kept until this tab is closed.";
+    ? "The server does not accept this key."
+    : "The key is kept until you close this tab.";
   element("key").hidden = false;
   element("key-input").focus();
 }
@@ -177,27 +184,32 @@ function takeKey(event) {
   event.preventDefault();
   useKey(element("key-input").value);
   element("key").hidden = true;
-  askForModels();
+  showService();
   if (refused) start(refused);
   else element("file").focus();
 }
 
-// ---- what is seen of the result ----------------------------------------------------------------------
+// ---- which classes the result shows ------------------------------------------------------------------
+
+/** The classes of the result that can be shown or hidden. */
+const foreground = () => current.classes.filter(({ id }) => id !== BACKGROUND);
 
 function setShown(ids) {
-  shown = new Set(ids);
-  viewer.setShown(shown);
-  markLegend(element("legend"), { shown });
-  const all = current.classes.filter(({ id }) => id !== 0);
-  element("show-all").hidden = shown.size === all.length;
+  viewer.setShown(ids);
+  markLegend(element("legend"), { shown: viewer.shown });
+  element("show-all").hidden = foreground().every(({ id }) => viewer.shown.has(id));
   refreshCurl();
 }
 
+function showAll() {
+  setShown(foreground().map(({ id }) => id));
+}
+
 function toggle(id) {
-  const wasShown = shown.has(id);
-  setShown(wasShown ? [...shown].filter((one) => one !== id) : [...shown, id]);
+  const wasShown = viewer.shown.has(id);
+  setShown(wasShown ? [...viewer.shown].filter((one) => one !== id) : [...viewer.shown, id]);
   const { name } = current.classes.find((one) => one.id === id);
-  say(`${name} ${wasShown ? "hidden" : "shown"}`);
+  announce(`${name} ${wasShown ? "hidden" : "shown"}`);
 }
 
 function point(id) {
@@ -213,7 +225,7 @@ function refreshOpacity() {
   if (current) refreshCurl();
 }
 
-/** What to ask for: undefined for standard detail, so that the model's own size holds. */
+/** The parameter max_side; undefined for standard detail, which is the model's working size. */
 function maxSide() {
   const times = Number(element("detail").value);
   return times === 1 ? undefined : Math.round(workingSize * times);
@@ -221,31 +233,36 @@ function maxSide() {
 
 // ---- downloads and curl --------------------------------------------------------------------------------
 
-const VIEWS = {
-  mask: { file: "mask.png" },
-  overlay: { file: "overlay.png" },
-  cutout: { file: "cutout.png" },
-  json: { file: "answer.json", as: "application/json" },
-};
+/** Fill the list of downloads and the list of curl commands. */
+function offerViews() {
+  element("downloads").replaceChildren(...views.map(downloadButton));
+  element("curl-view").replaceChildren(...curlViews().map(({ title }) => new Option(title)));
+  if (current) refreshCurl();
+}
 
-/** The request that gives a view as it is seen now. */
-function request(view) {
-  const asked = { ...current.parameters };
-  if (view === "overlay" || view === "cutout") {
-    asked.view = view;
-    if (current.classes.some(({ id }) => id !== 0 && !shown.has(id))) {
-      const names = current.classes.filter(({ id }) => shown.has(id)).map(({ name }) => name);
-      asked.classes = names.join(",") || "background";
-    }
+function downloadButton(view) {
+  const button = create("button", "button", view.title);
+  button.type = "button";
+  button.addEventListener("click", () => download(view, button));
+  return button;
+}
+
+const curlViews = () => [...views, STATISTICS];
+
+/** The parameters of the request for a view with the settings of this page. */
+function parametersOf({ name, parameters }) {
+  const asked = { ...current.parameters, view: name };
+  const kept = foreground().filter(({ id }) => viewer.shown.has(id));
+  if (parameters.includes("classes") && kept.length < foreground().length) {
+    asked.classes = kept.map((one) => one.name).join(",") || current.background;
   }
-  if (view === "overlay") asked.alpha = opacity();
+  if (parameters.includes("alpha")) asked.alpha = opacity();
   return asked;
 }
 
 function refreshCurl() {
-  const view = element("curl-view").value;
-  const { as, file } = VIEWS[view];
-  element("curl").textContent = curlCommand(current.picture, request(view), as, file);
+  const view = curlViews()[element("curl-view").selectedIndex];
+  element("curl").textContent = curlCommand(current.picture, parametersOf(view), view.accept, view.file);
 }
 
 async function copyCurl() {
@@ -254,7 +271,7 @@ async function copyCurl() {
     await navigator.clipboard.writeText(text);
     flash(element("copy"), "Copied");
   } catch {
-    // Without https there is no clipboard to write to: leave it selected for Ctrl+C.
+    // Without HTTPS the page cannot write to the clipboard: select the text for Ctrl+C.
     getSelection().selectAllChildren(element("curl"));
     flash(element("copy"), "Press Ctrl+C");
   }
@@ -263,23 +280,24 @@ async function copyCurl() {
 function flash(button, text) {
   const before = (button.dataset.text ??= button.textContent);
   button.textContent = text;
-  say(text);
+  announce(text);
   setTimeout(() => (button.textContent = before), 2000);
 }
 
-/** The mask is here already; other views are the server's too, so that they are whole and exact. */
+/** Save a view. Only the mask is here already; the server renders the others at full size. */
 async function download(view, button) {
   const note = element("download-note");
   note.textContent = "";
   button.setAttribute("aria-busy", "true");
   try {
-    let blob = new Blob([current.png], { type: "image/png" });
-    if (view !== "mask") ({ blob } = await segment(current.picture.blob, request(view), { as: "image/png" }));
-    save(blob, `${current.picture.name.replace(/\.\w+$/, "")}-${VIEWS[view].file}`);
+    const { blob } = view === MASK
+      ? { blob: new Blob([current.png], { type: "image/png" }) }
+      : await segment(current.picture.blob, parametersOf(view), { as: view.type });
+    save(blob, `${current.picture.name.replace(/\.\w+$/, "")}-${view.file}`);
   } catch (error) {
     if (error.status === 401) askForKey();
     note.textContent = `${error.title ?? "The download failed"}. ${error.detail ?? error}`;
-    say(note.textContent);
+    announce(note.textContent);
   } finally {
     button.removeAttribute("aria-busy");
   }
@@ -293,45 +311,69 @@ function save(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-// ---- wiring ----------------------------------------------------------------------------------------------
+// ---- what the service offers -------------------------------------------------------------------------
+
+/** GET a JSON document; null if that fails: the request for a picture then reports the failure. */
+async function ask(path, parameters) {
+  const sent = credentials().Authorization;
+  try {
+    return await getJson(path, parameters);
+  } catch (error) {
+    // The user may have entered another key since.
+    if (error.status === 401 && sent === credentials().Authorization) askForKey();
+    return null;
+  }
+}
+
+function showService() {
+  showModels();
+  showClasses();
+  showViews();
+}
+
+async function showModels() {
+  const [model, listed] = await Promise.all([ask("model"), ask("models")]);
+  if (!model || !listed) return;
+  workingSize = model.working_size;
+  element("model").textContent = `${model.name} ${model.version}, ${model.precision}`;
+  // An empty value leaves the parameter out: the server then takes its default.
+  const choices = listed.models.map((one) => new Option(one.name, one.default ? "" : one.name));
+  element("model-choice").replaceChildren(...choices);
+  element("models").hidden = choices.length < 2;
+}
+
+async function showClasses() {
+  labels = ask("classes", { model: chosenModel() });
+  const answer = await labels;
+  if (!answer) return;
+  const names = answer.classes.filter(({ id }) => id !== BACKGROUND).map(({ name }) => name);
+  const more = names.length - NAMED_CLASSES;
+  if (more > 1) names.splice(NAMED_CLASSES, more, `${more} other classes`);
+  element("known").textContent = names.length ? `The model recognises ${listOf.format(names)}.` : "";
+}
+
+async function showViews() {
+  const answer = await ask("views");
+  if (answer) views = [MASK, ...imageViews(answer.views)];
+  offerViews();
+}
+
+// ---- events ------------------------------------------------------------------------------------------
 
 listen({ onPicture: start, onTrouble: (text) => (element("notice").textContent = text) });
 element("key").addEventListener("submit", takeKey);
 element("cancel").addEventListener("click", cancel);
 element("retry").addEventListener("click", () => start(picture));
 element("back").addEventListener("click", goBack);
+element("model-choice").addEventListener("change", showClasses);
 for (const setting of ["detail", "model-choice"]) {
   element(setting).addEventListener("change", () => picture && start(picture));
 }
 element("opacity").addEventListener("input", refreshOpacity);
 element("contours-on").addEventListener("change", (event) => viewer.setContours(event.target.checked));
-element("show-all").addEventListener("click", () =>
-  setShown(current.classes.map(({ id }) => id).filter((id) => id !== 0)));
+element("show-all").addEventListener("click", showAll);
 element("curl-view").addEventListener("change", refreshCurl);
 element("copy").addEventListener("click", copyCurl);
-for (const button of document.querySelectorAll("[data-download]")) {
-  button.addEventListener("click", () => download(button.dataset.download, button));
-}
 refreshOpacity();
-
-async function askForModels() {
-  const ask = async (path) => {
-    const answer = await fetch(address(path), { headers: credentials() });
-    if (answer.status === 401) askForKey();
-    if (!answer.ok) throw new Error(answer.statusText);
-    return answer.json();
-  };
-  try {
-    const [model, { models }] = await Promise.all([ask("model"), ask("models")]);
-    workingSize = model.working_size;
-    element("model").textContent = `${model.name} ${model.version}, ${model.precision}`;
-    // No value, no parameter: the default is the server's own.
-    const choices = models.map((one) => new Option(one.name, one.default ? "" : one.name));
-    element("model-choice").replaceChildren(...choices);
-    element("models").hidden = models.length < 2;
-  } catch {
-    // The page says it when a picture is sent.
-  }
-}
-
-askForModels();
+offerViews();
+showService();

@@ -1,10 +1,14 @@
-// A mask: class ids, and what is drawn from them.
+// The mask: class ids, decoded and drawn.
+
+/** The background's class id in every model. The background is neither painted nor outlined. */
+export const BACKGROUND = 0;
 
 /**
- * Class ids of the service's mask PNG: {width, height, ids}, ids: Uint8Array, row after row.
+ * Decode the service's mask PNG to {width, height, ids}. `ids`: a Uint8Array of class ids in
+ * row-major order.
  *
- * Read from the file itself and not through a canvas: browsers that guard against fingerprinting
- * change what a canvas gives back. The service writes 8-bit indices without filters.
+ * A canvas cannot be used: browsers that resist fingerprinting change the pixels that a canvas
+ * returns. The service writes 8-bit indices without filters.
  */
 export async function decodeMask(png) {
   const view = new DataView(png.buffer, png.byteOffset, png.byteLength);
@@ -29,14 +33,17 @@ export async function decodeMask(png) {
   return { width, height, ids };
 }
 
-/** Paint the shown classes' colours, opaque, on a canvas of any size; the rest stays clear. */
-export function paint(canvas, mask, colors, shown) {
+/**
+ * Paint the colours of the shown classes, opaque, on a canvas of any size. The rest stays
+ * transparent. `classes`: Map of id to {color}; `shown`: Set of ids.
+ */
+export function paint(canvas, mask, classes, shown) {
   const { width, height } = canvas;
   const context = canvas.getContext("2d");
   const image = context.createImageData(width, height);
   const rgba = new Uint32Array(image.data.buffer);
   const byId = new Uint32Array(256);
-  for (const id of shown) byId[id] = pack(colors.get(id));
+  for (const id of shown) byId[id] = pack(classes.get(id).color);
 
   const column = Uint32Array.from({ length: width }, (_, x) => Math.floor((x * mask.width) / width));
   for (let y = 0; y < height; y++) {
@@ -46,21 +53,21 @@ export function paint(canvas, mask, colors, shown) {
   context.putImageData(image, 0, 0);
 }
 
-/** One pixel of ImageData as a number, in this machine's byte order. */
+/** An opaque pixel of ImageData as a 32-bit number in the machine's byte order. */
 function pack([red, green, blue]) {
   return new Uint32Array(Uint8Array.of(red, green, blue, 255).buffer)[0];
 }
 
 /**
- * Outlines along the pixels' edges: Map of class id to SVG path data, background left out. The
- * picture's own border is nobody's outline.
+ * Outlines along pixel edges: Map of class id to SVG path data, without the background. The border
+ * of the picture belongs to no outline.
  */
 export function outlines({ width, height, ids }) {
   const pieces = new Map();
   const add = (id, piece) => {
-    if (id !== 0) pieces.has(id) ? pieces.get(id).push(piece) : pieces.set(id, [piece]);
+    if (id !== BACKGROUND) pieces.has(id) ? pieces.get(id).push(piece) : pieces.set(id, [piece]);
   };
-  // Runs of the same two classes on both sides of a line become one stroke for each of them.
+  // A run of edges between the same two classes becomes one stroke of each class.
   const walk = (lines, length, first, second, stroke) => {
     for (let line = 1; line < lines; line++) {
       for (let at = 0; at < length; ) {

@@ -1,4 +1,7 @@
-// Beside the picture: legend, times.
+// The panel beside the picture: legend, times.
+
+import { create, css } from "./dom.js";
+import { BACKGROUND } from "./mask.js";
 
 const digits = { minimumFractionDigits: 1, maximumFractionDigits: 1 };
 const percent = new Intl.NumberFormat("en", { style: "percent", ...digits });
@@ -13,7 +16,7 @@ const STAGES = {
   encode: "Writing",
 };
 
-/** A class's share for people: "76.9%"; what rounds to nothing is "under 0.1%". */
+/** A fraction as text: "76.9%". A small one is "under 0.1%" rather than zero. */
 export function share(fraction) {
   return fraction < 0.001 ? "under 0.1%" : percent.format(fraction);
 }
@@ -22,31 +25,21 @@ export function duration(ms) {
   return ms < 1000 ? `${oneDigit.format(ms)} ms` : `${oneDigit.format(ms / 1000)} s`;
 }
 
-/** Fill the legend; `onToggle(id)` and `onPoint(id or null)` are its users' wishes. */
+/** Fill the legend. `onToggle(id)`: a class was clicked; `onPoint(id or null)`: pointer or focus moved. */
 export function drawLegend(list, classes, { onToggle, onPoint }) {
   list.replaceChildren(...classes.map((one) => legendItem(one, { onToggle, onPoint })));
 }
 
 function legendItem({ id, name, color, fraction }, { onToggle, onPoint }) {
-  const item = document.createElement("li");
-  // Nothing is painted for the background, so there is nothing to hide.
-  const row = document.createElement(id === 0 ? "div" : "button");
-  row.className = "class";
+  const item = create("li");
+  // The background is not painted, so it cannot be hidden.
+  const row = create(id === BACKGROUND ? "div" : "button", "class");
   row.dataset.id = id;
-  const swatch = document.createElement("i");
-  swatch.className = "swatch";
-  swatch.style.background = `rgb(${color.join(" ")})`;
-  const label = document.createElement("span");
-  label.className = "class-name";
-  label.textContent = name;
-  const part = document.createElement("span");
-  part.className = "class-share";
-  part.textContent = share(fraction);
-  const bar = document.createElement("span");
-  bar.className = "bar";
-  bar.style.setProperty("--part", fraction);
-  row.append(swatch, label, part, bar);
-  if (id !== 0) {
+  const swatch = create("i", "swatch");
+  swatch.style.background = css(color);
+  const label = create("span", "class-name", name);
+  row.append(swatch, label, create("span", "class-share", share(fraction)), bar(fraction));
+  if (id !== BACKGROUND) {
     row.type = "button";
     row.setAttribute("aria-pressed", "true");
     row.addEventListener("click", () => onToggle(id));
@@ -57,30 +50,32 @@ function legendItem({ id, name, color, fraction }, { onToggle, onPoint }) {
   return item;
 }
 
-/** Mark the shown classes, and the one under the pointer. */
+/** A bar whose filled part is 0 to 1. */
+function bar(part) {
+  const made = create("span", "bar");
+  made.style.setProperty("--part", part);
+  return made;
+}
+
+/** Mark the shown classes, and the class under the pointer. */
 export function markLegend(list, { shown, pointed }) {
   for (const row of list.querySelectorAll(".class")) {
     const id = Number(row.dataset.id);
-    if (shown && id !== 0) row.setAttribute("aria-pressed", shown.has(id));
+    if (shown && id !== BACKGROUND) row.setAttribute("aria-pressed", shown.has(id));
     if (pointed !== undefined) row.classList.toggle("pointed", id === pointed);
   }
 }
 
-/** A row for each of the server's stages, and one for the way there and back. */
+/** One row for each of the server's stages, and one for the transfer. */
 export function drawTimes(list, stages, totalMs) {
   const onTheServer = stages.reduce((sum, [, ms]) => sum + ms, 0);
-  const rows = [...stages, ["way", Math.max(totalMs - onTheServer, 0)]];
+  const rows = stages.map(([stage, ms]) => [STAGES[stage] ?? stage, ms]);
+  rows.push(["Transfer", Math.max(totalMs - onTheServer, 0)]);
   list.replaceChildren(
-    ...rows.flatMap(([stage, ms]) => {
-      const name = document.createElement("dt");
-      name.textContent = stage === "way" ? "Transfer" : (STAGES[stage] ?? stage);
-      const value = document.createElement("dd");
-      value.textContent = duration(ms);
-      const bar = document.createElement("span");
-      bar.className = "bar";
-      bar.style.setProperty("--part", ms / totalMs);
-      value.append(bar);
-      return [name, value];
+    ...rows.flatMap(([name, ms]) => {
+      const value = create("dd", "", duration(ms));
+      value.append(bar(ms / totalMs));
+      return [create("dt", "", name), value];
     }),
   );
 }

@@ -1,10 +1,10 @@
-// Where pictures come from: a file, a drop, the clipboard, the camera, the samples.
+// The sources of a picture: a file, a drop, the clipboard, the camera, the samples.
 
-const element = (id) => document.getElementById(id);
+import { element } from "./dom.js";
 
 /**
- * Wire all of them up. `onPicture({blob, name, url})`: one was given; `url` only where curl can fetch
- * it. `onTrouble(text)`: there was none in what was dropped or pasted.
+ * Listen to every source. `onPicture({blob, name, url})`: called with a picture, with `url` if curl
+ * can download it. `onTrouble(text)`: called with a message if there is no picture.
  */
 export function listen({ onPicture, onTrouble }) {
   const fromFile = (file) => onPicture({ blob: file, name: file.name });
@@ -12,7 +12,7 @@ export function listen({ onPicture, onTrouble }) {
   for (const input of [element("file"), element("capture")]) {
     input.addEventListener("change", () => {
       const [file] = input.files;
-      // So that the same file can be chosen again.
+      // Otherwise the same file cannot be chosen twice.
       input.value = "";
       element("camera-dialog").close();
       if (file) fromFile(file);
@@ -21,7 +21,7 @@ export function listen({ onPicture, onTrouble }) {
 
   document.addEventListener("paste", (event) => {
     const [file] = event.clipboardData.files;
-    if (!file) return onTrouble("There is no picture in the clipboard");
+    if (!file) return onTrouble("The clipboard contains no picture");
     const ending = file.type.split("/").pop() || "png";
     onPicture({ blob: file, name: `pasted.${ending}` });
   });
@@ -45,7 +45,7 @@ export function listen({ onPicture, onTrouble }) {
 
 function listenToDrops(onFile, onTrouble) {
   const sign = element("drop");
-  let inside = 0; // entering a child comes before leaving its parent
+  let inside = 0; // a child's dragenter comes before its parent's dragleave
   document.addEventListener("dragenter", (event) => {
     event.preventDefault();
     inside++;
@@ -62,7 +62,7 @@ function listenToDrops(onFile, onTrouble) {
     sign.hidden = true;
     const [file] = event.dataTransfer.files;
     if (file) onFile(file);
-    else onTrouble("What was dropped is not a file: save the picture first");
+    else onTrouble("The dropped item is not a file. Save the picture first.");
   });
 }
 
@@ -103,7 +103,7 @@ function listenToCamera(onPicture) {
   };
 
   element("camera").addEventListener("click", () => {
-    // Phones have a camera app that does it better, and without https there is nothing else.
+    // Phones have a better camera app. Without HTTPS a page has no access to the camera.
     const phone = matchMedia("(pointer: coarse)").matches;
     if (phone || !navigator.mediaDevices) element("capture").click();
     else start();
@@ -123,9 +123,9 @@ function listenToCamera(onPicture) {
 
 function explain(error) {
   const reasons = {
-    NotAllowedError: "This page may not use the camera. Allow it in the browser's settings for this page.",
+    NotAllowedError: "The browser blocks the camera for this page. Allow it in the browser's settings.",
     NotFoundError: "No camera was found.",
-    NotReadableError: "The camera is in use by another program.",
+    NotReadableError: "Another program uses the camera.",
   };
   return reasons[error.name] ?? "The camera cannot be used.";
 }

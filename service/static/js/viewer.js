@@ -1,13 +1,12 @@
 // The picture with its classes: layers, the class under the pointer, the keyboard's crosshair.
 
-import { outlines, paint } from "./mask.js";
+import { css, element } from "./dom.js";
+import { BACKGROUND, outlines, paint } from "./mask.js";
 import { Viewport } from "./viewport.js";
 
-// Below what iOS allows a canvas. Larger photos are shown smaller; their mask stays as it is.
-const MOST_CANVAS_PIXELS = 16_000_000;
-const PIXELS_SHOW_FROM = 3;
-
-const element = (id) => document.getElementById(id);
+// Below the canvas limit of iOS. A larger photo is scaled down on screen; its mask keeps its size.
+const MAX_CANVAS_PIXELS = 16_000_000;
+const PIXELATED_FROM_SCALE = 3;
 
 export class Viewer {
   #stage = element("stage");
@@ -23,9 +22,12 @@ export class Viewer {
   #cursor = null; // the crosshair's pixel
   #pointed = null; // the class under pointer or crosshair
 
-  /** `onToggle(id)`: show or hide a class; `onPoint(id or null)`: under the pointer now; `say(text)`. */
-  constructor({ onToggle, onPoint, say }) {
-    Object.assign(this, { onToggle, onPoint, say });
+  /**
+   * `onToggle(id)`: show or hide a class; `onPoint(id or null)`: the class under the pointer changed;
+   * `announce(text)`: for screen readers.
+   */
+  constructor({ onToggle, onPoint, announce }) {
+    Object.assign(this, { onToggle, onPoint, announce });
     this.#viewport = new Viewport(this.#stage, element("layers"), {
       onPick: (point) => this.#toggleAt(point),
       onMove: () => this.#moved(),
@@ -43,13 +45,13 @@ export class Viewer {
   show(photo, mask, classes) {
     this.#mask = mask;
     this.#classes = classes;
-    const fit = Math.min(1, Math.sqrt(MOST_CANVAS_PIXELS / (mask.width * mask.height)));
+    const fit = Math.min(1, Math.sqrt(MAX_CANVAS_PIXELS / (mask.width * mask.height)));
     for (const canvas of [this.#photo, this.#overlay]) {
       canvas.width = Math.max(1, Math.floor(mask.width * fit));
       canvas.height = Math.max(1, Math.floor(mask.height * fit));
     }
     const context = this.#photo.getContext("2d");
-    // The service puts transparent pictures on white too.
+    // As in the service: transparent pixels are white.
     context.fillStyle = "white";
     context.fillRect(0, 0, this.#photo.width, this.#photo.height);
     context.drawImage(photo, 0, 0, this.#photo.width, this.#photo.height);
@@ -60,11 +62,14 @@ export class Viewer {
     this.#viewport.show(mask.width, mask.height);
   }
 
-  /** The classes whose colours and outlines are seen. */
+  /** Ids of the classes whose colours and outlines are shown. */
+  get shown() {
+    return this.#shown;
+  }
+
   setShown(shown) {
     this.#shown = new Set(shown);
-    const colors = new Map([...this.#classes].map(([id, { color }]) => [id, color]));
-    paint(this.#overlay, this.#mask, colors, this.#shown);
+    paint(this.#overlay, this.#mask, this.#classes, this.#shown);
     for (const outline of this.#contours.children) {
       outline.toggleAttribute("hidden", !this.#shown.has(Number(outline.dataset.id)));
     }
@@ -78,7 +83,7 @@ export class Viewer {
     this.#contours.toggleAttribute("hidden", !on);
   }
 
-  /** Make one class's outline stand out; null: none. */
+  /** Emphasise the outline of one class, or of none (null). */
   highlight(id) {
     for (const outline of this.#contours.children) {
       outline.classList.toggle("strong", Number(outline.dataset.id) === id);
@@ -96,15 +101,15 @@ export class Viewer {
         path.setAttribute("class", layer);
         group.append(path);
       }
-      // VOC's colours are dark; halfway to white they can be told apart on any photo.
+      // A label set may use dark colours: halfway to white they stand out on any photo.
       const light = this.#classes.get(id).color.map((part) => Math.round((part + 255) / 2));
-      group.style.setProperty("--color", `rgb(${light.join(" ")})`);
+      group.style.setProperty("--color", css(light));
       return group;
     });
   }
 
   #moved() {
-    this.#overlay.classList.toggle("pixels", this.#viewport.scale >= PIXELS_SHOW_FROM);
+    this.#overlay.classList.toggle("pixels", this.#viewport.scale >= PIXELATED_FROM_SCALE);
     if (this.#cursor) this.#showTip(this.#viewport.toClient(this.#cursor));
     else this.#tip.hidden = true;
   }
@@ -129,7 +134,7 @@ export class Viewer {
   }
 
   #describe(id) {
-    const hidden = id !== 0 && !this.#shown.has(id);
+    const hidden = id !== BACKGROUND && !this.#shown.has(id);
     return this.#classes.get(id).name + (hidden ? " (hidden)" : "");
   }
 
@@ -137,7 +142,7 @@ export class Viewer {
     const id = this.#pointed;
     if (id === null) return;
     this.#tip.querySelector("span").textContent = this.#describe(id);
-    this.#tip.querySelector("i").style.background = `rgb(${this.#classes.get(id).color.join(" ")})`;
+    this.#tip.querySelector("i").style.background = css(this.#classes.get(id).color);
     this.#tip.hidden = false;
     const box = this.#stage.getBoundingClientRect();
     const left = Math.min(x - box.left + 14, box.width - this.#tip.offsetWidth - 4);
@@ -150,7 +155,7 @@ export class Viewer {
   #toggleAt(point) {
     const id = this.#idAt(point);
     this.#point(id);
-    if (id !== 0) this.onToggle(id);
+    if (id !== BACKGROUND) this.onToggle(id);
     this.#showTip(this.#viewport.toClient(point));
   }
 
@@ -180,7 +185,7 @@ export class Viewer {
   #stepCursor(dx, dy) {
     const { width, height } = this.#mask;
     const from = this.#cursor;
-    // The first key puts it into the middle.
+    // The first key places it in the middle.
     const to = from
       ? { x: from.x + dx, y: from.y + dy }
       : { x: Math.floor(width / 2), y: Math.floor(height / 2) };
@@ -202,7 +207,7 @@ export class Viewer {
     this.#crosshair.style.top = `${((point.y + 0.5) / this.#mask.height) * 100}%`;
     const before = had ? this.#pointed : null;
     this.#point(this.#idAt(point));
-    if (this.#pointed !== before) this.say(this.#describe(this.#pointed));
+    if (this.#pointed !== before) this.announce(this.#describe(this.#pointed));
     this.#viewport.reveal(point);
   }
 }

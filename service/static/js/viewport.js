@@ -1,21 +1,21 @@
-// Zoom and pan: where on the stage the picture lies, and the gestures that move it.
+// Zoom and pan: the position of the picture on the stage, and the gestures that change it.
 
 const CLICK_SLACK_PX = 6;
 const WHEEL_STEP = 0.0015;
-const MOST_ZOOM = 12;
+const MAX_ZOOM = 12;
 
 export class Viewport {
   #stage;
   #layers;
   #size = { width: 1, height: 1 };
   #scale = 1; // stage pixels per picture pixel
-  #x = 0; // of the picture's corner, in stage pixels
+  #x = 0; // of the picture's top left corner, in stage pixels
   #y = 0;
   #fitted = true;
   #pointers = new Map();
   #travelled = 0;
 
-  /** `onPick(point)`: clicked or tapped; `onMove()`: it lies elsewhere now. */
+  /** `onPick(point)`: the user clicked or tapped a pixel; `onMove()`: the position changed. */
   constructor(stage, layers, { onPick, onMove }) {
     this.#stage = stage;
     this.#layers = layers;
@@ -33,11 +33,7 @@ export class Viewport {
     return this.#scale;
   }
 
-  get zoomed() {
-    return !this.#fitted;
-  }
-
-  /** A new picture of this size, shown whole. */
+  /** Show the whole of a new picture of this size. */
   show(width, height) {
     this.#size = { width, height };
     this.fit();
@@ -49,11 +45,11 @@ export class Viewport {
     this.#place();
   }
 
-  /** Zoom by a factor; `at`, in client coordinates, stays where it is (default: the middle). */
+  /** Zoom by a factor around `at`, in client coordinates (default: the middle of the stage). */
   zoom(factor, at = this.#middle()) {
     const box = this.#stage.getBoundingClientRect();
     const fit = this.#fitScale();
-    const scale = Math.min(Math.max(this.#scale * factor, fit), fit * MOST_ZOOM);
+    const scale = Math.min(Math.max(this.#scale * factor, fit), fit * MAX_ZOOM);
     const x = at.x - box.left;
     const y = at.y - box.top;
     this.#x = x - ((x - this.#x) * scale) / this.#scale;
@@ -63,7 +59,7 @@ export class Viewport {
     this.#place();
   }
 
-  /** The picture's pixel under a point in client coordinates, or null beside the picture. */
+  /** The pixel of the picture at a point in client coordinates; null outside the picture. */
   toPicture({ x, y }) {
     const box = this.#stage.getBoundingClientRect();
     const column = Math.floor((x - box.left - this.#x) / this.#scale);
@@ -72,7 +68,7 @@ export class Viewport {
     return inside ? { x: column, y: row } : null;
   }
 
-  /** Where the middle of a picture's pixel is, in client coordinates. */
+  /** The client coordinates of the middle of a pixel of the picture. */
   toClient({ x, y }) {
     const box = this.#stage.getBoundingClientRect();
     return {
@@ -81,7 +77,7 @@ export class Viewport {
     };
   }
 
-  /** Pan just so far that a pixel can be seen. */
+  /** Pan by the smallest distance that makes a pixel visible. */
   reveal(point) {
     const box = this.#stage.getBoundingClientRect();
     const { x, y } = this.toClient(point);
@@ -105,7 +101,7 @@ export class Viewport {
   #place() {
     const width = this.#size.width * this.#scale;
     const height = this.#size.height * this.#scale;
-    // Centred where there is room, else without a gap at any side.
+    // Centre the picture if it fits; otherwise leave no gap at any side.
     const settle = (at, length, room) =>
       length <= room ? (room - length) / 2 : Math.min(Math.max(at, room - length), 0);
     this.#x = settle(this.#x, width, this.#stage.clientWidth);
@@ -113,18 +109,18 @@ export class Viewport {
     this.#layers.style.width = `${width}px`;
     this.#layers.style.height = `${height}px`;
     this.#layers.style.transform = `translate(${this.#x}px, ${this.#y}px)`;
-    // A whole picture leaves swiping up and down to the page.
+    // While the whole picture is visible, vertical swipes scroll the page.
     this.#stage.style.touchAction = this.#fitted ? "pan-y" : "none";
     this.#stage.classList.toggle("zoomed", !this.#fitted);
     this.onMove();
   }
 
   #wheel(event) {
-    // Scrolling on when the picture cannot get smaller moves the page.
+    // When the picture cannot get smaller, the wheel scrolls the page.
     if (event.deltaY > 0 && this.#fitted) return;
     event.preventDefault();
     const pixels = event.deltaY * (event.deltaMode === WheelEvent.DOM_DELTA_LINE ? 30 : 1);
-    // A touchpad's pinch comes as a wheel with Ctrl, in small steps.
+    // Browsers report a touchpad's pinch as small wheel steps with Ctrl.
     this.zoom(Math.exp(-pixels * WHEEL_STEP * (event.ctrlKey ? 6 : 1)), event);
   }
 
