@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import Page, Route, expect
 
 from tests.artefacts import encode
-from tests.browser.actions import canvas, choose, expect_result, painted
+from tests.browser.actions import PHONE, canvas, choose, expect_result, painted
 from tests.browser.test_accessibility import assert_nothing_serious
 
 COLOR_SEED = 7
@@ -80,11 +81,15 @@ def test_the_classes_of_the_model(page: Page, count: int, known: str) -> None:
     assert np.array_equal(canvas(page, "overlay"), painted(mask, palette=palette))
 
 
-def test_a_picture_with_every_class(page: Page) -> None:
-    """255 classes in one picture fit the legend, and the overlay has all their colours."""
+def test_a_picture_with_every_class(open_page: Callable[..., Page]) -> None:
+    """255 classes, one with a long name, fit a phone. The overlay has all their colours."""
+    page = open_page(viewport=PHONE)
     labels = label_set(255)
+    labels[1]["name"] = "long_name_" * 6
     mask = np.arange(255, dtype=np.uint8).repeat(64).reshape(255, 64)
     serve(page, labels, mask)
+    expect(page.locator("#known")).to_contain_text("long_name_")
+    assert_nothing_serious(page)
     choose(page, encode(np.zeros((255, 64, 3), dtype=np.uint8)), "field.png", "image/png")
     expect_result(page, "field.png", (64, 255))
     expect(page.locator("#legend .class")).to_have_count(255)
