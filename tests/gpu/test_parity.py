@@ -97,7 +97,7 @@ def test_photos_larger_than_the_output_buffer(
     prepare: Callable[..., Task],
     on_cpu: Callable[[Task], Labels],
 ) -> None:
-    """12 megapixels with confidences need two downloads; such photos can share a batch."""
+    """12 megapixels with confidences need two rounds of downloads; such photos share a batch."""
     height, width = TWELVE_MEGAPIXELS
     assert 2 * height * width > OUTPUT_BYTES
     large = [prepare(photo, TWELVE_MEGAPIXELS, with_confidence=True) for photo in photos[:2]]

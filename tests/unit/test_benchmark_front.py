@@ -72,7 +72,7 @@ def test_another_size_scales_the_listed_shapes() -> None:
 
 @pytest.mark.parametrize("size", [64, 96, 160])
 def test_another_size_reaches_the_network(tiny_artefact: Path, size: int) -> None:
-    """The input has that longest side, and the logits have that of the input over the stride."""
+    """The input has that longest side, and the logits are smaller than the input by the stride."""
     model = load_model(tiny_artefact, "cpu", threads=1)
     sized = replace(model, contract=at_size(model.contract, size))
     sized.warm_up()  # raises unless the logits have the size of the input over the stride
