@@ -1,4 +1,4 @@
-"""A tiny network in the shape of the contract, and photos that it must get right."""
+"""A tiny network that follows the model contract, and photos whose masks are known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRIDE = 16
 SHAPES = ((64, 96), (96, 64), (96, 96))
 WORKING_SIZE = 96
 
-# Makes softmax of neighbouring colours neither flat nor one-hot.
+# Scaled so that the softmax of neighbouring colours is neither flat nor one-hot.
 SCALE = 2000.0
 
 
@@ -46,10 +46,10 @@ def make_contract(**changes: object) -> ModelContract:
 def build_network(
     metadata: Mapping[str, str], stride: int = STRIDE, labels: LabelSet = voc.LABELS
 ) -> onnx.ModelProto:
-    """A graph that labels each cell of stride x stride pixels by the nearest class colour.
+    """A graph that labels each cell of stride x stride pixels with its nearest class colour.
 
-    The logits are minus the squared distance to each palette colour, less the part that is the
-    same for all: a linear function, so one 1x1 convolution after an average pool.
+    The logits are minus the squared distance to each palette colour, without the term that is the
+    same for all colours. That is linear: a 1x1 convolution after an average pool.
     """
     palette = np.array(labels.colors, dtype=np.float32)
     weight = (2 * palette / SCALE).reshape(-1, 3, 1, 1)
@@ -92,7 +92,7 @@ def build_artefact(
     version: str = "1",
     labels: LabelSet = voc.LABELS,
 ) -> Path:
-    """Write network and manifest; ``metadata`` and ``stride`` are for making them disagree."""
+    """Write network and manifest; ``metadata`` and ``stride`` can make the two disagree."""
     folder.mkdir(parents=True, exist_ok=True)
     contract = make_contract(name=name, version=version, labels=labels)
     path = folder / "network.onnx"
@@ -108,7 +108,7 @@ def build_artefact(
 
 
 def add_precision(folder: Path, precision: Precision) -> None:
-    """Put the same network into an artefact again, as one of another precision."""
+    """Add the same network to an artefact under another precision."""
     path = folder / f"network.{precision}.onnx"
     onnx.save(build_network(make_contract(precision=precision).to_metadata()), path)
     manifest = load_manifest(folder)
@@ -119,20 +119,20 @@ def add_precision(folder: Path, precision: Precision) -> None:
 def paint(
     ids: npt.NDArray[np.uint8], cell: int = STRIDE, labels: LabelSet = voc.LABELS
 ) -> npt.NDArray[np.uint8]:
-    """A ``(h*cell, w*cell, 3) uint8`` RGB photo of a ``(h, w)`` map of class ids."""
+    """Paint a ``(h, w)`` map of class ids as a ``(h*cell, w*cell, 3) uint8`` RGB photo."""
     big = ids.repeat(cell, axis=0).repeat(cell, axis=1)
     return labels.palette[big]
 
 
 def encode(image: npt.NDArray[np.uint8], image_format: str = "PNG", **options: object) -> bytes:
-    """An image as a file."""
+    """Encode an image as a file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, image_format, **options)
     return file.getvalue()
 
 
 def two_class_photo() -> npt.NDArray[np.uint8]:
-    """(64, 96, 3) uint8: a person on the right half, a cat in the left, below background."""
+    """(64, 96, 3) uint8: a person in the right half, a cat below background in the left."""
     ids = np.zeros((4, 6), dtype=np.uint8)
     ids[1:, :2] = voc.CLASSES.index("cat")
     ids[:, 3:] = voc.CLASSES.index("person")

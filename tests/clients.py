@@ -1,4 +1,4 @@
-"""Clients of the service: in this process over ASGI, or of a server process over a socket."""
+"""Clients of the service, in this process over ASGI or over a socket to a server process."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ T = TypeVar("T")
 
 Check = Callable[[httpx.Response], Awaitable[None]]
 CHECKS: list[Callable[[FastAPI, Settings], Check]] = []
-"""What looks at every answer over ASGI; `tests.integration` has what it needs for that."""
+"""Checks of every answer over ASGI; `tests.integration` adds to them."""
 
 
 @dataclass(frozen=True)
 class InProcess:
-    """An HTTP client and the service behind it."""
+    """An HTTP client and its service."""
 
     http: httpx.AsyncClient
     service: Service
@@ -47,7 +47,7 @@ class InProcess:
 async def in_process(
     settings: Settings, session: InferenceSession | None = None
 ) -> AsyncIterator[InProcess]:
-    """The app with its lifespan, without a socket."""
+    """Open the app with its lifespan, without a socket."""
     app = create_app(settings, session)
     hooks = {"response": [check(app, settings) for check in CHECKS]}
     async with app.router.lifespan_context(app) as state:
@@ -60,7 +60,7 @@ async def in_process(
 
 
 def address_of(url: str) -> tuple[str, int]:
-    """A URL's host and port."""
+    """The host and port of a URL."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None
@@ -81,18 +81,18 @@ class Server:
 
 
 def environment(**variables: object) -> dict[str, str]:
-    """This process's environment with ``FCN_*`` variables."""
+    """This process's environment, with ``variables`` added as ``FCN_*``."""
     given = {f"FCN_{name.upper()}": str(value) for name, value in variables.items()}
     return {**os.environ, "PYTHONUNBUFFERED": "1", **given}
 
 
 def command_line(*arguments: str | Path) -> list[str]:
-    """``fcn-segment`` of this very interpreter."""
+    """The command ``fcn-segment`` with this interpreter."""
     return [sys.executable, "-W", "error", "-m", "service", *map(str, arguments)]
 
 
 def fails(*arguments: str | Path, **variables: object) -> tuple[int, str]:
-    """Run the command line, which must end by itself: its status and stderr."""
+    """Run the command line until it exits; returns its status and stderr."""
     done = subprocess.run(
         command_line(*arguments),
         env=environment(**variables),
@@ -106,13 +106,13 @@ def fails(*arguments: str | Path, **variables: object) -> tuple[int, str]:
 
 
 def head(body_bytes: int, *headers: str) -> bytes:
-    """A request's head, as it goes over the wire."""
+    """The head of a request as bytes."""
     lines = ["POST /segment HTTP/1.1", "Host: x", f"Content-Length: {body_bytes}", *headers]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
 def receive_until(connection: socket.socket, end: bytes) -> bytes:
-    """What comes, up to ``end``; a response may come in several pieces."""
+    """Receive up to and including ``end``, which may take several pieces."""
     received = b""
     while not received.endswith(end):
         piece = connection.recv(65536)
@@ -123,7 +123,7 @@ def receive_until(connection: socket.socket, end: bytes) -> bytes:
 
 @contextlib.contextmanager
 def drained(server: Server) -> Iterator[Server]:
-    """Read a server's log away, so that it never waits for a reader; stop it at the end."""
+    """Discard a server's log so that writing it never blocks; stop the server at the end."""
     assert server.process.stderr is not None
     reader = threading.Thread(target=server.process.stderr.read)
     reader.start()
@@ -136,7 +136,7 @@ def drained(server: Server) -> Iterator[Server]:
 
 @contextlib.contextmanager
 def serving(model: Path, *arguments: str, **variables: object) -> Iterator[Server]:
-    """Start ``serve`` on a free port, wait until it says that it listens, stop it at the end."""
+    """Start ``serve`` on a free port, wait until it listens, and stop it at the end."""
     fixed = {"model": model, "port": 0, "threads": 1, "log_format": "json"}
     process = subprocess.Popen(
         command_line("serve", *arguments),
@@ -164,14 +164,14 @@ def _listening(process: subprocess.Popen[str]) -> Mapping[str, Any]:
 
 
 def mask_of(response: httpx.Response) -> npt.NDArray[np.uint8]:
-    """The class ids of a palette PNG."""
+    """The class ids in a palette PNG."""
     with Image.open(io.BytesIO(response.content)) as image:
         assert image.mode == "P"
         return np.asarray(image)
 
 
 def assert_problem(response: httpx.Response, status: int, slug: str) -> dict[str, Any]:
-    """The answer is RFC 9457's, whole, and about this request."""
+    """Assert a complete RFC 9457 problem about this request; returns it."""
     assert response.headers["Content-Type"] == "application/problem+json"
     problem: dict[str, Any] = response.json()
     assert (response.status_code, problem["type"]) == (status, f"/problems/{slug}")
@@ -185,7 +185,7 @@ def assert_problem(response: httpx.Response, status: int, slug: str) -> dict[str
 
 @contextlib.contextmanager
 def under_load(clients: int, ask: Callable[[], T]) -> Iterator[list[T]]:
-    """``ask`` again and again, in so many threads at once; yields what it returned so far."""
+    """Call ``ask`` repeatedly in ``clients`` threads; yields the list of its results so far."""
     outcomes: list[T] = []
     enough = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: markers by folder, and a tiny artefact that knows VOC's colours."""
+"""Shared by all tests: markers by folder, and an artefact with a tiny network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the marker of its folder."""
+    """Mark each test with the name of its folder."""
     for item in items:
         folder = item.path.relative_to(TESTS).parts[0]
         if (TESTS / folder).is_dir():
@@ -31,20 +31,20 @@ def anyio_backend() -> str:
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the developer's shell reaches a test."""
+    """Remove the service's settings from the environment."""
     for variable in [name for name in os.environ if name.startswith(ENV_PREFIX)]:
         monkeypatch.delenv(variable)
 
 
 @pytest.fixture(scope="session")
 def tiny_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact folder whose network labels each cell by its nearest VOC colour."""
+    """An artefact folder whose network labels each cell with its nearest VOC colour."""
     return build_artefact(tmp_path_factory.mktemp("artefacts") / "tiny")
 
 
 @pytest.fixture
 def make_settings(tiny_artefact: Path) -> Callable[..., Settings]:
-    """Settings for the tiny artefact on one thread; keyword arguments change them."""
+    """A function that makes settings for the tiny artefact; keyword arguments override them."""
 
     def make(**changes: object) -> Settings:
         fixed: dict[str, Any] = {"model": tiny_artefact, "threads": 1, "decode_workers": 1}

@@ -1,4 +1,4 @@
-"""Whether what the service answers is what its OpenAPI description says of it."""
+"""Check that the service's answers match its OpenAPI description."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _DESCRIPTIONS: dict[object, _Description] = {}
 
 
 def as_described(app: FastAPI, settings: Settings) -> Check:
-    """What checks the answers of an app with these settings; a description takes a while to make.
+    """A check for the answers of an app with these settings; descriptions are slow and reused.
 
-    It raises `AssertionError` for headers that are missing, and for a status, a media type or a
-    body that is not described.
+    The check raises `AssertionError` for missing headers, and for a status, a media type or a body
+    that is not described.
     """
     varying = (
         settings.api_keys_file is None,
@@ -32,7 +32,7 @@ def as_described(app: FastAPI, settings: Settings) -> Check:
 
 
 class _Description:
-    """What an app says of itself."""
+    """The OpenAPI description of an app."""
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
@@ -42,11 +42,11 @@ class _Description:
         return schemathesis.openapi.from_dict(self._app.openapi())
 
     async def check(self, response: httpx.Response) -> None:
-        """Raises `AssertionError`, or what Schemathesis raises for a body."""
+        """Raises `AssertionError`, or an error of Schemathesis for a body."""
         await response.aread()
         assert HEADERS.keys() <= {name.title() for name in response.headers}
         if response.status_code == 500:
-            return  # What nobody foresaw is not promised.
+            return  # Unexpected errors are not described.
         request = response.request
         operation = self._schema.find_operation_by_path(request.method, request.url.path)
         if operation is None or request.headers.get("Access-Control-Request-Method"):
@@ -57,9 +57,9 @@ class _Description:
         assert answer is not None, f"{told} is not described"
         media_type = response.headers["Content-Type"].partition(";")[0]
         assert media_type in answer["content"], f"{told}: {media_type} is not described"
-        # Lines of JSON are not one document.
+        # Lines of JSON are not a single document.
         if media_type != "application/x-ndjson":
-            # By hand: httpx' own response would want the request's body, which may be a stream.
+            # Built by hand: httpx's response needs the request's body, which may be a stream.
             operation.validate_response(
                 schemathesis.Response(
                     response.status_code,

@@ -1,4 +1,4 @@
-"""A stand-in for ONNX Runtime's session that the test holds still."""
+"""A stand-in for ONNX Runtime's session that a test can pause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.artefacts import make_contract
 
 @dataclass
 class FakeTensor:
-    """ONNX Runtime's ``NodeArg``."""
+    """A stand-in for ONNX Runtime's ``NodeArg``."""
 
     name: str
     type: str
@@ -24,17 +24,17 @@ class FakeTensor:
 
 @dataclass
 class FakeMetadata:
-    """ONNX Runtime's ``ModelMetadata``."""
+    """A stand-in for ONNX Runtime's ``ModelMetadata``."""
 
     custom_metadata_map: Mapping[str, str]
 
 
 @dataclass
 class FakeSession:
-    """Labels everything background.
+    """A session that labels everything background.
 
-    After the warm-up, every run says so in ``started`` and waits for ``gate``, which is open
-    until a test closes it; ``error`` is raised instead of an answer.
+    Each run sets ``started`` and waits for ``gate``, which is open until a test closes it. With
+    ``error`` set, a run raises it.
     """
 
     contract: ModelContract = field(default_factory=make_contract)
@@ -47,25 +47,25 @@ class FakeSession:
         self.gate.set()
 
     def get_inputs(self) -> Sequence[TensorInfo]:
-        """As the contract wants them."""
+        """The contract's input."""
         return [FakeTensor("image", "tensor(uint8)", ["N", "h", "w", 3])]
 
     def get_outputs(self) -> Sequence[TensorInfo]:
-        """As the contract wants them."""
+        """The contract's output."""
         return [FakeTensor("logits", "tensor(float)", ["N", 21, "lh", "lw"])]
 
     def get_modelmeta(self) -> FakeMetadata:
-        """The contract."""
+        """The contract's metadata."""
         return FakeMetadata(self.contract.to_metadata())
 
     def get_providers(self) -> Sequence[str]:
-        """The CPU."""
+        """The CPU provider."""
         return ["CPUExecutionProvider"]
 
     def run(
         self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
     ) -> Sequence[Any]:
-        """Logits of zeros, once the gate is open."""
+        """Zero logits, once the gate is open."""
         self.threads.append(threading.current_thread().name)
         self.started.set()
         assert self.gate.wait(timeout=30)
@@ -76,9 +76,9 @@ class FakeSession:
         return [np.zeros((batch, 21, height // stride, width // stride), dtype=np.float32)]
 
     def io_binding(self) -> Any:  # noqa: ANN401
-        """Only a GPU's path binds."""
+        """Not implemented: only the GPU path uses it."""
         raise NotImplementedError
 
     def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:  # noqa: ANN401
-        """Only a GPU's path binds."""
+        """Not implemented: only the GPU path uses it."""
         raise NotImplementedError

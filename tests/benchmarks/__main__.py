@@ -1,7 +1,7 @@
-"""``python -m tests.benchmarks``: measure, check that the masks agree, write the results.
+"""``python -m tests.benchmarks``: measure the service against its peers and compare the masks.
 
-Exit status: 0, or 1 if a side's masks differ from ours or a server failed. Missed targets are shown
-as such and change nothing: no test depends on time.
+Exit status: 0, or 1 if a contender's masks differ from ours or a server failed. Missed targets are
+reported; they do not change the exit status.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from typing import Final
 
 from service.settings import DEFAULT_MODEL
 from tests.benchmarks import components, lifecycle, network, photos, plots, report, serving
-from tests.benchmarks.bench import Bench
-from tests.benchmarks.servers import ROOT
+from tests.benchmarks.bench import ROOT, Bench
 
 Stage = Callable[[Bench], None]
 
@@ -36,15 +35,15 @@ PARTS: Final[dict[str, tuple[Stage, ...]]] = {
 
 
 def main() -> int:
-    """Run the parts asked for."""
+    """Run the requested parts."""
     parser = _parser()
     given = parser.parse_args()
     if unknown := set(given.only) - set(PARTS):
-        parser.error(f"--only: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"--only: unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     out: Path = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    met = report.environment()
+    machine = report.environment()
     sent = photos.serving_photos(out / "photos", given.data, 8 if given.quick else 16)
     rounds = given.rounds or (1 if given.quick else 3)
     bench = Bench(out, given.artifact, sent, rounds=rounds, quick=given.quick)
@@ -53,37 +52,51 @@ def main() -> int:
         for stage in (serving.sweep,) if given.sweep else PARTS[name]:
             try:
                 stage(bench)
-            # One server that does not start must not take the other parts' figures with it.
+            # If one server does not start, the other parts still get their figures.
             except (RuntimeError, OSError) as exc:
                 failures.append(f"{name}: {exc}")
                 print(f"FAILED {failures[-1]}", file=sys.stderr, flush=True)
-    met["seconds"] = round(time.monotonic() - started)
-    met["photos"] = "VOC val" if given.data else "scikit-image"
-    table = report.write(bench, met)
+    machine["seconds"] = round(time.monotonic() - started)
+    machine["photos"] = "VOC val" if given.data else "scikit-image"
+    table = report.write(bench, machine)
     plots.draw(bench)
-    print(f"\n{table.read_text(encoding='utf-8')}\n{met['seconds']} s; written to {out}")
+    print(f"\n{table.read_text(encoding='utf-8')}\n{machine['seconds']} s; written to {out}")
     return 1 if failures or serving.disagreements(bench.masks) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tests.benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="ours alone, under three minutes")
-    parser.add_argument("--sweep", action="store_true", help="try the peers' settings instead")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure ours only, in under three minutes"
+    )
+    parser.add_argument("--sweep", action="store_true", help="try out the peers' settings instead")
     parser.add_argument(
         "--only",
         type=lambda text: text.split(","),
         default=list(PARTS),
         metavar="PARTS",
-        help=f"comma-separated, of {', '.join(PARTS)}",
-    )
-    parser.add_argument("--rounds", type=int, help="turns of each side (default 3; quick 1)")
-    parser.add_argument(
-        "--data", type=Path, metavar="VOCdevkit", help="photos of its val list are sent"
+        help=f"comma-separated list of parts: {', '.join(PARTS)} (default: all)",
     )
     parser.add_argument(
-        "--artifact", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="what ours serves"
+        "--rounds", type=int, help="rounds per contender (default 3, with --quick 1)"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "benchmarks", metavar="DIR")
+    parser.add_argument(
+        "--data", type=Path, metavar="VOCdevkit", help="send photos of its val list"
+    )
+    parser.add_argument(
+        "--artifact",
+        type=Path,
+        default=DEFAULT_MODEL,
+        metavar="DIR",
+        help="artefact that ours serves",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "benchmarks",
+        metavar="DIR",
+        help="output folder (default runs/benchmarks)",
+    )
     return parser
 
 

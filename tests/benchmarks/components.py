@@ -1,9 +1,9 @@
-"""Single stages by size, against what one would use instead: time, CPU time, peak memory.
+"""Single stages by image size, against common libraries: time, CPU time, peak memory.
 
     python -m tests.benchmarks.components CASE SIDE FOLDER
 
-prints one case's peak memory in MiB, in a process that did nothing else. Times are taken in one
-process, the sides in turns, with all the threads that each side takes by default.
+prints the peak memory of one case in MiB, measured in a process of its own. Times are measured in
+one process. The sides alternate, each with its default number of threads.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ CASES: Final = {
     "photo to PNG 1920x1080": ("ours", "Pillow"),
     **{f"decoding {size}": ("ours", "Pillow") for size in SIZES},
 }
-"""What is measured, and who does it; the last word is the photo's size."""
+"""The cases and their sides; the last word of a case is the photo's size."""
 
 
 def measure(bench: Bench) -> None:
-    """Time every case in turns, then each one's peak memory."""
+    """Measure the time of every case, alternating its sides, and then their peak memory."""
     folder = bench.out / "components"
     store_inputs(folder, bench.photos[0], bench.artefact)
     for case, names in CASES.items():
@@ -70,7 +70,7 @@ def measure(bench: Bench) -> None:
 
 
 def store_inputs(folder: Path, photo: Path, artefact: Path) -> None:
-    """Real logits, masks and photos of every size, as files."""
+    """Write real logits, masks and photos of every size as files."""
     import torch
 
     from service.inference.session import load_model
@@ -96,7 +96,7 @@ def store_inputs(folder: Path, photo: Path, artefact: Path) -> None:
 
 
 def make(case: str, side: str, folder: Path) -> Work:
-    """One case's work as one side does it, its inputs loaded."""
+    """A function that does a case's work as one side does it, with its inputs loaded."""
     what, _, size = case.rpartition(" ")
     stored = np.load(folder / f"{size}.npz")
     jpeg = (folder / f"{size}.jpg").read_bytes()
@@ -146,7 +146,7 @@ def _ort_upsampling(
     resized: tuple[int, ...],
     padded: tuple[int, ...],
 ) -> Work:
-    """A graph of Resize and ArgMax, as one would append it to the network."""
+    """A graph of Resize and ArgMax, as it could be appended to the network."""
     import onnxruntime as ort  # type: ignore[import-untyped]
     from onnx import TensorProto, helper
 
@@ -172,7 +172,7 @@ def _ort_upsampling(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     stride = padded[0] / logits.shape[2]
-    # A hair more, so that rounding never takes away the last row.
+    # Slightly more, so that rounding never drops the last row.
     pairs = zip(photo, resized, strict=True)
     scales = [side * stride / small * (1 + 1e-6) for side, small in pairs]
     rows, columns = (
@@ -198,7 +198,7 @@ def _pillow_png(image: Any) -> bytes:  # noqa: ANN401
 
 
 def _timed(work: Work) -> tuple[float, float]:
-    """Wall and CPU milliseconds of one call, over as many calls as make 30 ms."""
+    """Wall and CPU milliseconds per call, averaged over at least 30 ms."""
     calls = 0
     started, cpu_s = time.perf_counter(), time.process_time()
     while calls == 0 or time.perf_counter() - started < 0.03:
@@ -227,10 +227,10 @@ def _memory_kib(name: str) -> int:
 
 
 def main() -> None:
-    """Print the peak of one case above what was held before it, in MiB."""
+    """Print by how many MiB one case raises the peak memory."""
     case, side, folder = sys.argv[1:]
     work = make(case, side, Path(folder))
-    # 5 sets the high-water mark to what is held now (proc_pid_clear_refs(5)).
+    # Writing 5 resets the peak to the current memory (proc_pid_clear_refs(5)).
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     held = _memory_kib("VmRSS")
     work()

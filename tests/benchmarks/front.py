@@ -1,12 +1,12 @@
-r"""Accuracy against CPU time, ours beside Google Coral's DeepLabv3, in one run.
+"""Accuracy against CPU time, for our artefacts and Google Coral's DeepLabv3, in one run.
 
     python -m tests.benchmarks.front --data VOCdevkit --artifact DIR --coral FILE.tflite
 
-Every artefact in each CPU precision it has, at each working size, as the service does it; a peer
-at the size that its file has. Prints the table, and writes ``front.json`` and ``front.png`` into
-``--out``. Accuracy does not depend on what else the machine does: it is counted once and kept in
-``accuracy.json``, so that an interrupted run goes on, and `--accuracy-only` leaves the times for
-when the machine is quiet. All times are taken anew, in one process.
+Measures each artefact in each of its CPU precisions and at each working size, with the service's
+data path, and each peer at the size of its file. Prints the table, and writes ``front.json`` and
+``front.png`` into ``--out``. Accuracy does not depend on the machine's load: it is stored in
+``accuracy.json``, so rerun the command to resume. With ``--accuracy-only`` the times can be
+measured later, on a quiet machine. All times are measured again in each run, in one process.
 """
 
 from __future__ import annotations
@@ -57,25 +57,25 @@ ROUNDS: Final = 7
 PACKAGES: Final = (
     *("onnxruntime", "ai-edge-litert", "numpy", "pillow", "simplejpeg", "cykooz-resizer"),
 )
-"""What the masks may depend on beside the networks and `DATA_PATH`."""
+"""Packages that the masks depend on, besides the networks and `DATA_PATH`."""
 
 DATA_PATH: Final = (decoding, preprocessing, session, upsampling)
 
 CORAL_PADDING: Final = (128, 128, 128)
-"""Zero in the quantisation of the input. Source: the file's own zero point."""
+"""The zero point of the file's input quantisation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side(Candidate):
-    """One that is loaded; ``label`` makes a photo its ``(H, W) uint8`` class ids, on all cores."""
+    """A loaded candidate. ``label`` maps a photo to ``(H, W) uint8`` class ids, on all cores."""
 
     label: Callable[[DecodedPhoto], Bytes]
 
 
 def at_size(contract: ModelContract, size: int) -> ModelContract:
-    """The contract with another working size, its listed shapes scaled along and rounded up.
+    """The contract with another working size; its listed shapes are scaled and rounded up.
 
-    Raises pydantic's ``ValidationError`` for a size that no contract may have.
+    Raises pydantic's ``ValidationError`` for a size that a contract does not allow.
     """
     shapes = {
         tuple(_scaled(side, size, contract.working_size) for side in shape)
@@ -91,7 +91,7 @@ def _scaled(side: int, size: int, working_size: int) -> int:
 
 
 def artefact_sides(folder: Path, sizes: Iterable[int]) -> Iterator[Side]:
-    """Ours: what the service opens and does, without its queue.
+    """Our sides: an artefact in each CPU precision and at each size, without the service's queue.
 
     Raises `ArtefactError` if the folder cannot be served.
     """
@@ -101,7 +101,7 @@ def artefact_sides(folder: Path, sizes: Iterable[int]) -> Iterator[Side]:
     for precision in PRECISIONS:
         if precision not in by_precision:
             continue
-        # An int8 network reads its weights out of the fp32 file.
+        # An int8 network reads weights from the fp32 file.
         files = tuple(dict.fromkeys((by_precision[precision], by_precision["fp32"])))
         model = load_model(folder, "cpu", precision=precision)
         for size in sizes:
@@ -111,7 +111,7 @@ def artefact_sides(folder: Path, sizes: Iterable[int]) -> Iterator[Side]:
 
 
 def label_as_served(model: Model, photo: DecodedPhoto) -> Bytes:
-    """The service's data path between decoding and encoding: see `service.segmenter`."""
+    """The service's data path from decoded photo to mask: see `service.segmenter`."""
     contract = model.contract
     geometry = Geometry.plan(photo.size, contract.working_size, contract.shapes)
     image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
@@ -119,11 +119,11 @@ def label_as_served(model: Model, photo: DecodedPhoto) -> Bytes:
 
 
 def coral_side(path: Path) -> Side:
-    """A DeepLabv3 of Google Coral's model zoo in TensorFlow Lite's own runtime, on all cores.
+    """A DeepLabv3 from Google Coral's model zoo in TensorFlow Lite's runtime, on all cores.
 
     Input ``(1, side, side, 3) uint8`` RGB, output ``(1, side, side)`` class ids.
     """
-    # The peers' environment has it, the tests' has not.
+    # Only the benchmarks' environment has it.
     from ai_edge_litert import interpreter as litert
 
     interpreter = litert.Interpreter(str(path), num_threads=available_cores())
@@ -142,10 +142,10 @@ def coral_side(path: Path) -> Side:
 
 
 def label_as_coral(infer: Callable[[Bytes], Bytes], size: int, photo: DecodedPhoto) -> Bytes:
-    """Longest side to the input's, the rest mid-grey; the ids come back by nearest neighbour.
+    """Resize the longest side to ``size``, pad with mid-grey, infer, and resize the ids back.
 
-    ``infer``: ``(size, size, 3) uint8`` RGB to ``(size, size) uint8`` class ids. The same code as
-    for ours resizes the photo.
+    ``infer``: ``(size, size, 3) uint8`` RGB to ``(size, size) uint8`` class ids. The photo is
+    resized by the same code as ours, the ids by nearest neighbour.
     """
     geometry = Geometry.plan(photo.size, size, [(size, size)])
     ids = infer(preprocess(photo.pixels, geometry, CORAL_PADDING, photo.box))
@@ -155,16 +155,16 @@ def label_as_coral(infer: Callable[[Bytes], Bytes], size: int, photo: DecodedPho
 
 
 def cache_key(candidate: Candidate, names: Sequence[str], code: str) -> str:
-    """What the accuracy of a candidate depends on, in one word.
+    """A hash of everything that a candidate's accuracy depends on.
 
-    ``names`` are those of the photos; ``code`` stands for the data path, see `code_digest`.
+    ``names``: the photos' names; ``code``: the hash of the data path, see `code_digest`.
     """
     parts = (candidate.files, candidate.precision, candidate.size, names, code)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def code_digest() -> str:
-    """The sources of both data paths and the versions of what they call, in one word."""
+    """A hash of the source of both data paths and of the versions of the packages they call."""
     versions = []
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -175,7 +175,7 @@ def code_digest() -> str:
 
 
 def count(side: Side, samples: Iterable[Sample]) -> npt.NDArray[np.int64]:
-    """The confusion matrix over photos at their own resolution, ``(21, 21) int64``.
+    """The confusion matrix over photos at native resolution, ``(21, 21) int64``.
 
     Raises `DatasetError` or `ImageError` if a photo or a mask is missing or wrong.
     """
@@ -189,17 +189,17 @@ def count(side: Side, samples: Iterable[Sample]) -> npt.NDArray[np.int64]:
 def count_all(
     sides: Iterable[Side], samples: Sequence[Sample], cache: Path
 ) -> list[ConfusionMatrix]:
-    """The confusion matrix of every side; what ``cache`` lacks is counted and kept there."""
+    """The confusion matrix of every side, from ``cache``, or counted and stored there."""
     names, code = [sample.name for sample in samples], code_digest()
-    kept: dict[str, Any] = json.loads(cache.read_text("utf-8")) if cache.exists() else {}
+    stored: dict[str, Any] = json.loads(cache.read_text("utf-8")) if cache.exists() else {}
     matrices = []
     for side in sides:
         key = cache_key(side, names, code)
-        if key not in kept:
+        if key not in stored:
             counts = count(side, samples).tolist()
-            kept[key] = {**about(side), "images": len(samples), "counts": counts}
-            write_json(cache, kept)
-        matrix = ConfusionMatrix(np.array(kept[key]["counts"], dtype=np.int64))
+            stored[key] = {**about(side), "images": len(samples), "counts": counts}
+            write_json(cache, stored)
+        matrix = ConfusionMatrix(np.array(stored[key]["counts"], dtype=np.int64))
         found = f"mIoU {matrix.mean_iou():.4f}"
         print(f"{side.network} {side.precision} {side.size}: {found}", flush=True)
         matrices.append(matrix)
@@ -207,12 +207,12 @@ def count_all(
 
 
 def about(candidate: Candidate) -> dict[str, Any]:
-    """What it is, without its figures."""
+    """The fields of a candidate, without figures."""
     return {field.name: getattr(candidate, field.name) for field in fields(Candidate)}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -221,14 +221,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def time_all(
     sides: Sequence[Side], photos: Sequence[DecodedPhoto], rounds: int = ROUNDS
 ) -> list[tuple[float, ...]]:
-    """Milliseconds a photo of each side in each round, the sides in turns, one photo at a time."""
-    for side in sides:  # the first run of a shape allocates
+    """Milliseconds per photo for each side and round; sides alternate, photos run one at a time."""
+    for side in sides:  # the first run of a shape allocates memory
         for photo in photos:
             side.label(photo)
     figures: list[list[float]] = [[] for _ in sides]
     for _ in range(rounds):
         for side, found in zip(sides, figures, strict=True):
-            # Uncounted: meanwhile the threads of the side before stop spinning.
+            # Not measured: meanwhile the previous side's threads stop spinning.
             side.label(photos[-1])
             started = time.perf_counter()
             for photo in photos:
@@ -238,13 +238,13 @@ def time_all(
 
 
 def evenly(samples: Sequence[Sample], wanted: int) -> list[DecodedPhoto]:
-    """At most so many decoded photos from all over the list, the same ones every time."""
+    """At most ``wanted`` decoded photos, evenly spaced over the list."""
     chosen = samples[:: max(1, len(samples) // wanted)][:wanted]
     return [decode(sample.image_path.read_bytes(), MAX_PIXELS) for sample in chosen]
 
 
 def main() -> int:
-    """Count, measure, print, write."""
+    """Count accuracy, measure times, print and write the results."""
     given = _parser().parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     samples = read_split(given.data, given.split)[: given.images]
@@ -254,8 +254,8 @@ def main() -> int:
     if given.accuracy_only:
         return 0
 
-    met = environment(PACKAGES)
-    met |= {"split": given.split, "images": len(samples), "rounds": ROUNDS}
+    machine = environment(PACKAGES)
+    machine |= {"split": given.split, "images": len(samples), "rounds": ROUNDS}
     photos = evenly(samples, TIMED_PHOTOS)
     points = [
         Point(**about(side), miou=m.mean_iou(), pixel_accuracy=m.pixel_accuracy(), rounds_ms=found)
@@ -263,9 +263,13 @@ def main() -> int:
     ]
     write_json(
         given.out / "front.json",
-        {"environment": met, "timed": len(photos), "points": [asdict(point) for point in points]},
+        {
+            "environment": machine,
+            "timed": len(photos),
+            "points": [asdict(point) for point in points],
+        },
     )
-    title = f"{len(samples)} photos of {given.split}; {met['cores']} cores of {met['cpu']}"
+    title = f"{len(samples)} photos of {given.split}; {machine['cores']} cores of {machine['cpu']}"
     draw(points, title, given.out / "front.png")
     print(f"\n{table(points)}\n\nwritten to {given.out}")
     return 0
@@ -278,18 +282,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="VOCdevkit", help="or its VOC2012"
+        "--data", type=Path, required=True, metavar="VOCdevkit", help="or its VOC2012 folder"
     )
     several: dict[str, Any] = {"type": Path, "nargs": "+", "action": "extend"}
-    parser.add_argument("--artifact", **several, required=True, metavar="DIR")
-    parser.add_argument("--coral", **several, default=[], metavar="FILE.tflite")
+    parser.add_argument("--artifact", **several, required=True, metavar="DIR", help="artefacts")
+    parser.add_argument("--coral", **several, default=[], metavar="FILE.tflite", help="peers")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=SIZES, help="pixels of the longest side"
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=SIZES,
+        help="working sizes: pixels of the longest side",
     )
-    parser.add_argument("--split", default="val")
-    parser.add_argument("--images", type=int, help="only the first so many of the split")
-    parser.add_argument("--accuracy-only", action="store_true", help="take no times")
-    parser.add_argument("--out", type=Path, default=Path("runs/front"), help="folder")
+    parser.add_argument("--split", default="val", help="VOC split (default val)")
+    parser.add_argument("--images", type=int, help="use only the first IMAGES photos of the split")
+    parser.add_argument("--accuracy-only", action="store_true", help="measure no times")
+    parser.add_argument("--out", type=Path, default=Path("runs/front"), help="output folder")
     return parser
 
 

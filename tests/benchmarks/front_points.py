@@ -1,4 +1,4 @@
-"""The points of accuracy against CPU time, and how they are shown."""
+"""The points of accuracy against CPU time, as a table and a chart."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STYLES: Final[dict[str, dict[str, Any]]] = {
 class Candidate:
     """A network in one precision at one working size, in pixels of the longest side.
 
-    ``files`` are the sha256 of all that it is loaded from.
+    ``files``: the sha256 of each file it is loaded from.
     """
 
     network: str
@@ -48,7 +48,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Point(Candidate):
-    """What was found; ``rounds_ms`` are the milliseconds a photo in each round."""
+    """A candidate's figures; ``rounds_ms``: milliseconds per photo in each round."""
 
     miou: float
     pixel_accuracy: float
@@ -60,27 +60,27 @@ class Point(Candidate):
         return statistics.median(self.rounds_ms)
 
     def over(self, other: Point) -> list[float]:
-        """Its time over another's, in each round."""
+        """The ratio of its time to another's, in each round."""
         pairs = zip(self.rounds_ms, other.rounds_ms, strict=True)
         return [ours / theirs for ours, theirs in pairs]
 
     def beats(self, other: Point) -> bool:
-        """Whether it is as fast and as accurate, and better in one of them."""
+        """Whether it is at least as fast and as accurate, and better in one of the two."""
         no_worse = self.ms <= other.ms and self.miou >= other.miou
         return no_worse and (self.ms < other.ms or self.miou > other.miou)
 
 
 def pareto_front(points: Iterable[Point]) -> list[Point]:
-    """Those that no other one beats, the fastest first."""
+    """The points that no other point beats, the fastest first."""
     all_points = list(points)
     kept = [one for one in all_points if not any(other.beats(one) for other in all_points)]
     return sorted(kept, key=lambda point: point.ms)
 
 
 def table(points: Sequence[Point]) -> str:
-    """Every point's figures as Markdown, its times over each peer's by rounds."""
+    """All points' figures as Markdown, with the ratio of times to each peer's."""
     peers = [point for point in points if point.role == "peer"]
-    header = ["", "precision", "size", "mIoU", "pixel accuracy", "ms a photo"]
+    header = ["", "precision", "size", "mIoU", "pixel accuracy", "ms per photo"]
     header += [f"time over {peer.network}'s" for peer in peers]
     lines = [
         [
@@ -94,7 +94,7 @@ def table(points: Sequence[Point]) -> str:
 
 
 def draw(points: Sequence[Point], title: str, path: Path) -> None:
-    """Draw accuracy over time: a line for each network and precision, and the peers' front."""
+    """Draw accuracy over time: a line per network and precision, and the peers' front."""
     figure, axes = plt.subplots(figsize=(11, 7.5), layout="constrained")
     peers = [point for point in points if point.role == "peer"]
     ours = [point for point in points if point.role != "peer"]
@@ -119,8 +119,8 @@ def _set_axes(axes: Axes, points: Sequence[Point]) -> None:
         xscale="log",
         xlim=(min(times) / 1.3, max(times) * 1.3),
         ylim=(min(accuracies) - margin, max(accuracies) + margin),
-        xlabel="milliseconds a photo, from its pixels to its mask;"
-        " along a line the longest side grows, as written at the first network's",
+        xlabel="milliseconds per photo, from pixels to mask;"
+        " the longest side grows along each line, as labelled on the first network's",
         ylabel="mean IoU",
     )
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -132,7 +132,7 @@ def _set_axes(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _draw_front(axes: Axes, front: Sequence[Point]) -> None:
-    """The peers' front as a staircase, up to the edges of the axes."""
+    """Draw the peers' front as steps, up to the edges of the axes."""
     if not front:
         return
     bottom, right = axes.get_ylim()[0], axes.get_xlim()[1]
@@ -150,7 +150,7 @@ def _draw_front(axes: Axes, front: Sequence[Point]) -> None:
 
 
 def _draw_ours(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
-    """A colour for each network, a style for each precision; returns the colours' legend."""
+    """Draw our lines: a colour per network, a style per precision; returns the colours' legend."""
     others = cycle(COLORS)
     legend = []
     for number, network in enumerate(dict.fromkeys(point.network for point in points)):
@@ -162,7 +162,7 @@ def _draw_ours(axes: Axes, points: Sequence[Point]) -> list[Line2D]:
         for precision, style in STYLES.items():
             line = [point for point in mine if point.precision == precision]
             axes.plot([p.ms for p in line], [p.miou for p in line], **look, **style)
-            # All have the same sizes; written at every line they would cover each other.
+            # All networks have the same sizes; labels on every line would overlap.
             for point in line if number == 0 else ():
                 _write_size(axes, point, look["color"])
     return legend

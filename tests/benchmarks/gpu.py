@@ -1,12 +1,12 @@
-"""``python -m tests.benchmarks.gpu``: the GPU's path against its limits, its targets and PyTorch.
+"""``python -m tests.benchmarks.gpu``: the GPU path against its targets, its limits and PyTorch.
 
-Prints targets with met or missed, ratios and tables, and writes them with every figure to
-``tests/benchmarks/results/gpu.json`` and ``gpu.md``. Parts that are not run keep the figures they
-had there, if those are of the same machine and commit. A part that fails is recorded, and the
-others go on.
+Prints the targets, ratios and tables, and writes them with all figures to
+``tests/benchmarks/results/gpu.json`` and ``gpu.md``. Parts that are not run keep their earlier
+figures if those are from the same machine and commit. If a part fails, its error is recorded and
+the other parts run.
 
-Exit status: 0, or 1 if a part failed or the device is not there. Missed targets are shown as such
-and change nothing: no test depends on time.
+Exit status: 0, or 1 if a part failed or the device is missing. Missed targets are reported; they do
+not change the exit status.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from tests.benchmarks import (
     gpu_tables,
     photos,
 )
-from tests.benchmarks.gpu_device import CPU, PACKAGES, GpuBench, facts, first_line
-from tests.benchmarks.servers import ROOT
+from tests.benchmarks.bench import ROOT, first_line
+from tests.benchmarks.gpu_device import CPU, PACKAGES, GpuBench, facts
 
 PARTS: Final[dict[str, Callable[[GpuBench], None]]] = {
     "session": gpu_network.session,
@@ -44,7 +44,7 @@ PARTS: Final[dict[str, Callable[[GpuBench], None]]] = {
     "pytorch": gpu_network.pytorch,
     "options": gpu_network.options,
 }
-"""In this order; what takes longest comes last."""
+"""In the order of execution; the slowest part is last."""
 
 NOT_QUICK: Final = ("options",)
 
@@ -53,19 +53,17 @@ WORK: Final = ROOT / "runs" / "gpu"
 
 
 def main() -> int:
-    """Run the parts asked for."""
+    """Run the requested parts."""
     parser = _parser()
     given = parser.parse_args()
     names = given.parts or [name for name in PARTS if not (given.quick and name in NOT_QUICK)]
     if unknown := set(names) - set(PARTS):
-        parser.error(f"--parts: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+        parser.error(f"--parts: unknown part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
     try:
         environment = {**bench.environment(PACKAGES), "on_gpu": given.device != CPU}
         environment |= facts(given.device)
     except SegmentError as exc:
-        print(
-            f"no figures of a GPU: {exc} (`--device cpu` tries the benchmarks out)", file=sys.stderr
-        )
+        print(f"no GPU to measure: {exc} (`--device cpu` is a dry run)", file=sys.stderr)
         return 1
     environment["artefact"] = given.artifact.name
     environment["photos"] = "VOC val" if given.data else "scikit-image"
@@ -85,11 +83,11 @@ def main() -> int:
     for name in names:
         about[name] = _measure(run, name)
         found = {"environment": environment, "parts": about, "rows": run.rows}
-        # After each part: a run that is cut short keeps what it has.
+        # Write after each part, so that an interrupted run keeps its results.
         results = gpu_report.merge(stored, found, names)
-        gates = gpu_report.targets(results["rows"], on_gpu=environment["on_gpu"])
-        gpu_report.write(out, results, gates)
-        tables = gpu_tables.markdown(results, gates)
+        targets = gpu_report.targets(results["rows"], on_gpu=environment["on_gpu"])
+        gpu_report.write(out, results, targets)
+        tables = gpu_tables.markdown(results, targets)
         (out / "gpu.md").write_text(tables, encoding="utf-8")
     total_s = sum(part["seconds"] for part in about.values())
     print(f"\n{tables}\n{total_s:.0f} s; written to {out}")
@@ -97,11 +95,11 @@ def main() -> int:
 
 
 def _measure(run: GpuBench, name: str) -> dict[str, Any]:
-    """Run a part; returns what is told of it."""
+    """Run a part; returns its time, whether it was quick, and its error."""
     started, error = time.monotonic(), None
     try:
         PARTS[name](run)
-    # One part must not take the others' figures with it.
+    # If one part fails, the others still get their figures.
     except Exception as exc:  # noqa: BLE001
         error = first_line(exc)
         print(f"FAILED {name}: {error}", file=sys.stderr, flush=True)
@@ -116,32 +114,35 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="two minutes instead of nine")
+    parser.add_argument("--quick", action="store_true", help="take two minutes instead of nine")
     parser.add_argument(
         "--parts",
         type=lambda text: text.split(","),
         metavar="PARTS",
-        help=f"comma-separated, of {', '.join(PARTS)}",
+        help=f"comma-separated list of parts: {', '.join(PARTS)} (default: all)",
     )
     parser.add_argument(
         "--device",
         default="cuda",
-        help="cuda, cuda:N, or cpu, which tries the benchmarks out and measures no GPU",
+        help="cuda, cuda:N, or cpu for a dry run without a GPU (default: cuda)",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="VOCdevkit", help="photos of its val list are sent"
+        "--data", type=Path, metavar="VOCdevkit", help="send photos of its val list"
     )
     parser.add_argument(
-        "--artifact", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="what is served"
+        "--artifact", type=Path, default=DEFAULT_MODEL, metavar="DIR", help="artefact to serve"
     )
     parser.add_argument(
         "--torch-python",
         default=sys.executable,
         metavar="PYTHON",
-        help="interpreter that has torch with CUDA (default: this one)",
+        help="Python interpreter that has torch with CUDA (default: this one)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"default {RESULTS.relative_to(ROOT)}"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help=f"folder (default {RESULTS.relative_to(ROOT)})",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""What a network costs at the least, read from its graph: arithmetic and memory traffic."""
+"""The least arithmetic and memory traffic of a network, computed from its graph."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from onnx import NodeProto, TensorProto
 from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, Shape
 
 _READ_AND_WRITTEN: Final = {"Conv", "MaxPool", "ReduceMean", "Concat"}
-"""The operators that cannot be part of the one before them."""
+"""Operators that cannot be fused with the preceding one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """``multiply_adds``: of all convolutions, for one image.
+    """The cost of a network.
 
-    ``elements`` pass through the device's memory for each image, and ``weights`` for each run,
-    where everything that can be fused is: a convolution reads its input and its weights once and
-    writes its output once, with bias, ReLU and the sum of a residual connection in it.
-    ``fixed_bytes``: the image in uint8 and its logits in float32, whatever the precision.
+    ``multiply_adds``: all convolutions' multiply-adds for one image. ``elements``: values read and
+    written per image. ``weights``: values read per run. All possible fusions are assumed: a
+    convolution reads its input and weights once and writes its output once, including bias, ReLU
+    and residual sum. ``fixed_bytes``: the uint8 image and its float32 logits, in every precision.
     """
 
     multiply_adds: int
@@ -33,14 +33,14 @@ class Cost:
     fixed_bytes: int
 
     def bytes_of(self, batch: int, element_bytes: int) -> int:
-        """Least traffic of one run, in bytes."""
+        """The least memory traffic of one run, in bytes."""
         return batch * (self.elements * element_bytes + self.fixed_bytes) + (
             self.weights * element_bytes
         )
 
 
 def network_cost(network: Path, shape: Shape) -> Cost:
-    """Cost of one image of ``shape``; ``network``: an artefact's fp32 file."""
+    """The cost of one image of ``shape``; ``network``: an artefact's fp32 file."""
     model = onnx.load(network, load_external_data=False)
     sides = model.graph.input[0].type.tensor_type.shape.dim
     for dimension, size in zip(sides, (1, *shape, 3), strict=True):
@@ -60,18 +60,18 @@ def network_cost(network: Path, shape: Shape) -> Cost:
             multiply_adds += _multiply_adds(node, sizes)
             weights += math.prod(sizes[node.input[1]])
         if node.op_type in _READ_AND_WRITTEN:
-            # An image is read as uint8, and logits are written as float32: see fixed_bytes.
+            # fixed_bytes counts the image, read as uint8, and the logits, written as float32.
             inputs = node.input if node.op_type == "Concat" else node.input[:1]
             elements += sum(math.prod(sizes[name]) for name in (*inputs, *node.output))
         if node.op_type == "Add":
-            # Of its two operands one comes straight from a convolution.
+            # One of the two operands comes directly from a convolution.
             elements += max(math.prod(sizes[name]) for name in node.input)
     image, logits = math.prod(sizes[INPUT_NAME]), math.prod(sizes[OUTPUT_NAME])
     return Cost(multiply_adds, elements - image - logits, weights, image + 4 * logits)
 
 
 def _multiply_adds(node: NodeProto, sizes: Mapping[str, tuple[int, ...]]) -> int:
-    """Of one convolution; its weights are (out, in / groups, height, width)."""
+    """Multiply-adds of one convolution; its weights are (out, in / groups, height, width)."""
     return math.prod(sizes[node.output[0]]) * math.prod(sizes[node.input[1]][1:])
 
 

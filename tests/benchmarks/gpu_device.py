@@ -1,7 +1,6 @@
-"""The device under test: a GPU, or the host in its place, to try the benchmarks themselves out.
+"""The device under test: a GPU, or the host in its place for a dry run.
 
-What the host measures says nothing about a GPU: results carry the device's name, and no target is
-held against them.
+Figures from a dry run do not describe a GPU. Their results name the device and have no targets.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from service.inference.cuda import CudaDevice
 from service.inference.lanes import NO_GRAPH, Channel, DeviceTask
 from service.inference.session import DeviceOptions, Model, load_model
 from service.settings import Settings
-from tests.benchmarks.bench import Bench
+from tests.benchmarks.bench import Bench, first_line
 from tests.host_device import HostDevice
 
 try:
     from cuda import core
     from cuda.bindings import driver
-except ImportError:  # only the CPU can be asked for, then
+except ImportError:  # then only a dry run on the CPU is possible
     core = driver = None
 
 CPU: Final = "cpu"
@@ -44,15 +43,14 @@ PACKAGES: Final = (
     *("nvidia-cuda-nvrtc", "nvidia-cudnn-cu13", "nvidia-cublas", "fastapi", "uvicorn", "numpy"),
 )
 
-_MOST_RUNS: Final = 2000
 _SAMPLE_EVERY_S: Final = 0.05
 
 
 @dataclass(slots=True, kw_only=True)
 class GpuBench(Bench):
-    """A run of these benchmarks. ``device``: ``cpu``, ``cuda`` or ``cuda:N``.
+    """A run of the GPU benchmarks. ``device``: ``cpu``, ``cuda`` or ``cuda:N``.
 
-    ``torch_python``: the interpreter of an environment that has PyTorch with CUDA.
+    ``torch_python``: a Python interpreter that has PyTorch with CUDA.
     """
 
     device: str
@@ -60,44 +58,39 @@ class GpuBench(Bench):
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """Those that are measured, what the service picks first."""
+        """The measured precisions, the one that the service chooses first."""
         return ("fp32",) if self.device == CPU else ("fp16",) if self.quick else ("fp16", "fp32")
 
     @property
     def least_s(self) -> float:
-        """What one timing lasts at the least."""
+        """The shortest duration of one timing, in seconds."""
         return 0.05 if self.quick else 0.15
 
     @contextmanager
     def attempt(self, **row: Any) -> Iterator[None]:  # noqa: ANN401 - figures and names
-        """Keep the first line of whatever fails in here as a row of its own, and go on."""
+        """Record the first line of an error in the block as a row, and continue."""
         try:
             yield
-        # A shape for which memory is short must not take the other figures with it.
+        # If memory runs out for one shape, the others still get their figures.
         except Exception as exc:  # noqa: BLE001
             self.add(**row, error=first_line(exc))
 
 
-def first_line(exc: BaseException) -> str:
-    """What an error says, with its type."""
-    return f"{type(exc).__name__}: {(str(exc).strip() or 'no reason given').splitlines()[0]}"
-
-
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A network on the device, and the device's own half: buffers, copies, upsampling."""
+    """A network on the device, and the device's buffers, copies and upsampling."""
 
     model: Model
     gpu: CudaDevice | HostDevice
 
     def wait(self) -> None:
-        """Until everything that was queued is done."""
+        """Wait until all queued work is done."""
         wait(self.gpu)
 
     def device_s(self, queue: Callable[[], None], before: Callable[[], None]) -> float:
-        """Seconds that the device works on what ``queue`` queues.
+        """Seconds that the device needs for the work that ``queue`` queues.
 
-        ``before`` queues something long, so that the device is not faster than the queueing.
+        ``before`` queues longer work, so that the device does not wait for the queueing.
         """
         if not isinstance(self.gpu, CudaDevice):
             started = time.perf_counter()
@@ -112,31 +105,31 @@ class Loaded:
         return float(ended_at - started_at) / 1000
 
     def used_bytes(self) -> int:
-        """The device's memory that is taken, by whomever."""
+        """The device's used memory in bytes, by all processes."""
         free, total = self.gpu.memory()
         return total - free
 
 
 def wait(gpu: CudaDevice | HostDevice) -> None:
-    """Until everything that was queued on the compute stream is done."""
+    """Wait until all work queued on the compute stream is done."""
     if isinstance(gpu, CudaDevice):
         gpu.compute.sync()
 
 
-def sides_of(shape: Shape) -> str:
-    """A shape in words, as ``height x width``."""
+def shape_text(shape: Shape) -> str:
+    """A shape as text: ``{height}x{width}``."""
     return f"{shape[0]}x{shape[1]}"
 
 
 def load(bench: GpuBench, precision: Precision, *, graphs: bool = True) -> Loaded:
-    """Open a network as the service does. Raises what `load_model` raises."""
+    """Open a network as the service does. Raises the errors of `load_model`."""
     options = DeviceOptions(graphs=graphs)
     model = load_model(bench.artefact, bench.device, precision=precision, options=options)
     return Loaded(model, model.gpu or HostDevice())
 
 
 def open_channel(loaded: Loaded, images: int, output_bytes: int = 256) -> Channel:
-    """Buffers for that many images of the largest listed shape."""
+    """Open a channel with buffers for ``images`` of the largest listed shape."""
     contract = loaded.model.contract
     pixels = images * max(height * width for height, width in contract.shapes)
     logits = pixels // contract.stride**2 * len(contract.classes) * 4
@@ -146,33 +139,12 @@ def open_channel(loaded: Loaded, images: int, output_bytes: int = 256) -> Channe
 def bound_run(
     loaded: Loaded, channel: Channel, batch: int, shape: Shape, graph: int = NO_GRAPH
 ) -> Callable[[], None]:
-    """A run of the network on a channel's buffers, as the service binds it."""
+    """A run of the network on a channel's buffers, bound as in the service."""
     return loaded.model.bind(channel.input_address, channel.logits_address, batch, shape, graph)
 
 
-def seconds_each(run: Callable[[], None], wait: Callable[[], None], least_s: float) -> list[float]:
-    """Seconds of one run, three times over as many as make ``least_s``; warm, and back to back."""
-    # ONNX Runtime captures a graph in the second run and replays it from the third on.
-    for _ in range(3):
-        run()
-    wait()
-    started = time.perf_counter()
-    run()
-    wait()
-    once_s = max(1e-6, time.perf_counter() - started)
-    runs = min(_MOST_RUNS, max(1, round(least_s / once_s)))
-    found = []
-    for _ in range(3):
-        started = time.perf_counter()
-        for _ in range(runs):
-            run()
-        wait()
-        found.append((time.perf_counter() - started) / runs)
-    return found
-
-
 def rates(seconds: list[float], images: int) -> dict[str, float]:
-    """Images per second in the row of a results file: median, least and greatest; ms of a run."""
+    """The figures of a row: median, least and greatest images per second, and ms per run."""
     return {
         "images_per_s": images / statistics.median(seconds),
         "least": images / max(seconds),
@@ -183,7 +155,7 @@ def rates(seconds: list[float], images: int) -> dict[str, float]:
 
 @contextmanager
 def changed_options(**changes: str) -> Iterator[None]:
-    """Sessions that are opened in here have these options of the CUDA provider instead."""
+    """Change options of the CUDA provider for sessions opened in the block."""
     original = providers.cuda
 
     def changed(*args: Any, **named: Any) -> providers.Provider:  # noqa: ANN401
@@ -195,7 +167,7 @@ def changed_options(**changes: str) -> Iterator[None]:
 
 
 def photo_tasks(bench: GpuBench, loaded: Loaded, wanted: int) -> list[DeviceTask]:
-    """The photos as the service prepares them, again and again up to ``wanted``."""
+    """The photos as the service prepares them, repeated up to ``wanted``."""
     contract, settings = loaded.model.contract, Settings()
     tasks = []
     for path in bench.photos[:wanted]:
@@ -207,7 +179,7 @@ def photo_tasks(bench: GpuBench, loaded: Loaded, wanted: int) -> list[DeviceTask
 
 
 def upload_photos(bench: GpuBench, loaded: Loaded, channel: Channel) -> None:
-    """Fill a channel's input with photos: arithmetic on zeros would take less power."""
+    """Fill a channel's input with photos, because arithmetic on zeros takes less power."""
     pixels = np.concatenate([task.image.ravel() for task in photo_tasks(bench, loaded, 4)])
     channel.input[:] = np.resize(pixels, channel.input.size)
     channel.upload(channel.input.size)
@@ -216,7 +188,7 @@ def upload_photos(bench: GpuBench, loaded: Loaded, channel: Channel) -> None:
 def read_back(
     gpu: CudaDevice | HostDevice, address: int, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
-    """float32 values in the device's memory, such as the logits of the last run."""
+    """Read float32 values from the device's memory, such as the logits of the last run."""
     wait(gpu)
     values = np.empty(shape, dtype=np.float32)
     if isinstance(gpu, CudaDevice):
@@ -227,7 +199,7 @@ def read_back(
 
 
 def allocate(gpu: CudaDevice | HostDevice, values: npt.NDArray[Any]) -> tuple[Any, int]:
-    """A copy of an array in the device's memory: its owner and its address."""
+    """Copy an array into the device's memory; returns the owner and the address."""
     if not isinstance(gpu, CudaDevice):
         copy = values.copy()
         return copy, int(copy.ctypes.data)
@@ -251,9 +223,9 @@ def _checked(answer: tuple[Any, ...]) -> None:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """What is measured. Raises `DeviceUnavailable` if it is not there."""
+    """The device's description. Raises `DeviceUnavailable` if the device is missing."""
     if device == CPU:
-        return {"device": "the CPU in a GPU's place: these are no figures of a GPU"}
+        return {"device": "a dry run on the CPU, whose figures do not describe a GPU"}
     gpu = CudaDevice(ordinal(device))
     _, total = gpu.memory()
     system = core.system
@@ -278,11 +250,10 @@ def _dotted(version: Callable[[], tuple[int, ...]]) -> str:
 
 
 class Utilisation:
-    """How busy the GPU is, by NVML: the share of the time in which any kernel ran.
+    """The GPU's utilisation by NVML: the share of the time in which any kernel ran.
 
-    That is the one of all ways that sees what several processes do on one GPU, and it is the
-    driver's own; it says nothing of how well the kernels use the GPU. NVML averages over up to a
-    second, and counts every process on the GPU.
+    NVML is part of the driver and counts all processes on the GPU. It averages over up to a second,
+    and does not show how well the kernels use the GPU.
     """
 
     def __init__(self, device: str) -> None:
@@ -306,7 +277,7 @@ class Utilisation:
     def share(self, started_s: float, ended_s: float) -> float | None:
         """Mean over a window on the clock of `time.monotonic`, in [0, 1]; None if unknown.
 
-        Without its first second, whose samples still speak of the time before.
+        The first second is left out, because its samples include the time before the window.
         """
         inside = [value for at, value in self._samples if started_s + 1.0 <= at <= ended_s]
         return statistics.fmean(inside) / 100 if inside else None
@@ -316,6 +287,6 @@ class Utilisation:
             watched = core.Device(ordinal(device)).to_system_device()
             while not self._stop.wait(_SAMPLE_EVERY_S):
                 self._samples.append((time.monotonic(), float(watched.utilization.gpu)))
-        # NVML may be missing, forbidden or, on a part of a GPU, silent; its errors share no base.
+        # NVML may be missing, forbidden or unsupported (MIG); its errors have no common base class.
         except Exception as exc:  # noqa: BLE001
             self.missing = str(exc).splitlines()[0] if str(exc) else type(exc).__name__

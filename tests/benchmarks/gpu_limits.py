@@ -1,4 +1,4 @@
-"""What the device can do at the best, and what the network asks of it at the least."""
+"""The device's highest measured rates, and the least work that the network needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from onnx import TensorProto
 
 from service.inference import providers
 from service.inference.cuda import CudaDevice
+from tests.benchmarks.bench import seconds_each
 from tests.benchmarks.gpu_cost import matrix_product, network_cost
 from tests.benchmarks.gpu_device import (
     CPU,
@@ -17,25 +18,24 @@ from tests.benchmarks.gpu_device import (
     allocate,
     copy_on_device,
     ordinal,
-    seconds_each,
-    sides_of,
+    shape_text,
     wait,
 )
 from tests.benchmarks.gpu_network import LANDSCAPE, SQUARE
 from tests.host_device import HostDevice
 
 _BATCH: Final = 16
-"""What the reading of the weights is shared between."""
+"""Images that share one reading of the weights."""
 
 
 def roofline(bench: GpuBench) -> None:
-    """The rate of a large product of matrices, and of a large copy; the network's own needs."""
+    """Measure the rates of a large matrix product and a large copy; compute the network's cost."""
     for shape in (SQUARE, LANDSCAPE):
         cost = network_cost(bench.artefact / "network.onnx", shape)
         bench.add(
             part="roofline",
             what="network",
-            shape=sides_of(shape),
+            shape=shape_text(shape),
             multiply_adds=cost.multiply_adds,
             fp16_bytes=cost.bytes_of(_BATCH, 2) // _BATCH,
         )
@@ -46,7 +46,7 @@ def roofline(bench: GpuBench) -> None:
 
 
 def _matrices(bench: GpuBench) -> None:
-    """By ONNX Runtime, which gets its products from the library that PyTorch gets them from."""
+    """With ONNX Runtime, which uses the same matrix library as PyTorch."""
     gpu = _open(bench.device)
     dtype: np.dtype[Any]
     if isinstance(gpu, CudaDevice):
@@ -62,7 +62,7 @@ def _matrices(bench: GpuBench) -> None:
     if session.get_providers()[0] != provider[0]:
         raise RuntimeError(f"ONNX Runtime fell back to {session.get_providers()[0]}")
     rng = np.random.default_rng(0)
-    # Values as activations have them: products of zeros would take less power.
+    # Values like activations, because products of zeros take less power.
     matrix = rng.standard_normal((size, size), dtype=np.float32).astype(dtype)
     held = [allocate(gpu, matrix) for _ in range(3)]
     binding = session.io_binding()
@@ -86,7 +86,7 @@ def _matrices(bench: GpuBench) -> None:
 
 
 def _copies(bench: GpuBench) -> None:
-    """Bytes read and bytes written, both counted."""
+    """Bytes read and bytes written both count."""
     gpu = _open(bench.device)
     size = 2**30 if isinstance(gpu, CudaDevice) else 2**26
     (source, source_at), (target, target_at) = (

@@ -1,4 +1,4 @@
-"""The network alone: by batch, shape and precision; by the provider's options; against PyTorch."""
+"""The network alone: by batch, shape and precision, by provider option, and against PyTorch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from service.artefact.contract import Precision, Shape
 from service.inference import providers
 from service.inference.lanes import NO_GRAPH
+from tests.benchmarks.bench import ROOT, Row, matching, seconds_each
 from tests.benchmarks.gpu_device import (
     CPU,
     GpuBench,
@@ -27,18 +28,16 @@ from tests.benchmarks.gpu_device import (
     open_channel,
     rates,
     read_back,
-    seconds_each,
-    sides_of,
+    shape_text,
     upload_photos,
 )
-from tests.benchmarks.servers import ROOT
 
 Logits = npt.NDArray[np.float32]
 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 SQUARE: Final[Shape] = (512, 512)
 LANDSCAPE: Final[Shape] = (384, 512)
-"""What a photo of 500x375 is padded to."""
+"""The padded shape of a 500x375 photo."""
 
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "cudnn_conv_algo_search": ("EXHAUSTIVE", "HEURISTIC", "DEFAULT"),
@@ -48,7 +47,7 @@ CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "arena_extend_strategy": ("kNextPowerOfTwo", "kSameAsRequested"),
     "cudnn_conv_use_max_workspace": ("1", "0"),
 }
-"""Options of the CUDA provider and what they can be, ONNX Runtime's default first."""
+"""Options of the CUDA provider and their values, ONNX Runtime's default first."""
 
 SWEPT: Final[Mapping[Precision, tuple[str, ...]]] = {
     "fp16": tuple(CHOICES),
@@ -56,14 +55,14 @@ SWEPT: Final[Mapping[Precision, tuple[str, ...]]] = {
 }
 DEFAULTS: Final = "service/inference/providers.py"
 GAIN: Final = 1.02
-"""What an option has to bring to be taken into the combination."""
+"""The least speed-up for which an option is part of the combination."""
 
 _TORCH_S: Final = 120.0
 _TORCH_QUICK_S: Final = 60.0
 
 
 def session(bench: GpuBench) -> None:
-    """Images per second by precision, with and without CUDA graphs, by shape and batch."""
+    """Measure images per second by precision, shape and batch, with and without CUDA graphs."""
     graphs = (False,) if bench.device == CPU else (True,) if bench.quick else (True, False)
     for precision, with_graphs in product(bench.precisions, graphs):
         with bench.attempt(part="session", precision=precision, graphs=with_graphs):
@@ -83,7 +82,7 @@ def _throughput(bench: GpuBench, precision: Precision, *, graphs: bool) -> None:
             "part": "session",
             "precision": precision,
             "graphs": graphs,
-            "shape": sides_of(shape),
+            "shape": shape_text(shape),
             "batch": batch,
         }
         with bench.attempt(**row):
@@ -94,9 +93,9 @@ def _throughput(bench: GpuBench, precision: Precision, *, graphs: bool) -> None:
 
 
 def options(bench: GpuBench) -> None:
-    """One option changed at a time, then all together that were better alone."""
+    """Measure one changed option at a time, then all options that were faster alone."""
     if bench.device == CPU:
-        bench.add(part="options", not_measured="the CPU has no such options")
+        bench.add(part="options", not_measured="the CPU provider does not have these options")
         return
     for precision in bench.precisions:
         reference: list[Logits] = []
@@ -107,7 +106,7 @@ def options(bench: GpuBench) -> None:
 
 
 def _variants(precision: Precision) -> list[dict[str, str]]:
-    """The service's own options, then each that differs from them in one value."""
+    """The service's options, then each variant that differs in one value."""
     _, ours = providers.cuda(0, 0, precision=precision, graphs=True, memory_bytes=0)
     return [{}] + [
         {option: value}
@@ -120,7 +119,7 @@ def _variants(precision: Precision) -> list[dict[str, str]]:
 def _try_options(
     bench: GpuBench, precision: Precision, changes: Mapping[str, str], reference: list[Logits]
 ) -> None:
-    """``reference``: the logits of the first that is tried; the others are held against it."""
+    """Measure one variant; ``reference`` holds the first variant's logits for comparison."""
     row: dict[str, Any] = {
         "part": "options",
         "precision": precision,
@@ -154,7 +153,7 @@ def _measure_options(
             same = float((logits.argmax(axis=1) == reference[0].argmax(axis=1)).mean())
         bench.add(
             **row,
-            shape=sides_of(shape),
+            shape=shape_text(shape),
             batch=batch,
             **rates(seconds, batch),
             start_s=start_s,
@@ -171,22 +170,25 @@ def _logits(loaded: Loaded, address: int, batch: int, shape: Shape) -> Logits:
 
 
 def described(changes: Mapping[str, str]) -> str:
-    """The options in words."""
+    """The changed options as text."""
     return ", ".join(f"{name}={value}" for name, value in changes.items()) or DEFAULTS
 
 
-def combination(rows: Sequence[Mapping[str, Any]], precision: Precision) -> dict[str, str] | None:
-    """The best value of every option that was better alone; None if fewer than two were.
+def combination(rows: Sequence[Row], precision: Precision) -> dict[str, str] | None:
+    """The best value of each option that was faster alone; None if fewer than two were.
 
-    Better: `GAIN` times the images per second of the service's own, at batch 16.
+    Faster: at least `GAIN` times the images per second of the service's options, at batch 16.
     """
     figures = {
         row["options"]: row
-        for row in rows
-        if row["part"] == "options"
-        and row["precision"] == precision
-        and row.get("batch") == 16
-        and row.get("shape") == sides_of(LANDSCAPE)
+        for row in matching(
+            rows,
+            "images_per_s",
+            part="options",
+            precision=precision,
+            batch=16,
+            shape=shape_text(LANDSCAPE),
+        )
     }
     if DEFAULTS not in figures:
         return None
@@ -194,15 +196,15 @@ def combination(rows: Sequence[Mapping[str, Any]], precision: Precision) -> dict
     best: dict[str, str] = {}
     for row in sorted(figures.values(), key=lambda row: row["images_per_s"]):
         if len(row["changes"]) == 1 and row["images_per_s"] >= GAIN * ours:
-            # The later ones are the faster ones.
+            # Later rows are faster.
             best |= row["changes"]
     return best if len(best) >= 2 else None
 
 
 def pytorch(bench: GpuBench) -> None:
-    """The same network in PyTorch, eager and compiled, in a process and an environment of its own.
+    """Measure the same network in PyTorch, eager and compiled, in its own environment.
 
-    With random weights: they change nothing about the time.
+    The weights are random; they do not affect the time.
     """
     limit_s = _TORCH_QUICK_S if bench.quick else _TORCH_S
     network = load(bench, "fp32", graphs=False).model.contract.network
@@ -220,7 +222,7 @@ def pytorch(bench: GpuBench) -> None:
         )
         output, trouble = done.stdout, done.stderr if done.returncode else b""
     except subprocess.TimeoutExpired as exc:
-        output, trouble = exc.stdout or b"", f"cut short after {limit_s:.0f} s".encode()
+        output, trouble = exc.stdout or b"", f"stopped after {limit_s:.0f} s".encode()
     except OSError as exc:
         output, trouble = b"", str(exc).encode()
     for line in output.splitlines():

@@ -1,4 +1,4 @@
-"""Around the network on a GPU: the upsampling kernel, the way up and down, and whole lanes."""
+"""The GPU path around the network: the upsampling kernel, the copies, and complete lanes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final
@@ -17,36 +17,36 @@ from service.artefact.contract import Precision, Shape
 from service.artefact.preprocessing import Geometry
 from service.inference.engine import GPU_BATCH, LANES
 from service.inference.lanes import OUTPUT_BYTES, Channel, DeviceTask, Lane
+from tests.benchmarks.bench import seconds_each
 from tests.benchmarks.gpu_device import (
     CPU,
     GpuBench,
     Loaded,
     load,
     photo_tasks,
-    seconds_each,
-    sides_of,
+    shape_text,
 )
 
 SIZES: Final[tuple[Shape, ...]] = ((375, 500), (3000, 4000))
-"""Height and width: most of VOC's photos, and one of 12 megapixels."""
+"""Height and width of most of VOC's photos, and of a 12-megapixel photo."""
 
 _REPETITIONS: Final = 30
 _LANES_S: Final = 3.0
 _ROOM: Final = 64 * 2**20
-"""Output buffer in which every photo that is tried comes down at once."""
+"""Size in bytes of an output buffer that every measured batch fits into."""
 
 
 def upsampling(bench: GpuBench) -> None:
-    """Microseconds a photo, alone and 16 at once, with confidences and without.
+    """Measure microseconds per photo, alone and 16 at once, with and without confidences.
 
-    The bytes are those that have to be read and written: the logits once, and every id.
+    The bytes are the least that must be read and written: the logits once, and every class id.
     """
     loaded = load(bench, bench.precisions[0], graphs=False)
     rng = np.random.default_rng(0)
     for size in SIZES:
         for photos in (1,) if bench.device == CPU or size != SIZES[0] else (1, GPU_BATCH):
             for with_confidence in (False, True):
-                row = {"part": "upsampling", "photo": sides_of(size), "photos": photos}
+                row = {"part": "upsampling", "photo": shape_text(size), "photos": photos}
                 row["confidence"] = with_confidence
                 with bench.attempt(**row):
                     contract = loaded.model.contract
@@ -66,7 +66,7 @@ def upsampling(bench: GpuBench) -> None:
 
 
 def _kernel_s(bench: GpuBench, loaded: Loaded, tasks: Sequence[DeviceTask]) -> float:
-    """Seconds of the kernel alone: a lane has laid everything out, and the launch is repeated."""
+    """Seconds of the kernel alone: a lane prepares its input, then only the launch is repeated."""
     lane, channel = _open_lane(loaded, output_bytes=_ROOM, max_batch=GPU_BATCH)
     lane.run(tasks)
     height, width = tasks[0].geometry.photo
@@ -75,7 +75,7 @@ def _kernel_s(bench: GpuBench, loaded: Loaded, tasks: Sequence[DeviceTask]) -> f
     return statistics.median(
         loaded.device_s(
             lambda: channel.upsample(len(tasks), height * width, classes),
-            # Room for a full batch, a quarter of a millisecond: by then the kernel is queued.
+            # Uploading a full batch takes 0.25 ms, long enough to queue the kernel.
             before=lambda: channel.upload(channel.input.size),
         )
         for _ in range(repetitions)
@@ -83,22 +83,20 @@ def _kernel_s(bench: GpuBench, loaded: Loaded, tasks: Sequence[DeviceTask]) -> f
 
 
 def copies(bench: GpuBench) -> None:
-    """GB/s between the host's page-locked memory and the device, in the sizes of a full batch."""
+    """Measure GB/s between page-locked host memory and the device, for a full batch."""
     loaded = load(bench, bench.precisions[0], graphs=False)
     tasks = photo_tasks(bench, loaded, 1 if bench.device == CPU else GPU_BATCH)
     lane, channel = _open_lane(loaded, max_batch=len(tasks))
-    # The events that the way down waits for have to be recorded once.
+    # The download waits for events that must have been recorded once.
     lane.run(tasks)
     up = sum(task.image.nbytes for task in tasks)
     down = sum(task.geometry.photo[0] * task.geometry.photo[1] for task in tasks)
 
-    def wait_down() -> None:
-        channel.wait()
-
-    for way, size, copy, wait in (
-        ("down", down, channel.download, wait_down),
+    ways: tuple[tuple[str, int, Callable[[int], None], Callable[[], object]], ...] = (
+        ("down", down, channel.download, channel.wait),
         ("up", up, channel.upload, loaded.wait),
-    ):
+    )
+    for way, size, copy, wait in ways:
         with bench.attempt(part="copies", way=way):
             seconds = seconds_each(partial(copy, size), wait, bench.least_s)
             bench.add(
@@ -111,7 +109,7 @@ def copies(bench: GpuBench) -> None:
 
 
 def lanes(bench: GpuBench) -> None:
-    """Photos per second through the device as the service uses it, without HTTP and decoding."""
+    """Measure photos per second through the service's lanes, without HTTP and decoding."""
     precision = bench.precisions[0]
     batch = 2 if bench.device == CPU else GPU_BATCH
     for count in (1, LANES):
@@ -130,7 +128,7 @@ def _lanes_rate(bench: GpuBench, precision: Precision, count: int, batch: int) -
         for number in range(count)
     ]
     tasks = photo_tasks(bench, loaded, batch)
-    # A thread for each lane, always the same: ONNX Runtime keeps captured graphs by thread.
+    # One fixed thread per lane, because ONNX Runtime stores captured graphs per thread.
     threads = [ThreadPoolExecutor(1) for _ in opened]
     for thread, lane in zip(threads, opened, strict=True):
         thread.submit(lane.warm_up).result()
@@ -164,7 +162,7 @@ def _open_lane(
     output_bytes: int = OUTPUT_BYTES,
     lock: threading.Lock | None = None,
 ) -> tuple[Lane, Channel]:
-    """A lane as the service opens it, for working sizes up to the contract's; and its channel."""
+    """A lane as the service opens it, for sizes up to the contract's largest; and its channel."""
     channels: list[Channel] = []
 
     def open_channel(*sizes: int) -> Channel:

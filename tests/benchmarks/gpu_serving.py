@@ -1,4 +1,4 @@
-"""The service on a GPU over HTTP: photos per second by clients and processes, and one at a time."""
+"""The service on a GPU over HTTP: throughput by clients and processes, and single photos."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 from typing import Final
 
 from service.inference.session import available_cores
-from tests.benchmarks import photos as photo_files
 from tests.benchmarks.gpu_device import CPU, GpuBench, Utilisation
+from tests.benchmarks.photos import large_photo
 from tests.benchmarks.servers import Running, Side, running
 
 CLIENTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -15,14 +15,14 @@ FEWER_CLIENTS: Final = (16, 64, 256)
 PROCESSES: Final = (1, 2, 4)
 
 SATURATED: Final = 0.9
-"""A load generator that takes more of its core than this may be what is measured."""
+"""Above this share of its core, a load generator may limit the throughput."""
 
 _REQUESTS: Final = 300
 _LARGE_REQUESTS: Final = 40
 
 
 def serving(bench: GpuBench) -> None:
-    """Each number of processes with a fresh start; one photo at a time with a single process."""
+    """Measure each number of processes after a new start; single photos with one process."""
     on_cpu = bench.device == CPU
     for processes in (1,) if on_cpu or bench.quick else PROCESSES:
         row = {"part": "serving", "processes": processes}
@@ -36,7 +36,7 @@ def serving(bench: GpuBench) -> None:
             if on_cpu:
                 clients: tuple[int, ...] = (1, 2)
             elif bench.quick:
-                clients = (16, 64, 256)
+                clients = FEWER_CLIENTS
             else:
                 clients = CLIENTS if processes == 1 else FEWER_CLIENTS
             for count in clients:
@@ -45,7 +45,7 @@ def serving(bench: GpuBench) -> None:
 
 
 def _side(bench: GpuBench, processes: int) -> Side:
-    """``fcn-segment serve`` of this environment, with its own defaults."""
+    """``fcn-segment serve`` in this environment, with its default settings."""
     command = (
         *(sys.executable, "-m", "service", "serve", "--port", "{port}"),
         *("--model", str(bench.artefact), "--device", bench.device),
@@ -56,7 +56,7 @@ def _side(bench: GpuBench, processes: int) -> Side:
 
 
 def _window(bench: GpuBench, server: Running, processes: int, clients: int) -> None:
-    """A closed loop. Its generators share the cores with the service, a quarter of them at most."""
+    """Measure a closed loop. The generators use at most a quarter of the service's cores."""
     generators = min(clients, max(1, min(8, available_cores() // 4)))
     seconds = 2.5 if bench.quick else 3.0
     with Utilisation(bench.device) as gpu:
@@ -75,9 +75,8 @@ def _window(bench: GpuBench, server: Running, processes: int, clients: int) -> N
 
 
 def _alone(bench: GpuBench, server: Running) -> None:
-    """One photo after another: of 500x375, and of 12 megapixels."""
-    large = bench.out / "photos" / "12_megapixels.jpg"
-    large.write_bytes(photo_files.resized(bench.photos[0], photo_files.MEGAPIXELS_12))
+    """Measure one photo after another: 500x375, and 12 megapixels."""
+    large = large_photo(bench.out / "photos", bench.photos[0])
     few = bench.device == CPU or bench.quick
     for name, photos, requests in (
         ("500x375", bench.photos, 60 if few else _REQUESTS),

@@ -1,46 +1,46 @@
-"""The results of a run on a GPU as Markdown: targets, ratios, a table for each part."""
+"""The results of a GPU run as Markdown: targets, ratios, and a table for each part."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tests.benchmarks.bench import Gate, Row, markdown_table, short
-from tests.benchmarks.gpu_device import sides_of
+from tests.benchmarks.bench import Row, Target, markdown_table, matching, short, short_commit
+from tests.benchmarks.gpu_device import shape_text
 from tests.benchmarks.gpu_network import DEFAULTS, LANDSCAPE, SQUARE
 from tests.benchmarks.gpu_report import best, over, verdict
 
 
-def markdown(results: Mapping[str, Any], found: Sequence[Gate]) -> str:
-    """The whole report."""
-    met, rows = results["environment"], results["rows"]
-    versions = ", ".join(f"{name} {number}" for name, number in met["versions"].items())
-    about = [f"{met['device']}"]
-    if met["on_gpu"]:
-        about.append(f"driver {met['driver']} (CUDA {met['cuda_of_the_driver']})")
+def markdown(results: Mapping[str, Any], found: Sequence[Target]) -> str:
+    """The report as Markdown."""
+    machine, rows = results["environment"], results["rows"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    about = [machine["device"]]
+    if machine["on_gpu"]:
+        about.append(f"driver {machine['driver']} (CUDA {machine['cuda_of_the_driver']})")
     about += [
-        f"{met['cores']} cores of {met['cpu']}",
-        f"commit {met['commit'][:12]}{'+changes' if met['commit'].endswith('changes') else ''}",
-        f"Python {met['python']}",
+        f"{machine['cores']} cores of {machine['cpu']}",
+        f"commit {short_commit(machine)}",
+        f"Python {machine['python']}",
         versions,
-        f"photos of {met['photos']}",
+        f"photos from {machine['photos']}",
     ]
-    parts = ["# Benchmarks on a GPU", f"{met['date'][:10]}. {', '.join(about)}."]
+    parts = ["# Benchmarks on a GPU", f"{machine['date'][:10]}. {', '.join(about)}."]
     quick = [name for name, part in results["parts"].items() if part["quick"]]
     if quick:
-        parts.append(f"A quick run, with shorter windows and fewer points: {', '.join(quick)}.")
+        parts.append(f"Measured with --quick (shorter windows, fewer points): {', '.join(quick)}.")
     parts += [
         "## Targets",
         markdown_table(
             ("", "measured", "target", ""),
             (
                 (
-                    gate.name,
-                    f"{short(gate.median)} {gate.unit}" if gate.figures else "",
-                    gate.target,
-                    f"**{verdict(gate)}**" if gate.kept is False else verdict(gate),
+                    target.name,
+                    f"{short(target.median)} {target.unit}" if target.figures else "",
+                    target.bound,
+                    f"**{verdict(target)}**" if target.met is False else verdict(target),
                 )
-                for gate in found
+                for target in found
             ),
         ),
     ]
@@ -50,9 +50,9 @@ def markdown(results: Mapping[str, Any], found: Sequence[Gate]) -> str:
     troubles += [(_what(row), str(row["error"])) for row in rows if "error" in row]
     troubles += [(_what(row), row["not_measured"]) for row in rows if "not_measured" in row]
     unseen = dict.fromkeys(row.get("gpu_busy_missing") for row in rows)
-    troubles += [("how busy the GPU is", str(reason)) for reason in unseen if reason]
+    troubles += [("GPU utilisation", str(reason)) for reason in unseen if reason]
     if troubles:
-        parts += ["## What could not be measured", markdown_table(("", "why"), troubles)]
+        parts += ["## Not measured", markdown_table(("", "reason"), troubles)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,16 +63,16 @@ def _what(row: Row) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> list[str]:
-    """How the stages of the way compare, from the bare network to HTTP."""
+    """Ratios between the stages, from the bare network to HTTP."""
     lines: list[tuple[str, str, str]] = []
-    raw = {"part": "session", "shape": sides_of(LANDSCAPE)}
+    raw = {"part": "session", "shape": shape_text(LANDSCAPE)}
     for precision in _in_order(rows, "session", "precision"):
         bare = best(rows, "images_per_s", **raw, precision=precision)
         without = best(rows, "images_per_s", **raw, precision=precision, graphs=False)
         replayed = best(rows, "images_per_s", **raw, precision=precision, graphs=True)
         two = best(rows, "images_per_s", part="lanes", precision=precision)
         for name, one, figure, other in (
-            (f"CUDA graphs over none, {precision}", replayed, "images_per_s", without),
+            (f"with CUDA graphs over without, {precision}", replayed, "images_per_s", without),
             (f"lanes without HTTP over the bare session, {precision}", two, "images_per_s", bare),
         ):
             ratio = over(one, figure, other, "images_per_s")
@@ -88,7 +88,7 @@ def _ratios(rows: Sequence[Row]) -> list[str]:
             lines.append(
                 (f"service over HTTP over {name}", _rate(service, "throughput"), f"{ratio:.3f}")
             )
-    header = ("384x512, a photo of 500x375", "photos/s", "ratio")
+    header = ("384x512, a 500x375 photo", "photos/s", "ratio")
     return ["## Ratios", markdown_table(header, lines)] if lines else []
 
 
@@ -97,7 +97,7 @@ def _rate(row: Row | None, figure: str) -> str:
 
 
 def _session(rows: Sequence[Row]) -> list[str]:
-    mine = [row for row in rows if row["part"] == "session" and "images_per_s" in row]
+    mine = matching(rows, "images_per_s", part="session")
     batches = sorted({row["batch"] for row in mine})
     kinds = dict.fromkeys((row["precision"], row["shape"], row["graphs"]) for row in mine)
     lines = []
@@ -116,20 +116,16 @@ def _session(rows: Sequence[Row]) -> list[str]:
             )
         )
     header = ("", "shape", "graphs", *(f"batch {batch}" for batch in batches))
-    text = "Images per second; uint8 photos and float32 logits stay on the device."
+    text = "Images per second; the uint8 photos and float32 logits stay on the device."
     return ["## The bare session", text, markdown_table(header, lines)] if lines else []
 
 
 def _options(rows: Sequence[Row]) -> list[str]:
     parts = []
     for precision in _in_order(rows, "options", "precision"):
-        mine = [
-            row
-            for row in rows
-            if row["part"] == "options" and row["precision"] == precision and "images_per_s" in row
-        ]
+        mine = matching(rows, "images_per_s", part="options", precision=precision)
         at = {(row["options"], row["shape"], row["batch"]): row for row in mine}
-        key = (sides_of(LANDSCAPE), 16)
+        key = (shape_text(LANDSCAPE), 16)
         whole = {name: at[name, *key] for name in dict.fromkeys(row["options"] for row in mine)}
         ours = whole.get(DEFAULTS)
         fastest = max(whole, key=lambda name: float(whole[name]["images_per_s"]))
@@ -138,8 +134,8 @@ def _options(rows: Sequence[Row]) -> list[str]:
                 f"**{name}**" if name == fastest else name,
                 f"{row['images_per_s']:.0f}",
                 f"{row['images_per_s'] / ours['images_per_s']:.3f}" if ours else "",
-                _number(at.get((name, sides_of(LANDSCAPE), 1)), "ms", "{:.2f}"),
-                _rate(at.get((name, sides_of(SQUARE), 16)), "images_per_s"),
+                _number(at.get((name, shape_text(LANDSCAPE), 1)), "ms", "{:.2f}"),
+                _rate(at.get((name, shape_text(SQUARE), 16)), "images_per_s"),
                 f"{row['start_s']:.1f}",
                 f"{row['first_run_s']:.2f}",
                 f"{row['used_mib']}",
@@ -148,13 +144,13 @@ def _options(rows: Sequence[Row]) -> list[str]:
             for name, row in whole.items()
         ]
         header = (
-            *("", "images/s, batch 16", "over ours", "ms alone", "images/s at 512x512"),
-            *("s to open", "s of a shape's first run", "MiB taken on the GPU", "same cells"),
+            *("", "images/s, batch 16", "over the service's", "ms alone", "images/s at 512x512"),
+            *("opening, s", "a shape's first run, s", "GPU memory used, MiB", "equal cells"),
         )
         parts += [
             f"## Options of the CUDA provider, {precision}",
-            "One option changed at a time, then together what was better alone; the fastest in "
-            "bold. At 384x512 where nothing else is said.",
+            "One changed option at a time, then all that were faster alone together. The fastest "
+            "is in bold. The shape is 384x512 unless stated.",
             markdown_table(header, lines),
         ]
     return parts
@@ -174,27 +170,25 @@ def _upsampling(rows: Sequence[Row]) -> list[str]:
             short(row["gb_per_s"]),
             short(row["gpixel_per_s"]),
         )
-        for row in rows
-        if row["part"] == "upsampling" and "us_per_photo" in row
+        for row in matching(rows, "us_per_photo", part="upsampling")
     ]
     copied = [
         (row["way"], f"{row['bytes'] / 1e6:.1f}", f"{row['us']:.0f}", short(row["gb_per_s"]))
-        for row in rows
-        if row["part"] == "copies" and "us" in row
+        for row in matching(rows, "us", part="copies")
     ]
     parts = []
     if kernel:
-        header = ("photo", "at once", "confidences", "us a photo", "GB/s", "gigapixels/s")
+        header = ("photo", "at once", "confidences", "us per photo", "GB/s", "gigapixels/s")
         parts += [
             "## The upsampling kernel",
-            "GB/s of what has to be read and written: the logits once and every id. The kernel "
-            "computes more than it moves.",
+            "GB/s counts the least that must be read and written: the logits once, and every class "
+            "id. The kernel computes more than it moves.",
             markdown_table(header, kernel),
         ]
     if copied:
         parts += [
-            "## The way up and down",
-            "Page-locked memory, a full batch of 500x375 photos.",
+            "## Copies to and from the GPU",
+            "Page-locked memory, a full batch of 500x375 photos. Up is to the GPU.",
             markdown_table(("", "MB", "us", "GB/s"), copied),
         ]
     return parts
@@ -203,20 +197,19 @@ def _upsampling(rows: Sequence[Row]) -> list[str]:
 def _lanes(rows: Sequence[Row]) -> list[str]:
     lines = [
         (row["precision"], str(row["lanes"]), f"{row['images_per_s']:.0f}")
-        for row in rows
-        if row["part"] == "lanes" and "images_per_s" in row
+        for row in matching(rows, "images_per_s", part="lanes")
     ]
     if not lines:
         return []
     return [
         "## Lanes, without HTTP and decoding",
-        "Batches of 500x375 photos, up, through network and upsampling, and down.",
+        "Batches of 500x375 photos: upload, network, upsampling, download.",
         markdown_table(("", "lanes", "photos/s"), lines),
     ]
 
 
 def _serving(rows: Sequence[Row]) -> list[str]:
-    mine = [row for row in rows if row["part"] == "serving" and "throughput" in row]
+    mine = matching(rows, "throughput", part="serving")
     alone = [
         (row["photo"], *(f"{row[name]:.1f}" for name in ("p50_ms", "p99_ms", "mean_ms")))
         for row in mine
@@ -247,45 +240,44 @@ def _serving(rows: Sequence[Row]) -> list[str]:
     if closed:
         columns = (
             *("processes", "clients", "photos/s", "p50, ms", "p99, ms", "GPU busy"),
-            *("CPU ms/photo", "busiest load generator, of a core", "failures"),
+            *("CPU ms/photo", "busiest load generator, % of a core", "failures"),
         )
         parts += [
-            "JPEG of 500x375 in, PNG mask out, over HTTP on loopback, in a closed loop; service "
+            "A 500x375 JPEG in, a PNG mask out, over HTTP on loopback, in a closed loop. Service "
             "and load generators share the cores. GPU busy: the share of the time in which any "
-            "kernel ran, by NVML, mean of the window without its first second.",
+            "kernel ran (NVML), averaged over the window without its first second.",
             markdown_table(columns, closed),
         ]
     return parts
 
 
 def _pytorch(rows: Sequence[Row]) -> list[str]:
-    square = {"part": "session", "precision": "fp16", "shape": sides_of(SQUARE)}
+    square = {"part": "session", "precision": "fp16", "shape": shape_text(SQUARE)}
     ours = best(rows, "images_per_s", **square)
     lines = []
-    for row in rows:
-        if row["part"] == "pytorch" and "images_per_s" in row:
-            same = best(rows, "images_per_s", **square, batch=row["batch"])
-            ratio = over(same, "images_per_s", row, "images_per_s")
-            most = over(ours, "images_per_s", row, "images_per_s")
-            lines.append(
-                (
-                    f"{row['side']}, {row['precision']}",
-                    str(row["batch"]),
-                    f"{row['images_per_s']:.0f}",
-                    f"{ratio:.2f}" if ratio else "",
-                    f"{most:.2f}" if most else "",
-                    f"{row['first_run_s']:.0f}",
-                )
+    for row in matching(rows, "images_per_s", part="pytorch"):
+        same = best(rows, "images_per_s", **square, batch=row["batch"])
+        ratio = over(same, "images_per_s", row, "images_per_s")
+        most = over(ours, "images_per_s", row, "images_per_s")
+        lines.append(
+            (
+                f"{row['side']}, {row['precision']}",
+                str(row["batch"]),
+                f"{row['images_per_s']:.0f}",
+                f"{ratio:.2f}" if ratio else "",
+                f"{most:.2f}" if most else "",
+                f"{row['first_run_s']:.0f}",
             )
+        )
     header = (
         *("512x512", "batch", "images/s", "ours is faster by, same batch"),
-        *("ours at its best batch", "s of the first run"),
+        *("ours is faster by, at its best batch", "first run, s"),
     )
     return ["## PyTorch", markdown_table(header, lines)] if lines else []
 
 
 def _limits(rows: Sequence[Row]) -> list[str]:
-    """The roofline: which of arithmetic and memory bounds the network, and how near we are."""
+    """The roofline: whether arithmetic or memory limits the network, and how close we get."""
     matrices = best(rows, "tflop_per_s", what="matrices")
     copied = best(rows, "gb_per_s", part="roofline", what="copies")
     lines = []
@@ -312,14 +304,19 @@ def _limits(rows: Sequence[Row]) -> list[str]:
     if matrices is None or copied is None:
         return []
     header = (
-        *("fp16", "multiply-adds an image", "least traffic", "images/s by matrices"),
-        *("images/s by memory", "ours", "of the matrix rate", "of the nearer limit"),
+        *(
+            "fp16",
+            "multiply-adds per image",
+            "least traffic per image",
+            "arithmetic limit, images/s",
+        ),
+        *("memory limit, images/s", "ours", "of the arithmetic limit", "of the lower limit"),
     )
     return [
         "## The roofline",
-        f"Measured: {matrices['tflop_per_s']:.0f} TFLOP/s in a product of matrices "
+        f"Measured: {matrices['tflop_per_s']:.0f} TFLOP/s in a matrix product "
         f"({matrices['side']}), {copied['gb_per_s']:.0f} GB/s in a copy, reads and writes counted. "
-        "Least traffic: everything fused that can be.",
+        "The least traffic assumes all possible fusions.",
         markdown_table(header, lines),
     ]
 

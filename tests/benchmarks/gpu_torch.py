@@ -1,10 +1,10 @@
-"""The network in PyTorch, as one would serve it without ONNX: fp16, channels last, compiled.
+"""The network in PyTorch, served as usual without ONNX: fp16, channels last, compiled.
 
     python -m tests.benchmarks.gpu_torch DEVICE NETWORK quick|whole LIMIT_S
 
-Prints a line of JSON for each figure as soon as it has it, so that a run that is cut short keeps
-what it measured. Needs torch and numpy only, because it runs in an environment of the user's own.
-uint8 photos lie on the device at the start, float32 logits at the end, as in ONNX Runtime's runs.
+Prints each figure as a line of JSON at once, so that an interrupted run keeps its figures. Needs
+only torch and numpy, because it runs in the user's environment. As in ONNX Runtime's runs, the
+uint8 photos start on the device and the float32 logits stay there.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from models.networks import build_network
+from tests.benchmarks.bench import first_line, seconds_each
 
 SIDE = 512
 LEAST_S = 0.15
+"""The shortest duration of one timing."""
 
 
 class FromBytes(nn.Module):
@@ -34,37 +36,18 @@ class FromBytes(nn.Module):
         self.dtype = dtype
 
     def forward(self, image: Tensor) -> Tensor:
-        """Run the network; the bytes are channels last as they come."""
+        """Run the network; the bytes already have the channels-last layout."""
         logits: Tensor = self.network(image.permute(0, 3, 1, 2).to(self.dtype))
         return logits.float()
 
 
-def tell(**row: Any) -> None:  # noqa: ANN401 - names and figures
-    """One figure."""
+def emit(**row: Any) -> None:  # noqa: ANN401 - names and figures
+    """Print one figure."""
     print(json.dumps(row), flush=True)
 
 
-def seconds_each(run: Callable[[], object], wait: Callable[[], None]) -> list[float]:
-    """Seconds of one run, three times over as many as make `LEAST_S`; warm, and back to back."""
-    for _ in range(5):
-        run()
-    wait()
-    started = time.perf_counter()
-    run()
-    wait()
-    runs = max(1, round(LEAST_S / (time.perf_counter() - started)))
-    found = []
-    for _ in range(3):
-        started = time.perf_counter()
-        for _ in range(runs):
-            run()
-        wait()
-        found.append((time.perf_counter() - started) / runs)
-    return found
-
-
 def sides(quick: bool) -> Iterator[tuple[str, dict[str, Any], bool, int]]:
-    """What is measured, the most telling first: name, compiler's options, freezing, batch."""
+    """The variants, the most important first: name, compiler options, freezing, batch."""
     eager: dict[str, Any] = {}
     default = {"dynamic": False}
     graphs = {"dynamic": False, "mode": "reduce-overhead"}
@@ -82,11 +65,11 @@ def sides(quick: bool) -> Iterator[tuple[str, dict[str, Any], bool, int]]:
 
 
 def main() -> int:
-    """Measure until the time is up."""
+    """Measure until the time limit."""
     device_name, network_name, extent, limit_s = sys.argv[1:]
     started = time.monotonic()
     if device_name != "cpu" and not torch.cuda.is_available():
-        tell(not_measured=f"no torch with CUDA: torch {torch.__version__} of {sys.executable}")
+        emit(not_measured=f"torch {torch.__version__} in {sys.executable} has no CUDA")
         return 0
     on_gpu = device_name != "cpu"
     device = torch.device(device_name)
@@ -97,23 +80,23 @@ def main() -> int:
     module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if on_gpu:
         torch.cuda.set_device(device)
-        # At 8192 a product of matrices is as fast as it gets.
+        # Matrix products reach their highest rate at about this size.
         matrix = torch.randn(8192, 8192, device=device, dtype=dtype)
-        seconds = min(seconds_each(lambda: matrix @ matrix, wait))
-        tell(what="matrices", side="torch", tflop_per_s=2 * 8192**3 / seconds / 1e12)
+        seconds = min(seconds_each(lambda: matrix @ matrix, wait, LEAST_S))
+        emit(what="matrices", side="torch", tflop_per_s=2 * 8192**3 / seconds / 1e12)
         del matrix
     for name, options, frozen, batch in sides(extent == "quick"):
         images = batch if on_gpu else 1
         row = {"side": name, "shape": f"{SIDE}x{SIDE}", "batch": images}
         row |= {"precision": str(dtype).removeprefix("torch."), "torch": torch.__version__}
         if time.monotonic() - started > 0.8 * float(limit_s):
-            tell(**row, error="no time left")
+            emit(**row, error="no time left")
             continue
         try:
             measure(module, row, options, frozen, images, device, wait)
-        # One way that fails must not take the others with it.
+        # If one variant fails, the others still get their figures.
         except Exception as exc:  # noqa: BLE001
-            tell(**row, error=f"{type(exc).__name__}: {exc}".splitlines()[0])
+            emit(**row, error=first_line(exc))
     return 0
 
 
@@ -126,21 +109,21 @@ def measure(
     device: torch.device,
     wait: Callable[[], None],
 ) -> None:
-    """Compile, if there are options, and time."""
+    """Compile the module if there are options, and measure it."""
     import torch._inductor.config as inductor
 
     inductor.freezing = frozen
     torch.compiler.reset()
     run = torch.compile(module, **options) if options else module
     image = torch.randint(0, 256, (batch, SIDE, SIDE, 3), dtype=torch.uint8, device=device)
-    # Freezing folds weights only where no gradient can be asked for.
+    # Freezing folds weights only where gradients are disabled.
     with torch.no_grad():
         started = time.perf_counter()
         run(image)
         wait()
         compile_s = time.perf_counter() - started
-        seconds = seconds_each(lambda: run(image), wait)
-    tell(
+        seconds = seconds_each(lambda: run(image), wait, LEAST_S)
+    emit(
         **row,
         images_per_s=batch / statistics.median(seconds),
         ms=1000 * statistics.median(seconds),

@@ -1,10 +1,10 @@
-"""What decoding in a process of its own would cost, against a thread, which the service takes.
+"""The cost of decoding in a separate process, compared with a thread, which the service uses.
 
     python -m tests.benchmarks.isolation
 
-A decoder that crashes would then cost one request and not those of its whole process. The other
-process is the least that does it: one shared mapping for the file and the pixels, one message each
-way, no queue and no restart. Photos in turns, medians; writes ``isolation.json`` into ``--out``.
+In a separate process a crash of the decoder fails one request instead of all requests of the
+serving process. The process measured here is minimal: one shared mapping for the file and the
+pixels, one message each way, no queue and no restart. Writes ``isolation.json`` into ``--out``.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FILE_BYTES: Final = Settings().max_bytes
 PIXEL_BYTES: Final = 3 * Settings().max_pixels
 WORKING_SIDE: Final = 512
 
-_ASK: Final = struct.Struct("<2Q")  # bytes of the file; the side that is needed, 0 for all
-_ANSWER: Final = struct.Struct("<4Q4d")  # `DecodedPhoto`: height and width of its pixels, size, box
+_ASK: Final = struct.Struct("<2Q")  # file size in bytes; needed side, 0 for the full size
+_ANSWER: Final = struct.Struct("<4Q4d")  # of a `DecodedPhoto`: (H, W) of pixels, size, box
 
 
 class DecodingProcess:
-    """Decodes photos elsewhere; one caller at a time."""
+    """Decodes photos in a separate process, for one caller at a time."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -56,7 +56,7 @@ class DecodingProcess:
         os.close(memory)
 
     def decode(self, data: bytes, needed_side: int | None) -> DecodedPhoto:
-        """As `service.images.decoding.decode`, for photos that are sound."""
+        """Like `service.images.decoding.decode`, for valid photos only."""
         self._shared[: len(data)] = data
         self._socket.send(_ASK.pack(len(data), needed_side or 0))
         height, width, *size, left, top, right, bottom = _ANSWER.unpack(
@@ -69,19 +69,19 @@ class DecodingProcess:
 
     @property
     def private_mib(self) -> float:
-        """Memory that no other process shares with it."""
+        """The memory that it shares with no other process, in MiB."""
         lines = Path(f"/proc/{self._process.pid}/smaps_rollup").read_text(encoding="ascii")
         kib = [int(line.split()[1]) for line in lines.splitlines() if line.startswith("Private_")]
         return sum(kib) / 1024
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         self._socket.close()
         self._process.wait()
 
 
 def work(asks: int, memory: int) -> None:
-    """The other process: decode until the socket is closed."""
+    """The body of the process: decode until the socket is closed."""
     shared = mmap.mmap(memory, FILE_BYTES + PIXEL_BYTES)
     with socket.socket(fileno=asks) as connection:
         while ask := connection.recv(_ASK.size):
@@ -94,7 +94,7 @@ def work(asks: int, memory: int) -> None:
 
 
 def measure(out: Path, rounds: int) -> dict[str, Any]:
-    """Each photo by both, in turns. Raises `AssertionError` if they do not give the same."""
+    """Decode each photo both ways, alternately. Raises `AssertionError` if the pixels differ."""
     source = serving_photos(out / "photos", None, 1)[0]
     cases = {
         "500x375": (resized(source, LANDSCAPE), WORKING_SIDE),
@@ -135,10 +135,12 @@ def _ms(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure, or be the other process."""
+    """Measure, or run as the decoding process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--out", type=Path, default=Path("runs/isolation"))
-    parser.add_argument("--rounds", type=int, default=100, help="of each photo (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/isolation"), help="folder (%(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=100, help="rounds per photo (%(default)s)")
     parser.add_argument("--decode", type=int, nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.decode:
@@ -157,7 +159,7 @@ def main() -> None:
             ],
         )
     )
-    print(f"{found['private_mib']:.0f} MiB of its own, ready in {found['start_s']:.2f} s")
+    print(f"{found['private_mib']:.0f} MiB of private memory, ready in {found['start_s']:.2f} s")
     found["environment"] = environment(("numpy", "pillow", "simplejpeg"))
     (given.out / "isolation.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""From a cold start to ready, and memory at rest and under photos of many sizes."""
+"""Start-up time, and memory at rest and under photos of many sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.benchmarks import sides, usage
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.servers import running
 
-# Seven answers to ask for in turn; the photos come in hundreds, so every photo meets every one.
+# Seven paths and a hundred photos have no common factor, so every photo meets every path.
 _PATHS: Final = (
     *("/segment",) * 4,
     "/segment?view=overlay",
@@ -23,14 +23,14 @@ _AT_MOST_S: Final = 900.0
 
 
 def starts(bench: Bench) -> None:
-    """Seconds from the command's start until ``/readyz`` says yes."""
+    """Measure the seconds from the start of the command until ``/readyz`` answers 200."""
     for turn in range(5):
         with running(sides.ours(bench.artefact, "auto"), bench.photos[0], bench.logs) as server:
             bench.add(part="start", round=turn, side=sides.OURS, start_s=server.start_s)
 
 
 def memory(bench: Bench) -> None:
-    """Resident memory of a started server: at rest, after 200 and after 2,000 mixed requests."""
+    """Measure a server's resident memory: at rest, after 200 and after 2,000 mixed requests."""
     mixed = photo_files.mixed_photos(bench.out / "photos", bench.photos)
     with running(sides.ours(bench.artefact, "auto"), bench.photos[0], bench.logs) as server:
         time.sleep(1.0)

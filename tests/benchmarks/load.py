@@ -1,9 +1,9 @@
-"""The load generator: processes of its own, raw sockets over asyncio, keep-alive connections.
+"""The load generator: separate processes with raw sockets over asyncio and keep-alive connections.
 
-Reads a `Load` as JSON from stdin and writes a `Measurement` as JSON to stdout. Closed loop: each
-connection sends its next photo as soon as it has its answer; that gives the capacity. Open loop:
-photos arrive at a Poisson process's times whatever the server does, and latency counts from the
-scheduled arrival, so that no waiting is hidden ("coordinated omission").
+Reads a `Load` as JSON from stdin and writes a `Measurement` as JSON to stdout. In a closed loop
+each connection sends its next photo as soon as the previous one is answered; this measures the
+capacity. In an open loop photos arrive as a Poisson process, independent of the server, and latency
+counts from the scheduled arrival, which avoids coordinated omission.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from tests.benchmarks.wire import Connection, arrivals, multipart, request_bytes
 _ANSWER_TIMEOUT_S: Final = 120.0
 
 _LEAD_S: Final = 0.7
-"""What several generators are given to start in, so that they all measure the same window."""
+"""Time for several generators to start, so that all of them measure the same window."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to send: the photos in turn, as the multipart ``field`` of a POST to ``paths`` in turn.
+    """What to send: POST requests to each of ``paths`` in turn, with each of ``photos`` in turn.
 
-    Closed loop over ``connections``, or, with ``rate_per_s``, an open loop over as many as are
-    needed up to ``connections``. ``warm_up_s`` seconds go unmeasured; then ``seconds`` are, or
-    ``requests`` if those are over sooner. ``pid`` is the server's, whose process tree is sampled.
-    ``begin_at_s``: when to begin, on the clock of `time.monotonic`; None: at once.
+    ``field`` is the photo's multipart field. The loop is closed over ``connections``; with
+    ``rate_per_s`` it is open and uses at most ``connections``. A warm-up of ``warm_up_s`` is not
+    measured. The window ends after ``seconds`` or ``requests``, whichever comes first. ``pid`` is
+    the server's; its process tree is sampled. ``begin_at_s`` is the start time on the clock of
+    `time.monotonic`; None starts at once.
     """
 
     port: int
@@ -56,11 +57,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One measured window. ``latencies_ms`` has one entry for each good answer.
+    """One measured window. ``latencies_ms`` has one entry per successful answer.
 
-    ``throughput`` is good answers per second; ``cpu_ms`` the server tree's CPU time per answer;
-    ``client_cpu`` the load generator's own share of one core, the busiest one's of several.
-    ``started_s`` and ``ended_s`` are the window's, on the clock of `time.monotonic`.
+    ``throughput``: successful answers per second. ``cpu_ms``: CPU time of the server's process tree
+    per answer. ``client_cpu``: the share of one core that the busiest load generator used.
+    ``started_s`` and ``ended_s``: the window on the clock of `time.monotonic`.
     """
 
     throughput: float
@@ -74,14 +75,14 @@ class Measurement:
     ended_s: float
 
     def summary(self) -> dict[str, float]:
-        """The window without its single latencies and its times, for the results file."""
+        """The window for the results file, with latency percentiles instead of single latencies."""
         left_out = {"latencies_ms", "started_s", "ended_s"}
         figures = {name: value for name, value in asdict(self).items() if name not in left_out}
         return {**figures, **latency_summary(self.latencies_ms)}
 
 
 def latency_summary(latencies_ms: Sequence[float]) -> dict[str, float]:
-    """Median, 95th and 99th percentile and mean; nothing of an empty sequence."""
+    """Median, 95th and 99th percentile and mean; empty for an empty sequence."""
     if not latencies_ms:
         return {}
     ordered = sorted(latencies_ms)
@@ -94,7 +95,7 @@ def latency_summary(latencies_ms: Sequence[float]) -> dict[str, float]:
 
 
 def measure(load: Load, generators: int = 1) -> Measurement:
-    """Run a `Load` in a process of its own, or in several that share its connections and rate."""
+    """Run a `Load` in one process, or in several that share its connections and rate."""
     if generators == 1:
         return _measure(load)
     with ThreadPoolExecutor(generators) as pool:
@@ -102,16 +103,16 @@ def measure(load: Load, generators: int = 1) -> Measurement:
 
 
 def split(load: Load, generators: int, begin_at_s: float) -> list[Load]:
-    """The shares of several generators that together are ``load``; at most one a connection."""
+    """Divide ``load`` between several generators, at most one per connection."""
     count = min(generators, load.connections)
     return [
         replace(
             load,
-            # Each begins at another photo, as one generator's connections would.
+            # Each starts with a different photo, as the connections of one generator do.
             photos=load.photos[number:] + load.photos[:number],
             connections=load.connections // count + (number < load.connections % count),
             requests=-(-load.requests // count),
-            # Poisson processes add up to one.
+            # The sum of Poisson processes is a Poisson process.
             rate_per_s=load.rate_per_s / count if load.rate_per_s is not None else None,
             seed=load.seed + number,
             begin_at_s=begin_at_s,
@@ -121,9 +122,9 @@ def split(load: Load, generators: int, begin_at_s: float) -> list[Load]:
 
 
 def merged(parts: Sequence[Measurement]) -> Measurement:
-    """What several generators measured in the same window of one server."""
+    """Combine what several generators measured in the same window of one server."""
     answers = sum(part.answers for part in parts)
-    # Each has sampled the whole server.
+    # Each generator samples the whole server.
     first = parts[0]
     server_cpu_ms = first.cpu_ms * max(1, first.answers)
     return Measurement(
@@ -162,18 +163,18 @@ class _Run:
         forms = (multipart(load.field, Path(photo).read_bytes()) for photo in load.photos)
         self._forms = list(forms)
         self._numbers = count()
-        # (scheduled or sent, answered, good), on the clock of time.monotonic, which all processes
-        # of a machine share
+        # (scheduled or sent, answered, successful): the times are time.monotonic's, a clock that
+        # all processes of a machine share.
         self._answers: list[tuple[float, float, bool]] = []
         self._left = load.requests
 
     async def closed(self) -> Measurement:
-        """Load is on before the window and until its end: neither edge is quieter than the rest."""
+        """Measure a closed loop; the load starts before the window and lasts until its end."""
         load = self._load
         start = time.monotonic() + load.warm_up_s
         end = start + load.seconds
         connections = [Connection(load.port) for _ in range(load.connections)]
-        # One by one: of connections that come at once, one worker process would take all.
+        # Connect one by one: a single worker process would accept simultaneous connections.
         gap_s = min(0.05, load.warm_up_s / 2 / load.connections)
         sending = asyncio.gather(
             *(
@@ -199,7 +200,7 @@ class _Run:
             await self._send(connection, time.monotonic())
 
     async def open(self) -> Measurement:
-        """Every photo that arrives within the window counts, however late its answer comes."""
+        """Measure an open loop; every photo that arrives in the window counts, however late."""
         load = self._load
         assert load.rate_per_s is not None
         await self._one_after_another(Connection(load.port), time.monotonic() + load.warm_up_s)
@@ -256,7 +257,7 @@ class _Run:
 
 
 def main() -> None:
-    """Run the `Load` on stdin."""
+    """Run the `Load` read from stdin."""
     given = json.load(sys.stdin)
     load = Load(**{**given, "photos": tuple(given["photos"]), "paths": tuple(given["paths"])})
     run = _Run(load)

@@ -1,4 +1,4 @@
-"""The network alone: what batches and shares of the CPU are worth, by precision."""
+"""The network alone: the effect of batches and of concurrent runs, by precision."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPETITIONS: Final = 5
 
 
 def measure(bench: Bench) -> None:
-    """Milliseconds a photo: alone, in a batch of four, and two at once on half the threads each."""
+    """Measure ms per photo: alone, four in a batch, and two at once on half the threads each."""
     models = {one: load_model(bench.artefact, "cpu", precision=one) for one in ("fp32", "int8")}
     for model in models.values():
         model.warm_up()

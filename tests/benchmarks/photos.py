@@ -1,4 +1,4 @@
-"""JPEG photos to send: VOC's own, or what scikit-image's wheel carries."""
+"""JPEG photos to send: from VOC, or from scikit-image's wheel."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ MIXED_SIZES: Final = (
     *((500, 375), (375, 500), (334, 500), (500, 281), (640, 480), (480, 640), (224, 224)),
     *((1024, 768), (768, 1024), (1280, 720), (1920, 1080), (1080, 1920), (1000, 200), (97, 331)),
 )
-"""Widths and heights for the memory test, beside a few of 12 megapixels."""
+"""Widths and heights for the memory test, in addition to a few photos of 12 megapixels."""
 
 _BUNDLED: Final = ("astronaut", "chelsea", "coffee", "rocket")
 _JPEG_QUALITY: Final = 90
 
 
 def serving_photos(folder: Path, devkit: Path | None, wanted: int) -> list[Path]:
-    """``wanted`` landscape photos of 500x375 pixels as JPEG files, written into ``folder``.
+    """Write ``wanted`` landscape photos of 500x375 pixels into ``folder`` as JPEG files.
 
-    Of the val list of a ``VOCdevkit``, byte for byte, those whose size on disk lies around the
-    median, so that no odd photo leads; or crops of scikit-image's bundled pictures.
+    From a ``VOCdevkit`` they are unchanged files of the val list whose file size is near the
+    median, so that no unusual photo is first. Otherwise they are crops of scikit-image's photos.
+    Raises `SystemExit` if the val list has too few photos of that size.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = _voc(devkit, wanted) if devkit else _bundled(wanted)
@@ -42,7 +43,7 @@ def serving_photos(folder: Path, devkit: Path | None, wanted: int) -> list[Path]
 
 
 def mixed_photos(folder: Path, sources: Sequence[Path]) -> list[Path]:
-    """The sources at `MIXED_SIZES`; of every 50 photos one has 12 megapixels."""
+    """Write a hundred photos of `MIXED_SIZES` into ``folder``; one in 50 has 12 megapixels."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number in range(100):
@@ -53,10 +54,17 @@ def mixed_photos(folder: Path, sources: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def resized(source: Path, size: tuple[int, int]) -> bytes:
-    """A photo cropped and scaled to width and height, as JPEG.
+def large_photo(folder: Path, source: Path) -> Path:
+    """Write the source as a photo of 12 megapixels into ``folder``."""
+    path = folder / "12_megapixels.jpg"
+    path.write_bytes(resized(source, MEGAPIXELS_12))
+    return path
 
-    An enlarged photo gets a camera's noise, without which it would decode too easily.
+
+def resized(source: Path, size: tuple[int, int]) -> bytes:
+    """A photo cropped and scaled to ``size`` (width, height), as JPEG.
+
+    An enlarged photo gets camera noise; without it, decoding would be unrealistically fast.
     """
     with Image.open(source) as image:
         small = image.width < size[0]

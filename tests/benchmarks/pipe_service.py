@@ -1,8 +1,8 @@
-"""Ours with a network that costs nothing: ``fcn-segment serve`` around stored logits.
+"""``fcn-segment serve`` with stored logits in place of the network.
 
     python -m tests.benchmarks.pipe_service DATA.npz serve --port 8000 ...
 
-Everything else is the real service: its settings, its app, its uvicorn.
+Everything else is the real service.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from service.server import serving
 
 @dataclass(frozen=True)
 class Tensor:
-    """ONNX Runtime's ``NodeArg``; `tests.fakes` needs more than the serving environment has."""
+    """ONNX Runtime's ``NodeArg``. `tests.fakes` imports packages that `.venv-serve` lacks."""
 
     name: str
     type: str
@@ -39,10 +39,10 @@ class Metadata:
 
 
 class StoredLogits:
-    """ONNX Runtime's session, but it only looks its answer up.
+    """A stand-in for ONNX Runtime's session that returns stored logits.
 
-    ``data``: a ``.npz`` with the ``logits`` ``(1, 21, h, w) float32`` of one padded shape, and the
-    network's own metadata as ``contract``; other shapes get zeros.
+    ``data``: a ``.npz`` with ``logits``, ``(1, 21, h, w) float32`` for one padded shape, and the
+    network's metadata as ``contract``. Other shapes get zeros.
     """
 
     def __init__(self, data: Path) -> None:
@@ -51,25 +51,25 @@ class StoredLogits:
             self._metadata = ModelContract.model_validate_json(str(stored["contract"]))
 
     def get_inputs(self) -> Sequence[TensorInfo]:
-        """As the contract wants them."""
+        """The contract's input."""
         return [Tensor("image", "tensor(uint8)", ["N", "h", "w", 3])]
 
     def get_outputs(self) -> Sequence[TensorInfo]:
-        """As the contract wants them."""
+        """The contract's output."""
         return [Tensor("logits", "tensor(float)", ["N", 21, "lh", "lw"])]
 
     def get_modelmeta(self) -> Metadata:
-        """The contract."""
+        """The contract's metadata."""
         return Metadata(self._metadata.to_metadata())
 
     def get_providers(self) -> Sequence[str]:
-        """The CPU."""
+        """The CPU provider."""
         return ["CPUExecutionProvider"]
 
     def run(
         self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
     ) -> Sequence[Any]:
-        """The stored logits, once for each photo of the batch."""
+        """The stored logits, repeated for each photo of the batch."""
         batch, height, width, _ = input_feed["image"].shape
         stride = self._metadata.stride
         shape = (21, height // stride, width // stride)
@@ -78,17 +78,17 @@ class StoredLogits:
         return [np.broadcast_to(self._logits, (batch, *shape))]
 
     def io_binding(self) -> Any:  # noqa: ANN401
-        """Only a GPU's path binds."""
+        """Not implemented: only the GPU path uses it."""
         raise NotImplementedError
 
     def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:  # noqa: ANN401
-        """Only a GPU's path binds."""
+        """Not implemented: only the GPU path uses it."""
         raise NotImplementedError
 
 
 if __name__ == "__main__":
     session = StoredLogits(Path(sys.argv[1]))
     serving.create_app = partial(create_app, session=session)  # type: ignore[attr-defined]
-    del sys.argv[1]  # the rest is the service's own
-    # Its whole start: what it asks of the allocator is part of what a request costs.
+    del sys.argv[1]  # the service parses the rest
+    # Start through the service's own main, because its allocator settings affect a request's cost.
     sys.exit(main())

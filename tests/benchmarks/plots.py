@@ -1,4 +1,4 @@
-"""What a run found, drawn."""
+"""Draw the results of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tests.benchmarks import sides
-from tests.benchmarks.bench import Bench, short
+from tests.benchmarks.bench import Bench, matching, short
 from tests.benchmarks.components import CASES
 from tests.benchmarks.report import measured, pipe_figures
 from tests.benchmarks.serving import CONNECTIONS, SATURATION
@@ -36,7 +36,7 @@ _COLORS: Final = {
 
 
 def draw(bench: Bench) -> None:
-    """Write a PNG for each part that was measured into ``bench.out``."""
+    """Write a PNG into ``bench.out`` for each part that was measured."""
     for part, name, plot in (
         ("serving", "serving.png", plot_serving),
         ("pipe", "pipe.png", plot_pipe),
@@ -47,7 +47,7 @@ def draw(bench: Bench) -> None:
 
 
 def plot_serving(bench: Bench, path: Path) -> None:
-    """Throughput and latency against the number of connections, everybody with one network."""
+    """Draw throughput and latency against the number of connections, with the same network."""
     panels = (
         ("throughput", "photos per second", "Throughput"),
         ("p50_ms", "ms", "Latency, median"),
@@ -57,8 +57,7 @@ def plot_serving(bench: Bench, path: Path) -> None:
     for axis, (key, label, title) in zip(axes, panels, strict=True):
         for name in measured(bench, "fp32"):
             where = {"part": "serving", "precision": "fp32", "side": name, "load": "closed"}
-            rows = [row for row in bench.rows if where.items() <= row.items() and key in row]
-            at = sorted({row["connections"] for row in rows})
+            at = sorted({row["connections"] for row in matching(bench.rows, key, **where)})
             ours = name == OURS
             axis.plot(
                 at,
@@ -84,10 +83,10 @@ def plot_serving(bench: Bench, path: Path) -> None:
 
 
 def plot_pipe(bench: Bench, path: Path) -> None:
-    """Requests per second without the network."""
+    """Draw requests per second without the network."""
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
     position, ticks = 0.0, []
-    for network, what in (("", OURS), ("mask", "given the mask"), ("logits", "upsampling")):
+    for network, what in (("", OURS), ("mask", "mask ready-made"), ("logits", "upsampling")):
         for name in sides.BATCHING_PEERS if network else (OURS,):
             figures = pipe_figures(bench, network or "logits", name)
             if figures:
@@ -99,12 +98,12 @@ def plot_pipe(bench: Bench, path: Path) -> None:
         position += 0.5
     axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
     axis.invert_yaxis()
-    axis.set(xlabel="requests per second", title=f"The pipe alone, {SATURATION} connections")
+    axis.set(xlabel="requests per second", title=f"Without the network, {SATURATION} connections")
     _save(figure, [axis], path)
 
 
 def plot_components(bench: Bench, path: Path) -> None:
-    """Time of each stage by size, on a logarithmic axis."""
+    """Draw the time of each stage by image size, on a logarithmic axis."""
     figure, axis = plt.subplots(figsize=(10, 8.5), layout="constrained")
     position, ticks, shown = 0.0, [], set()
     for case, names in CASES.items():

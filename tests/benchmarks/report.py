@@ -1,4 +1,4 @@
-"""What a run found: gates, a Markdown table of ratios with their spread, JSON."""
+"""The report of a run: targets, Markdown tables with ratios and their spread, JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from typing import Any, Final
 
 from tests.benchmarks import bench as harness
 from tests.benchmarks import sides
-from tests.benchmarks.bench import Bench, Gate, figures_of, markdown_table, short, spread
+from tests.benchmarks.bench import (
+    Bench,
+    Target,
+    figures_of,
+    markdown_table,
+    short,
+    short_commit,
+    spread,
+)
 from tests.benchmarks.components import CASES
 from tests.benchmarks.serving import (
     AGREEMENT,
@@ -30,25 +38,25 @@ PACKAGES: Final = (
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what this was measured."""
+    """The machine, the commit, the versions and the peers' settings."""
     return {
         **harness.environment(PACKAGES),
         "peer_settings": {name: asdict(setting) for name, setting in BEST.items()},
     }
 
 
-def gates(bench: Bench) -> list[Gate]:
-    """Every target that this run has figures for."""
+def targets(bench: Bench) -> list[Target]:
+    """The targets for which this run has figures."""
     found = []
     for precision, network in (("fp32", "fp32"), ("auto", "default")):
         found += [
-            Gate(
+            Target(
                 f"500x375 JPEG to mask over the bare session, {network} network",
                 tuple(_by_round(bench, "p50_ms", "500x375", "bare session", precision, divide)),
                 at_most=1.10,
             ),
-            Gate(
-                f"12-megapixel photo beyond the network, {network} network",
+            Target(
+                f"12-megapixel photo, time beyond the network, {network} network",
                 tuple(_by_round(bench, "p50_ms", "4000x3000", "bare session", precision, subtract)),
                 unit="ms",
                 at_most=150,
@@ -58,12 +66,12 @@ def gates(bench: Bench) -> list[Gate]:
     if peers:
         fastest = peers[0]
         found += [
-            Gate(
+            Target(
                 f"throughput, same fp32 network, over the best peer ({fastest})",
                 _serving_ratios(bench, "fp32", "fp32", fastest),
                 at_least=1.15,
             ),
-            Gate(
+            Target(
                 f"throughput, fp32, over {TORCH_PEER} (torchvision's fcn_resnet50)",
                 _serving_ratios(bench, "fp32", "fp32", TORCH_PEER),
             ),
@@ -74,12 +82,12 @@ def gates(bench: Bench) -> list[Gate]:
         ]
         with_ours = [("best", name) for name in measured(bench, "best") if "int8" in name]
         for what, candidates, bound in (
-            ("the best that peers have", own, 2.0),
+            ("the best peer with its own means", own, 2.0),
             ("the best peer with our int8 file", [*own, *with_ours], None),
         ):
             precision, name = max(candidates, key=lambda one: capacity(bench, *one))
             found.append(
-                Gate(
+                Target(
                     f"throughput, each side's best precision, over {what} ({name}, {precision})"
                     if precision == "fp32"
                     else f"throughput, each side's best precision, over {what} ({name})",
@@ -88,15 +96,15 @@ def gates(bench: Bench) -> list[Gate]:
                 )
             )
         found.append(
-            Gate(
+            Target(
                 f"throughput, our best precision, over {TORCH_PEER}",
                 _serving_ratios(bench, "best", "fp32", TORCH_PEER),
                 at_least=5.0,
             )
         )
     for network, what, bound in (
-        ("mask", "peers given the finished mask", 1.5),
-        ("logits", "everybody upsampling", 1.5),
+        ("mask", "peers get the finished mask", 1.5),
+        ("logits", "all upsample", 1.5),
     ):
         present = {
             name: statistics.median(figures)
@@ -111,42 +119,49 @@ def gates(bench: Bench) -> list[Gate]:
                 strict=False,
             )
             found.append(
-                Gate(
-                    f"pipe without the network, over the best peer ({name}), {what}",
+                Target(
+                    f"throughput without the network, over the best peer ({name}), {what}",
                     tuple(divide(ours, theirs) for ours, theirs in pairs),
                     at_least=bound,
                 )
             )
     found.append(
-        Gate("start until ready", tuple(figures_of(bench, "start_s", part="start")), "s", at_most=5)
+        Target(
+            "time from start to ready",
+            tuple(figures_of(bench, "start_s", part="start")),
+            "s",
+            at_most=5,
+        )
     )
     rss = {row["requests"]: row["rss_mib"] for row in bench.rows if row["part"] == "memory"}
     if 2000 in rss:
         grown = rss[2000] / rss[200]
         found.append(
-            Gate("memory after 2,000 mixed requests over that after 200", (grown,), at_most=1.05)
+            Target(
+                "memory after 2,000 mixed requests over memory after 200", (grown,), at_most=1.05
+            )
         )
-    return [gate for gate in found if gate.figures]
+    return [target for target in found if target.figures]
 
 
 def divide(ours: float, theirs: float) -> float:
-    """The ratio of two figures; infinite over a side that answered nothing."""
+    """The ratio of two figures; infinite if ``theirs`` is 0."""
     return ours / theirs if theirs else math.inf
 
 
 def subtract(ours: float, theirs: float) -> float:
-    """Their difference."""
+    """The difference of two figures."""
     return ours - theirs
 
 
-def write(bench: Bench, met: dict[str, Any]) -> Path:
-    """Write ``results.json`` and ``results.md`` into ``bench.out``; returns the table."""
-    found = gates(bench)
+def write(bench: Bench, machine: dict[str, Any]) -> Path:
+    """Write ``results.json`` and ``results.md`` into ``bench.out``; returns the latter's path."""
+    found = targets(bench)
     results = {
-        "environment": met,
-        "gates": [
-            {**asdict(gate), "median": gate.median, "kept": gate.kept, "target": gate.target}
-            for gate in found
+        "environment": machine,
+        "targets": [
+            {**asdict(target), "median": target.median, "met": target.met, "bound": target.bound}
+            for target in found
         ],
         "masks": bench.masks,
         "rows": bench.rows,
@@ -154,31 +169,31 @@ def write(bench: Bench, met: dict[str, Any]) -> Path:
     text = json.dumps(results, indent=1, default=str)
     (bench.out / "results.json").write_text(text + "\n", encoding="utf-8")
     table = bench.out / "results.md"
-    table.write_text(markdown(bench, found, met), encoding="utf-8")
+    table.write_text(markdown(bench, found, machine), encoding="utf-8")
     return table
 
 
-def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
-    """The whole report."""
-    versions = ", ".join(f"{name} {number}" for name, number in met["versions"].items())
+def markdown(bench: Bench, found: Sequence[Target], machine: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     parts = [
         "# Benchmarks",
-        f"{met['date'][:10]}, {met['cores']} cores of {met['cpu']}, {met['memory_gib']} GiB, "
-        f"commit {met['commit'][:12]}{'+changes' if met['commit'].endswith('changes') else ''}, "
-        f"Python {met['python']}, {versions}. Ratios are medians over alternated rounds "
-        "(least..greatest).",
+        f"{machine['date'][:10]}, {machine['cores']} cores of {machine['cpu']}, "
+        f"{machine['memory_gib']} GiB, commit {short_commit(machine)}, "
+        f"Python {machine['python']}, {versions}. The contenders alternate in each round. Figures "
+        "and ratios are medians over the rounds (least..greatest).",
         "## Targets",
         markdown_table(
             ("", "median", "spread", "target", ""),
             (
                 (
-                    gate.name,
-                    f"{short(gate.median)} {gate.unit}",
-                    f"{short(min(gate.figures))}..{short(max(gate.figures))}",
-                    gate.target,
-                    {True: "kept", False: "**MISSED**", None: ""}[gate.kept],
+                    target.name,
+                    f"{short(target.median)} {target.unit}",
+                    f"{short(min(target.figures))}..{short(max(target.figures))}",
+                    target.bound,
+                    {True: "met", False: "**MISSED**", None: ""}[target.met],
                 )
-                for gate in found
+                for target in found
             ),
         ),
         *_serving_tables(bench),
@@ -192,8 +207,9 @@ def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
         lines = [(name, f"{equal:.5f}") for name, equal in bench.masks.items()]
         parts += [
             "## Same masks",
-            f"Share of equal pixels, the photo with the fewest; at least {AGREEMENT} for the same "
-            "network in fp32." + (f" **DISAGREE: {', '.join(wrong)}**" if wrong else ""),
+            f"Share of equal pixels in the photo with the fewest; at least {AGREEMENT} is "
+            "required of the same network in fp32."
+            + (f" **DISAGREE: {', '.join(wrong)}**" if wrong else ""),
             markdown_table(("", "equal to ours"), lines),
         ]
     return "\n\n".join(parts) + "\n"
@@ -201,7 +217,10 @@ def markdown(bench: Bench, found: Sequence[Gate], met: dict[str, Any]) -> str:
 
 def _serving_tables(bench: Bench) -> list[str]:
     parts = []
-    for precision, title in (("fp32", "the same fp32 network"), ("best", "each side's best")):
+    for precision, title in (
+        ("fp32", "the same fp32 network"),
+        ("best", "each contender's best precision"),
+    ):
         names = measured(bench, precision)
         if not names:
             continue
@@ -225,10 +244,10 @@ def _serving_tables(bench: Bench) -> list[str]:
                 )
             )
         parts += [
-            f"## Serving, {title}",
-            "JPEG of 500x375 in, PNG mask out, over HTTP on loopback. Saturation: "
+            f"## Serving: {title}",
+            "A 500x375 JPEG in, a PNG mask out, over HTTP on loopback. Saturated: "
             f"{SATURATION} connections in a closed loop. Open loop: the same Poisson arrivals for "
-            "all, at three quarters of the best peer's capacity; time from the arrival.",
+            "all, at three quarters of the best peer's capacity; latency counts from the arrival.",
             markdown_table(
                 (
                     *("", "photos/s", "ours is faster by", "p50 alone, ms", "p50 saturated, ms"),
@@ -262,11 +281,11 @@ def _pipe_table(bench: Bench) -> list[str]:
                 )
     if not lines:
         return []
-    header = ("", "network gives", "requests/s", "ours is faster by", "CPU ms/request", "p50, ms")
+    header = ("", "network returns", "requests/s", "ours is faster by", "CPU ms/request", "p50, ms")
     return [
-        "## The pipe without the network",
-        f"{SATURATION} connections, one JPEG of 500x375. The load generator shares the cores.",
-        markdown_table((*header, "load generator, of a core"), lines),
+        "## Without the network",
+        f"{SATURATION} connections, one 500x375 JPEG. The load generator runs on the same cores.",
+        markdown_table((*header, "load generator, % of a core"), lines),
     ]
 
 
@@ -304,8 +323,8 @@ def _network_table(bench: Bench) -> list[str]:
         alone = figures_of(bench, "ms", **of, side="alone")
         ratios = list(map(divide, alone, figures))
         lines.append((precision, how, spread(figures), spread(ratios)))
-    header = ("", "photos", "ms a photo", "faster than alone by")
-    return ["## The network by itself", markdown_table(header, lines)] if lines else []
+    header = ("", "photos", "ms per photo", "faster than alone by")
+    return ["## The network alone", markdown_table(header, lines)] if lines else []
 
 
 def _memory_table(bench: Bench) -> list[str]:
@@ -327,7 +346,7 @@ def _number(figure: float, digits: int) -> str:
 
 
 def measured(bench: Bench, precision: str) -> list[str]:
-    """The sides that served with a precision, in order of appearance."""
+    """The sides measured with a precision, in the order of measurement."""
     rows = (row for row in bench.rows if row["part"] == "serving")
     return list(dict.fromkeys(row["side"] for row in rows if row["precision"] == precision))
 
@@ -348,7 +367,7 @@ def _by_round(
 
 
 def _serving_ratios(bench: Bench, ours: str, theirs: str, name: str) -> tuple[float, ...]:
-    """Our throughput at saturation over a peer's, by rounds."""
+    """Our throughput at saturation over a peer's, for each round."""
     where = {"part": "serving", "load": "closed", "connections": SATURATION}
     first = figures_of(bench, "throughput", **where, precision=ours, side=OURS)
     second = figures_of(bench, "throughput", **where, precision=theirs, side=name)
@@ -356,5 +375,5 @@ def _serving_ratios(bench: Bench, ours: str, theirs: str, name: str) -> tuple[fl
 
 
 def pipe_figures(bench: Bench, network: str, name: str) -> list[float]:
-    """Requests per second of one side in every round; ``network``: ``logits`` or ``mask``."""
+    """Requests per second of one side for each round; ``network``: ``logits`` or ``mask``."""
     return figures_of(bench, "throughput", part="pipe", network=network, side=name)

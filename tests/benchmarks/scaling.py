@@ -1,10 +1,10 @@
-"""From one replica to two, plain and on Ray Serve, on this machine.
+"""Throughput of one and two replicas, as plain processes and on Ray Serve, on this machine.
 
-.venv/bin/python -m tests.benchmarks.scaling
+    .venv/bin/python -m tests.benchmarks.scaling
 
-Every replica's network has one thread; the clients run on the same cores. Prints photos/s and the
-ratios of one run, and writes ``results/scaling.json``. A machine with two cores says how much the
-ways cost, and little about how they would scale on many machines.
+Each replica's network has one thread, and the clients run on the same cores. Prints photos/s and
+the ratios, and writes ``results/scaling.json``. A machine with two cores shows the overhead of each
+way, but not how it scales over many machines.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import secrets
 import signal
 import statistics
@@ -22,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -30,8 +28,8 @@ import httpx
 from skimage import data
 
 from tests.artefacts import encode
+from tests.benchmarks.bench import ROOT, environment
 
-ROOT: Final = Path(__file__).parents[2]
 RESULTS: Final = Path(__file__).parent / "results" / "scaling.json"
 URL: Final = "http://127.0.0.1:8077"
 CLIENTS: Final = 8
@@ -41,13 +39,13 @@ ROUNDS: Final = 2
 
 
 @contextlib.contextmanager
-def running(arguments: list[str], environment: Mapping[str, str], members: int) -> Iterator[None]:
-    """A service of so many processes with metrics of their own, until it is interrupted."""
+def running(arguments: list[str], variables: Mapping[str, str], members: int) -> Iterator[None]:
+    """Run a service until the block ends; ``members`` processes report metrics once it is ready."""
     process = subprocess.Popen(
-        # In the background, a shell's children ignore interrupts.
+        # A shell's background processes ignore SIGINT.
         ["env", "--default-signal=INT", *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, **variables},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -73,25 +71,25 @@ def _ready(members: int) -> bool:
 
 @contextlib.contextmanager
 def plain(replicas: int) -> Iterator[None]:
-    """Processes behind one port."""
-    environment = {
+    """Plain processes that share one port."""
+    variables = {
         "FCN_DEVICE": "cpu",
         "FCN_THREADS": "1",
         "FCN_PROCESSES": str(replicas),
         "FCN_PORT": URL.rpartition(":")[2],
         "FCN_LOG_LEVEL": "warning",
     }
-    with running([sys.executable, "-m", "service", "serve"], environment, replicas):
+    with running([sys.executable, "-m", "service", "serve"], variables, replicas):
         yield
 
 
 @contextlib.contextmanager
 def ray(replicas: int) -> Iterator[None]:
-    """One ingress, and devices behind it."""
+    """Ray Serve: one ingress, with the replicas behind it."""
     config = (ROOT / "docker" / "cluster.yaml").read_text(encoding="utf-8")
     config = config.replace("_replicas: 2", f"_replicas: {replicas}")
     config = config.replace("port: 8000", f"port: {URL.rpartition(':')[2]}")
-    environment = {
+    variables = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
@@ -101,12 +99,12 @@ def ray(replicas: int) -> Iterator[None]:
         file.write(config)
         file.flush()
         serve = str(Path(sys.executable).parent / "serve")
-        with running([serve, "run", file.name], environment, replicas + 1):
+        with running([serve, "run", file.name], variables, replicas + 1):
             yield
 
 
 def photos_per_s() -> float:
-    """What all clients together are answered in the window. Stops at any answer but 200."""
+    """Photos answered per second, by all clients. Raises `httpx.HTTPError` if one fails."""
     photo = encode(data.chelsea(), "JPEG", quality=90)  # type: ignore[no-untyped-call]
     begin = time.monotonic() + WARM_UP_S
     end = begin + WINDOW_S
@@ -124,7 +122,7 @@ def photos_per_s() -> float:
 
 
 def main() -> None:
-    """Measure in turns, print the table, write the JSON."""
+    """Measure each way alternately, print the ratios, write the JSON."""
     rates: dict[str, dict[int, list[float]]] = {"plain": {1: [], 2: []}, "ray": {1: [], 2: []}}
     for _ in range(ROUNDS):
         for way, start in (("plain", plain), ("ray", ray)):
@@ -138,19 +136,9 @@ def main() -> None:
     }
     for way, found in ratios.items():
         each = ", ".join(f"{ratio:.2f}" for ratio in found)
-        print(f"{way}: two over one {statistics.mean(found):.2f}x ({each})")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+        print(f"{way}: two replicas over one {statistics.mean(found):.2f}x ({each})")
     facts = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
+        "environment": environment(("onnxruntime", "ray", "fastapi", "uvicorn")),
         "clients": CLIENTS,
         "photos_per_s": rates,
         "two_over_one": ratios,

@@ -1,4 +1,4 @@
-"""Starting a server, waiting until it answers, and taking all of its processes down again."""
+"""Start a server, wait until it answers, and stop all of its processes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Final
 import psutil
 
 from tests.benchmarks import usage
+from tests.benchmarks.bench import ROOT
 from tests.benchmarks.load import Load, Measurement, measure
 from tests.benchmarks.wire import HOST, Answer, Connection, multipart, request_bytes
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 _START_TIMEOUT_S: Final = 180.0
 _STOP_TIMEOUT_S: Final = 10.0
 
-# No peer phones home, looks for updates or writes its own logs of every request.
+# No peer sends telemetry, checks for updates or logs every request.
 _QUIET: Final = {
     "BENTOML_DO_NOT_TRACK": "True",
     "DO_NOT_TRACK": "1",
@@ -39,10 +39,10 @@ _QUIET: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the servers that are compared.
+    """A contender: one of the compared servers.
 
-    ``command`` may hold ``{port}``; ``field`` is the form field that its endpoint wants; ``ready``
-    the path that tells when it is ready, if there is one: else it is once it answers a photo.
+    ``command`` may contain ``{port}``. ``field`` is the name of its endpoint's form field.
+    ``ready`` is the path of its readiness check; without one it is ready once it answers a photo.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A side that answers. ``start_s``: seconds from its start until it is ready."""
+    """A started side. ``start_s``: seconds from its start until it was ready."""
 
     side: Side
     port: int
@@ -73,7 +73,7 @@ class Running:
         paths: tuple[str, ...] = (),
         generators: int = 1,
     ) -> Measurement:
-        """Measure a closed loop, with the connections shared out among the load generators."""
+        """Measure a closed loop; the load generators share the connections."""
         wanted = self._load(photos, connections, seconds)
         load = replace(wanted, warm_up_s=warm_up_s, requests=requests, paths=paths or wanted.paths)
         return measure(load, generators)
@@ -94,7 +94,7 @@ class Running:
         )
 
     def is_ready(self, photo: Path) -> None:
-        """Ask once. Raises as `answer` does."""
+        """Ask once whether it is ready. Raises the same errors as `answer`."""
         if self.side.ready:
             self._exchange(request_bytes(self.port, self.side.ready))
         else:
@@ -114,14 +114,14 @@ class Running:
 
 @contextlib.contextmanager
 def running(side: Side, photo: Path, logs: Path) -> Iterator[Running]:
-    """Start a side on a free port and wait for its answer to ``photo``; stop it at the end.
+    """Start a side on a free port, wait until it is ready, and stop it at the end.
 
-    Its output goes to a file in ``logs``. Raises `RuntimeError` if it ends or never answers.
+    Its output goes to a file in ``logs``. Raises `RuntimeError` if it exits or never gets ready.
     """
     port = free_port()
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{side.name.replace(' ', '_').replace('+', 'and')}.log"
-    # A short path: Ray puts Unix sockets into it.
+    # The path must be short, because Ray creates Unix sockets in it.
     scratch = tempfile.TemporaryDirectory(prefix="b-", ignore_cleanup_errors=True)
     with scratch as folder, log.open("ab") as output:
         started = time.perf_counter()
@@ -143,9 +143,9 @@ def running(side: Side, photo: Path, logs: Path) -> Iterator[Running]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a server and every process below it, politely first.
+    """Stop a server and all of its descendants: SIGTERM first, then SIGKILL.
 
-    The tree is remembered before: what outlives its parent (Ray's daemons) would leave it.
+    The tree is read before, because daemons that outlive their parent (Ray's) drop out of it.
     """
     everyone = usage.tree(process.pid)
     with contextlib.suppress(ProcessLookupError):
@@ -162,7 +162,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port on which nothing is listening."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
@@ -183,7 +183,7 @@ def _wait_for_answer(
         else:
             return
     tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-    raise RuntimeError(f"{server.side.name} does not answer ({reason}):\n{tail}")
+    raise RuntimeError(f"{server.side.name} did not get ready ({reason}):\n{tail}")
 
 
 async def _exchange(port: int, request: bytes) -> Answer:

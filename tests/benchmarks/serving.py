@@ -1,7 +1,7 @@
-"""Photos over HTTP: ours against the peers, with the same network and with each side's best.
+"""Photos over HTTP: ours against the peers, with the same network and with each one's best.
 
-Sides run one at a time and in turns (A B C, A B C, ...), each turn with a fresh start, so that
-what the machine does meanwhile meets all of them.
+The sides run one at a time and alternate (A B C, A B C, ...). Each starts afresh in each round, so
+that other load on the machine affects all of them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from PIL import Image
 
 from service.inference.session import load_model
 from service.settings import Settings
-from tests.benchmarks import photos as photo_files
-from tests.benchmarks import sides
+from tests.benchmarks import photos, sides
 from tests.benchmarks.bench import Bench
 from tests.benchmarks.load import Measurement
 from tests.benchmarks.peers import pipeline
@@ -30,18 +29,18 @@ from tests.benchmarks.servers import Running, running
 from tests.benchmarks.sides import OURS, TORCH_PEER
 
 SATURATION: Final = 8
-"""Connections at which throughput is compared."""
+"""Number of connections for comparing throughput."""
 
 CONNECTIONS: Final = (1, 2, 4, 8, 16)
 OPEN_LOOP_SHARE: Final = 0.75
-"""The open loop's rate, as a share of the best peer's capacity: all sides get the same arrivals."""
+"""Rate of the open loop, as a share of the best peer's capacity: the same for all sides."""
 
 AGREEMENT: Final = 0.999
-"""Equal pixels that masks of the same network must have."""
+"""Required share of equal pixels between masks of the same network."""
 
 
 def fp32(bench: Bench) -> None:
-    """Everybody with the same fp32 file; beside them PyTorch with torchvision's network."""
+    """Measure all sides with the same fp32 file, and PyTorch with torchvision's network."""
     network = bench.artefact / sides.FP32_FILE
     everyone = [sides.ours(bench.artefact, "fp32")]
     if not bench.quick:
@@ -64,28 +63,28 @@ def fp32(bench: Bench) -> None:
                 if rate and side.name != TORCH_PEER:
                     window = server.open(bench.photos, rate, 10.0)
                     bench.add(**row, load="open", rate_per_s=rate, **window.summary())
-        # Ours alone has its own capacity to go by.
+        # Without peers the rate follows our own capacity.
         fastest = (best_peers(bench) or [OURS])[0]
         rate = OPEN_LOOP_SHARE * capacity(bench, "fp32", fastest)
 
 
 def _closed(
-    server: Running, photos: Sequence[Path], connections: int, seconds: float
+    server: Running, paths: Sequence[Path], connections: int, seconds: float
 ) -> Measurement:
-    """A window of so many seconds; for PyTorch's seconds per photo, a number of photos instead.
+    """A window of ``seconds``; for PyTorch, which takes seconds per photo, a number of photos.
 
-    Its handler works on all of them at once, so that answers come in bursts of ``connections``.
+    Its handler runs all requests at once, so its answers arrive in bursts of ``connections``.
     """
     if server.side.name == TORCH_PEER:
-        return server.closed(photos, connections, 60.0, warm_up_s=0.0, requests=2 * connections)
-    return server.closed(photos, connections, seconds)
+        return server.closed(paths, connections, 60.0, warm_up_s=0.0, requests=2 * connections)
+    return server.closed(paths, connections, seconds)
 
 
 def best_precision(bench: Bench) -> None:
-    """Each side's best: what ours picks by itself; the two best peers with everything they have.
+    """Measure each side's best precision: ours chooses; the two best peers try all of theirs.
 
-    A peer's own means on this CPU are bfloat16 in PyTorch (AMX) beside the fp32 file; with our
-    int8 file it would use what this project made, so that is a column of its own.
+    On this CPU a peer's own means are the fp32 file and PyTorch's bfloat16 (AMX). Our int8 file is
+    this project's work, so a peer that runs it is a side of its own.
     """
     everyone = [sides.ours(bench.artefact, "auto")]
     int8 = bench.artefact / sides.INT8_FILE
@@ -108,7 +107,7 @@ def best_precision(bench: Bench) -> None:
 
 
 def sweep(bench: Bench) -> None:
-    """Each peer's settings, with the fp32 file: where `sides.BEST` comes from."""
+    """Measure each peer's settings with the fp32 file, to find `sides.BEST`."""
     network = bench.artefact / sides.FP32_FILE
     for name in (*sides.BATCHING_PEERS, TORCH_PEER):
         for setting in sides.SWEEP:
@@ -122,10 +121,10 @@ def sweep(bench: Bench) -> None:
 
 
 def pipe(bench: Bench) -> None:
-    """Everything but the network, which costs nothing: HTTP, decoding, upsampling, encoding.
+    """Measure everything but the network: HTTP, decoding, upsampling, encoding.
 
-    ``mask``: the peers' network hands over the finished mask, so they upsample nothing while ours
-    does; ``logits``: everybody upsamples.
+    With ``mask`` the peers' network returns the finished mask, so only ours upsamples. With
+    ``logits`` all sides upsample.
     """
     photo = bench.photos[0]
     data = _store_logits(bench)
@@ -146,15 +145,14 @@ def pipe(bench: Bench) -> None:
 
 
 def latency(bench: Bench, precision: sides.Precision) -> None:
-    """One photo at a time over HTTP against the bare session on the same padded pixels.
+    """Measure one photo at a time over HTTP against the bare session on the same padded pixels.
 
-    Both with the service's own settings, in turns of ten; and photos of 12 megapixels, whose
-    padded shape is the same.
+    Both use the service's settings and alternate after ten photos. A photo of 12 megapixels, which
+    has the same padded shape, is measured too.
     """
     model = load_model(bench.artefact, "cpu", Settings().threads, precision=precision)
     photo = bench.photos[0]
-    large = bench.out / "photos" / "12_megapixels.jpg"
-    large.write_bytes(photo_files.resized(photo, photo_files.MEGAPIXELS_12))
+    large = photos.large_photo(bench.out / "photos", photo)
     image = pipeline.decode(photo.read_bytes()).pixels[None]
     with running(sides.ours(bench.artefact, precision), photo, bench.logs) as server:
         for _ in range(3):
@@ -181,7 +179,7 @@ def compare_masks(
     reference: dict[Path, npt.NDArray[np.uint8]],
     paths: Sequence[Path] | None = None,
 ) -> None:
-    """The first server (ours) fills ``reference``, the others are held against it."""
+    """Compare a server's masks with ``reference``, which the first server (ours) fills."""
     least = 1.0
     for path in paths or bench.photos:
         with Image.open(io.BytesIO(server.answer(path))) as image:
@@ -193,10 +191,9 @@ def compare_masks(
 
 
 def disagreements(masks: Mapping[str, float]) -> list[str]:
-    """The sides whose masks differ from ours in more pixels than may be.
+    """The sides whose masks differ from ours in more pixels than `AGREEMENT` allows.
 
-    Without the int8 networks: they make more of a pixel that one library rounds up and another one
-    down, so theirs are reported only.
+    The int8 networks are left out, because they amplify differences in rounding between libraries.
     """
     return [
         name for name, equal in masks.items() if equal < AGREEMENT and not name.startswith("best/")
@@ -216,14 +213,14 @@ def capacity(bench: Bench, precision: str, side: str) -> float:
 
 
 def best_peers(bench: Bench) -> list[str]:
-    """The peers that were measured with the fp32 file, the fastest at saturation first."""
+    """The peers measured with the fp32 file, the fastest at saturation first."""
     found = {name: capacity(bench, "fp32", name) for name in sides.BATCHING_PEERS}
     measured = [name for name, throughput in found.items() if not math.isnan(throughput)]
     return sorted(measured, key=lambda name: -found[name])
 
 
 def _store_logits(bench: Bench) -> Path:
-    """Run the network once on the first photo; store what the null networks answer from."""
+    """Run the network on the first photo; store its logits and mask for the null networks."""
     model = load_model(bench.artefact, "cpu", precision="fp32")
     prepared = pipeline.decode(bench.photos[0].read_bytes())
     logits = model.run(prepared.pixels[None])

@@ -1,4 +1,4 @@
-"""Who is compared, with which settings."""
+"""The contenders and their settings."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from tests.benchmarks.bench import ROOT
 from tests.benchmarks.peers.pipeline import Engine, Options
-from tests.benchmarks.servers import ROOT, Side
+from tests.benchmarks.servers import Side
 
 Precision = Literal["auto", "fp32"]
 
 OURS: Final = "ours"
 TORCH_PEER: Final = "FastAPI + PyTorch"
 BATCHING_PEERS: Final = ("LitServe", "BentoML", "Ray Serve", "FastAPI + ORT")
-"""Those that serve any network; FastAPI + PyTorch has torchvision's own."""
+"""Peers that can serve any network; FastAPI + PyTorch serves torchvision's."""
 
 FP32_FILE: Final = "network.onnx"
 INT8_FILE: Final = "network.int8.onnx"
@@ -24,7 +25,7 @@ INT8_FILE: Final = "network.int8.onnx"
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Worker processes, threads of each, largest batch (1: no batching)."""
+    """Worker processes, threads per worker, largest batch (1: no batching)."""
 
     workers: int
     threads: int
@@ -35,7 +36,7 @@ SWEEP: Final = (
     *(Setting(workers, threads, batch=1) for workers, threads in ((1, 2), (2, 1), (1, 1))),
     *(Setting(workers, threads, batch=4) for workers, threads in ((1, 2), (2, 1))),
 )
-"""What ``--sweep`` tries for each peer on two cores (plain FastAPI has no batching)."""
+"""The settings that ``--sweep`` tries for each peer on two cores; plain FastAPI cannot batch."""
 
 BEST: Final = {
     "LitServe": Setting(workers=2, threads=1, batch=1),
@@ -44,16 +45,16 @@ BEST: Final = {
     "FastAPI + ORT": Setting(workers=2, threads=1, batch=1),
     TORCH_PEER: Setting(workers=1, threads=2, batch=1),
 }
-"""The highest throughput of a sweep with the fp32 file at 8 connections. On two cores a batch of
-four is no faster than four photos, and costs their waiting."""
+"""The settings with the highest throughput in a sweep with the fp32 file at 8 connections. On two
+cores a batch of four is no faster than four single photos, and adds waiting time."""
 
 _APPS: Final = "tests.benchmarks.peers."
 
 
 def ours(artefact: Path, precision: Precision, *, pipe_data: Path | None = None) -> Side:
-    """``fcn-segment serve`` in its own environment, with its own defaults.
+    """``fcn-segment serve`` in `.venv-serve`, with its default settings.
 
-    ``precision`` "auto" is what it picks by itself. ``pipe_data`` replaces the network by stored
+    With ``precision`` "auto" the service chooses. ``pipe_data`` replaces the network with stored
     logits: see `pipe_service`.
     """
     python = ROOT / ".venv-serve" / "bin" / "python"
@@ -65,7 +66,7 @@ def ours(artefact: Path, precision: Precision, *, pipe_data: Path | None = None)
 
 
 def peer(name: str, engine: Engine, model: Path, setting: Setting | None = None) -> Side:
-    """A peer with one of the engines."""
+    """A peer with one of the engines; ``setting`` defaults to its best."""
     chosen = setting or BEST[name]
     options = Options(
         engine, str(model), workers=chosen.workers, threads=chosen.threads, batch=chosen.batch

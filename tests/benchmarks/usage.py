@@ -10,9 +10,9 @@ import psutil
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """CPU seconds that the processes have used so far, and the memory they hold now.
+    """CPU seconds used so far, and resident memory now.
 
-    ``rss_mib`` counts pages that processes share once for each of them.
+    ``rss_mib`` counts a shared page once per process.
     """
 
     cpu_s: float
@@ -20,7 +20,7 @@ class Usage:
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and its living descendants; empty once it is gone."""
+    """A process and its living descendants; empty if the process has ended."""
     try:
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
@@ -29,12 +29,12 @@ def tree(pid: int) -> list[psutil.Process]:
 
 
 def sample(pid: int) -> Usage:
-    """Add up a tree."""
+    """Sum the usage of a process tree."""
     cpu_s, rss = 0.0, 0
     for process in tree(pid):
         with contextlib.suppress(psutil.NoSuchProcess):
             times = process.cpu_times()
-            # What ended children used counts too: a worker that was replaced did its work.
+            # Count children that have ended, such as replaced workers.
             cpu_s += times.user + times.system + times.children_user + times.children_system
             rss += process.memory_info().rss
     return Usage(cpu_s, rss / 2**20)

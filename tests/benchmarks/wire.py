@@ -1,4 +1,4 @@
-"""HTTP/1.1 as clients that measure speak it: raw sockets over asyncio, and little else to do."""
+"""A minimal HTTP/1.1 client for measuring: raw sockets over asyncio."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BOUNDARY: Final = "benchmark-of-fcn-segment"
 
 
 def multipart(field: str, photo: bytes) -> tuple[str, bytes]:
-    """Content type and body of a form with one JPEG file."""
+    """Content type and body of a multipart form with one JPEG file."""
     head = (
         f"--{_BOUNDARY}\r\n"
         f'Content-Disposition: form-data; name="{field}"; filename="photo.jpg"\r\n'
@@ -23,7 +23,7 @@ def multipart(field: str, photo: bytes) -> tuple[str, bytes]:
 
 
 class Answer(NamedTuple):
-    """A whole answer; the headers' names are in lower case."""
+    """A complete answer; header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
@@ -39,9 +39,9 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def exchange(self, request: bytes) -> Answer:
-        """Send a request and read its whole answer. Raises `OSError` or `EOFError`."""
+        """Send a request and read its complete answer. Raises `OSError` or `EOFError`."""
         if self._reader is not None and self._reader.at_eof():
-            self.close()  # idle for so long that the other side has hung up
+            self.close()  # the server has closed the idle connection
         if self._reader is None or self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(
                 HOST, self._port, limit=2**26
@@ -58,7 +58,7 @@ class Connection:
         elif headers.get("transfer-encoding") == "chunked":
             body = await self._chunks(self._reader)
         else:
-            raise EOFError("an answer without length")
+            raise EOFError("the answer has no length")
         if headers.get("connection") == "close":
             self.close()
         return Answer(int(status.split(" ", 2)[1]), headers, body)
@@ -71,7 +71,7 @@ class Connection:
         return body
 
     def close(self) -> None:
-        """Hang up; the next exchange connects anew."""
+        """Close the connection; the next exchange opens a new one."""
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None
@@ -80,7 +80,7 @@ class Connection:
 def request_bytes(
     port: int, path: str, content_type: str = "", body: bytes = b"", *headers: str
 ) -> bytes:
-    """A whole request: a POST of the body, or without one a GET."""
+    """A complete request: a POST with a body, a GET without one."""
     lines = [f"{'POST' if body else 'GET'} {path} HTTP/1.1", f"Host: {HOST}:{port}", *headers]
     if body:
         lines += [f"Content-Type: {content_type}", f"Content-Length: {len(body)}"]
@@ -88,7 +88,7 @@ def request_bytes(
 
 
 def arrivals(rate_per_s: float, seconds: float, seed: int) -> Iterable[float]:
-    """A Poisson process's arrival times in seconds from its start."""
+    """The arrival times of a Poisson process, in seconds from its start."""
     rng = random.Random(seed)  # noqa: S311 - the same arrivals for every side, not a secret
     at_s = rng.expovariate(rate_per_s)
     while at_s < seconds:

@@ -1,9 +1,9 @@
-"""What needs a GPU. Skipped where there is none, and only there.
+"""Tests that need a GPU; they are skipped only where there is none.
 
     make test-gpu
     make test-gpu ARGS="--data VOCdevkit"
 
-A GPU that is there but cannot be used (packages missing, driver too old) fails the tests.
+A GPU that cannot be used (missing packages, outdated driver) fails the tests.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ Photo = npt.NDArray[np.uint8]
 
 
 def no_device() -> str | None:
-    """Why there is no CUDA device; None if there is one, whether it can be used or not.
+    """The reason why there is no CUDA device; None if there is one, usable or not.
 
-    Asked of the driver itself, so that a fault of the service's does not look like a missing GPU.
+    It asks the driver directly, so that a fault in the service does not look like a missing GPU.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -49,17 +49,17 @@ def no_device() -> str | None:
             return None
         return f"no CUDA device: {exc}"
     if driver.cuInit(0) == _NO_DEVICE:
-        return "no CUDA device: the driver finds none"
+        return "no CUDA device: the driver found none"
     return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--data``: with it fp16 is scored too."""
-    parser.addoption("--data", type=Path, metavar="VOCdevkit", help="its val list is scored")
+    """Add ``--data``, with which fp16 is scored too."""
+    parser.addoption("--data", type=Path, metavar="VOCdevkit", help="score fp16 on its val list")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is in this folder where there is no GPU; leave out what needs data without them."""
+    """Skip this folder without a GPU; deselect tests that need ``--data`` without it."""
     here = [item for item in items if Path(__file__).parent in item.path.parents]
     if (reason := no_device()) is not None:
         for item in here:
@@ -72,16 +72,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session")
 def devkit(request: pytest.FixtureRequest) -> Path:
-    """The ``VOCdevkit`` of ``--data``."""
+    """The ``VOCdevkit`` given with ``--data``."""
     folder: Path = request.config.getoption("--data")
     return folder
 
 
 @dataclass
 class Gpu:
-    """A network on the GPU, opened once: several take too much time to open.
+    """A network on the GPU, opened once because opening is slow.
 
-    Each lane that it opens has a number, and so CUDA graphs, of its own.
+    Each lane that it opens has its own number, and therefore its own CUDA graphs.
     """
 
     model: Model
@@ -90,7 +90,7 @@ class Gpu:
     _numbers: Iterator[int] = field(default_factory=count)
 
     def open_lane(self, *, graphs: bool = True, max_batch: int = MAX_BATCH) -> Lane:
-        """A lane as the service opens it; not warm. Use it from one thread."""
+        """A lane as the service opens it, not warmed up. Use it from one thread."""
         return Lane(
             next(self._numbers),
             self.device.open_channel,
@@ -113,13 +113,13 @@ def open_gpu(precision: Precision, *, graphs: bool = True) -> Gpu:
 
 @pytest.fixture(scope="session")
 def fp32() -> Gpu:
-    """The network in fp32, for comparing with the CPU."""
+    """The network in fp32, for comparison with the CPU."""
     return open_gpu("fp32")
 
 
 @pytest.fixture(scope="session")
 def fp16() -> Gpu:
-    """The network in fp16, as it is served."""
+    """The network in fp16, as the service runs it."""
     return open_gpu("fp16")
 
 
@@ -141,14 +141,14 @@ def fp16_lane(fp16: Gpu) -> Lane:
 
 @pytest.fixture(scope="session")
 def photos() -> list[Photo]:
-    """Real photos, ``(H, W, 3) uint8`` RGB: people, a cat, a cup, and none of VOC's things."""
+    """Real photos, ``(H, W, 3) uint8`` RGB: people, a cat, a cup, and no VOC class."""
     names = ("astronaut", "chelsea", "coffee", "rocket")
     return [np.asarray(getattr(data, name)()) for name in names]
 
 
 @pytest.fixture(scope="session")
 def prepare(fp32: Gpu) -> Callable[..., DeviceTask]:
-    """Makes a task of a photo as the service does, at another size if one is given."""
+    """A function that makes a task of a photo as the service does, optionally resized."""
     contract = fp32.model.contract
 
     def make(
@@ -159,8 +159,7 @@ def prepare(fp32: Gpu) -> Callable[..., DeviceTask]:
         with_confidence: bool = False,
     ) -> DeviceTask:
         if size is not None:
-            resized = Image.fromarray(photo).resize(size[::-1], Image.Resampling.BICUBIC)
-            photo = np.asarray(resized)
+            photo = resized(photo, size[::-1])
         geometry = Geometry.plan(photo.shape[:2], max_side, contract.shapes)
         image = preprocess(photo, geometry, contract.padding_color)
         return DeviceTask(image, geometry, with_confidence)
@@ -170,7 +169,7 @@ def prepare(fp32: Gpu) -> Callable[..., DeviceTask]:
 
 @pytest.fixture(scope="session")
 def on_cpu() -> Callable[[DeviceTask], Labels]:
-    """What the CPU's path makes of a task, in fp32."""
+    """A function that runs a task on the CPU path in fp32."""
     model = load_model(DEFAULT_MODEL, "cpu", precision="fp32")
 
     def labels(task: DeviceTask) -> Labels:
@@ -178,6 +177,11 @@ def on_cpu() -> Callable[[DeviceTask], Labels]:
         return upsample(logits, task.geometry, with_confidence=task.with_confidence)
 
     return labels
+
+
+def resized(photo: Photo, size: tuple[int, int]) -> Photo:
+    """The photo resized to ``size`` (width, height)."""
+    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))
 
 
 def masks(lane: Lane, tasks: Sequence[DeviceTask]) -> list[npt.NDArray[np.uint8]]:

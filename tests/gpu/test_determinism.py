@@ -1,4 +1,4 @@
-"""The same bytes in, the same mask out, whatever else the GPU does."""
+"""The same photo always gets the same mask, whatever else the GPU does."""
 
 import threading
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Mask = npt.NDArray[np.uint8]
 REPETITIONS = 10
 
 OTHER_KERNELS = 0.002
-"""cuDNN may pick another kernel for another batch size, which rounds differently at near ties."""
+"""cuDNN may choose another kernel for another batch size, which rounds near ties differently."""
 
 
 def test_alone_ten_times(
     fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
-    """Byte for byte, with other photos in between."""
+    """The masks are equal byte for byte, with other photos in between."""
     task, other = prepare(photos[0], (375, 500)), prepare(photos[1], (375, 500))
     (wanted,) = masks(fp16_lane, [task])
     for _ in range(REPETITIONS):
@@ -34,13 +34,13 @@ def test_alone_ten_times(
 def test_in_a_batch_ten_times(
     size: int, fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
-    """Byte for byte in every place, whatever fills the batch up; but for near ties as alone."""
+    """Masks in a batch are always equal, and equal to those of single photos except near ties."""
     tasks = [prepare(photos[nth % len(photos)], (375, 500)) for nth in range(size)]
     rng = np.random.default_rng(size)
     noise = [prepare(rng.integers(0, 256, (375, 500, 3), dtype=np.uint8)) for _ in range(MAX_BATCH)]
     wanted = masks(fp16_lane, tasks)
     for _ in range(REPETITIONS):
-        # What fills a batch up is what was there before.
+        # The unused places of a batch hold the previous photos.
         masks(fp16_lane, noise)
         for found, one in zip(masks(fp16_lane, tasks), wanted, strict=True):
             assert np.array_equal(found, one)
@@ -51,7 +51,7 @@ def test_in_a_batch_ten_times(
 def test_two_lanes_at_once_do_not_disturb_each_other(
     fp16: Gpu, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
-    """One lane's batches upload and come down while the other's compute: the same masks."""
+    """The masks stay the same while one lane copies and the other one computes."""
     batches = [
         [prepare(photos[(nth + start) % len(photos)], (375, 500)) for nth in range(size)]
         for start, size in enumerate((1, 4, 3, 8, 2))
@@ -61,7 +61,7 @@ def test_two_lanes_at_once_do_not_disturb_each_other(
     together = threading.Barrier(2)
 
     def work(lane: Lane, start: int) -> list[list[Mask]]:
-        # Where it will run: ONNX Runtime keeps captured graphs for each thread.
+        # Warm up in this thread: ONNX Runtime stores captured graphs per thread.
         lane.warm_up()
         alone = [masks(lane, batch) for batch in batches] if start == 0 else []
         together.wait(timeout=120)

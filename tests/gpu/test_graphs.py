@@ -1,4 +1,4 @@
-"""CUDA graphs: captured for the listed shapes, replayed with each batch's own photos."""
+"""CUDA graphs are captured for the listed shapes and replayed with each batch's photos."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,13 +10,13 @@ from service.inference.lanes import DeviceTask, Lane, batch_sizes
 from tests.gpu.conftest import MAX_BATCH, Gpu, Photo, differing, masks, open_gpu
 
 SAME = 1e-4
-"""Two sessions may pick different kernels; one alone gives the same bytes."""
+"""Two sessions may choose different kernels; a single session always gives the same bytes."""
 
 
 def listed(
     gpu: Gpu, photos: Sequence[Photo], prepare: Callable[..., DeviceTask]
 ) -> list[list[DeviceTask]]:
-    """A batch of every size that is captured, in every listed shape."""
+    """A batch of every captured size in every listed shape."""
     return [
         [prepare(photos[nth % len(photos)], shape) for nth in range(size)]
         for shape in gpu.model.contract.shapes
@@ -25,7 +25,7 @@ def listed(
 
 
 def test_every_listed_shape_and_size_is_captured(fp32: Gpu, fp32_lane: Lane) -> None:
-    """As many graphs as shapes times batch sizes."""
+    """There is one graph for each listed shape and batch size."""
     shapes, sizes = fp32.model.contract.shapes, batch_sizes(MAX_BATCH)
     assert fp32_lane.captured == len(shapes) * len(sizes)
 
@@ -33,7 +33,7 @@ def test_every_listed_shape_and_size_is_captured(fp32: Gpu, fp32_lane: Lane) -> 
 def test_a_replay_gives_what_a_run_gives(
     fp32: Gpu, fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
-    """In the same session, which runs the same kernels either way: byte for byte."""
+    """In one session, which runs the same kernels either way, the masks are equal."""
     plain = fp32.open_lane(graphs=False)
     assert plain.captured == 0
     for tasks in listed(fp32, photos, prepare):
@@ -44,7 +44,7 @@ def test_a_replay_gives_what_a_run_gives(
 def test_a_replay_sees_the_photos_of_its_own_batch(
     fp32_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
-    """Two batches in turns keep their own masks."""
+    """Two alternating batches get their own masks."""
     one, other = ([prepare(photo, (375, 500))] * 4 for photo in photos[:2])
     first, second = masks(fp32_lane, one), masks(fp32_lane, other)
     assert differing(first[0], second[0]) > 0.01
@@ -60,7 +60,7 @@ def test_the_off_switch(
     photos: list[Photo],
     prepare: Callable[..., DeviceTask],
 ) -> None:
-    """A session that can capture nothing gives the same masks but for near ties."""
+    """A session without graphs gives the same masks except near ties."""
     lane: Lane = request.getfixturevalue(f"{precision}_lane")
     gpu = open_gpu(precision, graphs=False)
     plain = gpu.open_lane(graphs=False)

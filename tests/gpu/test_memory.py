@@ -1,4 +1,4 @@
-"""Memory that stays, and memory that is not there."""
+"""Memory does not grow, and running out of memory is handled."""
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -7,15 +7,13 @@ from typing import Any
 
 import anyio
 import httpx
-import numpy as np
 import pytest
-from PIL import Image
 
 from service.errors import SegmentError
 from service.settings import DEFAULT_MODEL, Settings
 from tests.artefacts import encode
 from tests.clients import InProcess, fails, in_process
-from tests.gpu.conftest import Photo
+from tests.gpu.conftest import Photo, resized
 
 pytestmark = pytest.mark.anyio
 
@@ -23,13 +21,13 @@ REQUESTS = 300
 AT_ONCE = 12
 
 GROWTH_BYTES = 64 * 2**20
-"""The driver loads kernels when they are first used, and how photos meet in batches is chance."""
+"""The driver loads kernels at their first use, and the composition of batches is random."""
 
 SIZES = [
     *((500, 375), (375, 500), (512, 512), (224, 224), (640, 480), (480, 640), (1920, 1080)),
     *((97, 331), (1000, 200), (1, 333), (334, 500), (4000, 3000)),
 ]
-"""Widths and heights."""
+"""Widths and heights of the photos."""
 
 FORMATS: list[tuple[str, dict[str, Any]]] = [
     ("JPEG", {"quality": 90}),
@@ -47,7 +45,7 @@ ASKED: list[tuple[str, dict[str, str]]] = [
 
 @asynccontextmanager
 async def opened(**changes: Any) -> AsyncIterator[InProcess]:  # noqa: ANN401
-    """The app on the GPU, in this process."""
+    """Open the app on the GPU, in this process."""
     settings = Settings(**{"model": DEFAULT_MODEL, "device": "cuda", **changes})
     async with in_process(settings) as running:
         yield running
@@ -56,13 +54,13 @@ async def opened(**changes: Any) -> AsyncIterator[InProcess]:  # noqa: ANN401
 async def post(
     running: InProcess, photo: bytes, accept: str = "image/png", **parameters: str
 ) -> httpx.Response:
-    """One photo."""
+    """Send one photo."""
     headers = {"Accept": accept, "Content-Type": "image/*"}
     return await running.http.post("/segment", content=photo, params=parameters, headers=headers)
 
 
 def used_bytes(running: InProcess) -> int:
-    """The GPU's memory that is taken, by whomever: nobody else may use this GPU meanwhile."""
+    """The GPU's used memory in bytes, by all processes; no other process may use the GPU."""
     gpu = running.service.engines.default.model.gpu
     assert gpu is not None
     free, total = gpu.memory()
@@ -70,7 +68,7 @@ def used_bytes(running: InProcess) -> int:
 
 
 async def test_memory_does_not_grow_with_the_requests(photos: list[Photo]) -> None:
-    """Twice the same 300 requests of many sizes, formats and answers: no more after the second."""
+    """300 requests of many sizes, formats and answers use no more memory the second time."""
     files = [
         encode(resized(photo, size), image_format, **options)
         for photo, size, (image_format, options) in zip(
@@ -87,7 +85,7 @@ async def test_memory_does_not_grow_with_the_requests(photos: list[Photo]) -> No
 
 
 async def send(running: InProcess, files: list[bytes]) -> list[int]:
-    """`REQUESTS` requests, `AT_ONCE` at a time; returns the statuses."""
+    """Send `REQUESTS` requests, `AT_ONCE` at a time; returns the statuses."""
     pairs = list(product(range(len(files)), range(len(ASKED))))
     wanted = islice((pairs[nth * 7 % len(pairs)] for nth in range(10**6)), REQUESTS)
     statuses: list[int] = []
@@ -104,11 +102,11 @@ async def send(running: InProcess, files: list[bytes]) -> list[int]:
     return statuses
 
 
-async def test_a_batch_that_memory_is_short_for_fails_alone(photos: list[Photo]) -> None:
-    """Each of its members gets 503 with a time to come back; the next request is answered.
+async def test_a_batch_that_does_not_fit_into_memory_fails_alone(photos: list[Photo]) -> None:
+    """Each of its members gets 503 with Retry-After; the next request is answered.
 
-    The limit is about the least that the service starts with, so 2048x2048, which takes sixteen
-    times as much as what the warm-up runs, does not fit.
+    The limit is about the least with which the service starts, so 2048x2048, which takes sixteen
+    times the warm-up's memory, does not fit.
     """
     photo = encode(resized(photos[0], (600, 600)), "JPEG")
     async with least_memory() as running:
@@ -132,7 +130,7 @@ async def test_a_batch_that_memory_is_short_for_fails_alone(photos: list[Photo])
 
 @asynccontextmanager
 async def least_memory() -> AsyncIterator[InProcess]:
-    """The app with about as little memory as it starts with."""
+    """Open the app with about the least memory with which it starts."""
     async with AsyncExitStack() as stack:
         limit_mb = 64
         while True:
@@ -140,7 +138,7 @@ async def least_memory() -> AsyncIterator[InProcess]:
             try:
                 running = await stack.enter_async_context(context)
             except SegmentError:
-                assert limit_mb < 2**15, "it does not start with 32 GiB either"
+                assert limit_mb < 2**15, "it does not start even with 32 GiB"
                 limit_mb = limit_mb * 5 // 4
             else:
                 break
@@ -148,14 +146,9 @@ async def least_memory() -> AsyncIterator[InProcess]:
 
 
 def test_too_little_memory_to_start() -> None:
-    """The last line says so, without a traceback. ONNX Runtime may have logged lines of its own."""
+    """The last line reports it without a traceback. ONNX Runtime may log lines before it."""
     too_little = {"gpu_memory_mb": 1, "log_level": "error"}
     status, stderr = fails("serve", "--port", "0", model=DEFAULT_MODEL, device="cuda", **too_little)
     assert status == 1
     assert stderr.splitlines()[-1].startswith("fcn-segment: ")
     assert "Traceback" not in stderr
-
-
-def resized(photo: Photo, size: tuple[int, int]) -> Photo:
-    """To a width and height."""
-    return np.asarray(Image.fromarray(photo).resize(size, Image.Resampling.BICUBIC))

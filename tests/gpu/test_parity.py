@@ -1,4 +1,4 @@
-"""The GPU's path gives the CPU's masks; fp16 gives fp32's, but for what rounding may cost."""
+"""The GPU path gives the CPU's masks, and fp16 gives fp32's, except for rounding."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +13,10 @@ from service.inference.upsampling import Labels
 from tests.gpu.conftest import Gpu, Photo, differing, masks
 
 NEAR_TIES = 1e-4
-"""The share of pixels in which two classes may be so close that rounding decides."""
+"""The allowed share of pixels with two classes so close that rounding decides."""
 
 HALF_NEAR_TIES = 0.01
-"""The same for fp16 against fp32, on a few photos; over VOC's val list `verify`'s gate holds."""
+"""The same for fp16 against fp32 on a few photos; on VOC's val list `verify`'s gate applies."""
 
 # `python -m models verify`: MIN_PIXEL_AGREEMENT and MAX_MEAN_IOU_LOSS of fp16. Importing them would
 # import torch, which this environment does not have.
@@ -27,13 +27,13 @@ SIZES = [
     *((375, 500), (500, 375), (512, 512), (640, 480), (1080, 1920)),
     *((1, 1), (1, 333), (333, 1), (7, 2000), (97, 331)),
 ]
-"""Heights and widths: listed shapes and others, smaller and larger than the network's input."""
+"""Heights and widths: listed and other shapes, smaller and larger than the network's input."""
 
 TWELVE_MEGAPIXELS = (3000, 4000)
 
 
 def assert_same(task: DeviceTask, found: Labels, wanted: Labels) -> None:
-    """Equal but for near ties, of which a small photo may have one; confidences within 2 levels."""
+    """Equal except near ties, of which a small photo may have one; confidences within 2 levels."""
     assert found.mask.shape == task.geometry.photo
     differs = found.mask != wanted.mask
     assert differs.sum() <= max(1, NEAR_TIES * differs.size)
@@ -53,7 +53,7 @@ def test_any_size_as_on_the_cpu(
     prepare: Callable[..., DeviceTask],
     on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
-    """Mask and confidences of every photo, alone."""
+    """A single photo of any size gets the CPU's mask and confidences."""
     for photo in photos:
         task = prepare(photo, size, with_confidence=True)
         (found,) = fp32_lane.run([task])
@@ -68,7 +68,7 @@ def test_any_working_size_as_on_the_cpu(
     prepare: Callable[..., DeviceTask],
     on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
-    """Shapes that are not listed, and so neither captured nor warm."""
+    """Shapes that are not listed are neither captured nor warmed up, and get the CPU's mask."""
     task = prepare(photos[0], (450, 600), max_side=max_side)
     (found,) = fp32_lane.run([task])
     assert_same(task, found.labels, on_cpu(task))
@@ -80,7 +80,7 @@ def test_a_batch_of_different_sizes_as_on_the_cpu(
     prepare: Callable[..., DeviceTask],
     on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
-    """Each photo at its own size, with confidences and without, beside the others."""
+    """Photos of different sizes, with and without confidences, share a batch."""
     sizes = [(375, 500), (300, 400), (1536, 2048), (30, 40), (480, 640)]
     tasks = [
         prepare(photos[nth % len(photos)], size, with_confidence=nth % 2 == 0)
@@ -97,7 +97,7 @@ def test_photos_larger_than_the_output_buffer(
     prepare: Callable[..., DeviceTask],
     on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
-    """12 megapixels with confidences take two rounds, two of them beside a small photo more."""
+    """12 megapixels with confidences need two rounds of downloads; such photos share a batch."""
     height, width = TWELVE_MEGAPIXELS
     assert 2 * height * width > OUTPUT_BYTES
     large = [prepare(photo, TWELVE_MEGAPIXELS, with_confidence=True) for photo in photos[:2]]
@@ -111,7 +111,7 @@ def test_photos_larger_than_the_output_buffer(
 def test_fp16_as_fp32(
     fp32_lane: Lane, fp16_lane: Lane, photos: list[Photo], prepare: Callable[..., DeviceTask]
 ) -> None:
-    """At most one pixel in a hundred, over the photos together."""
+    """At most one pixel in a hundred differs over all photos."""
     tasks = [prepare(photo, (512, 512)) for photo in photos]
     differ = [
         differing(half, full)
@@ -123,7 +123,7 @@ def test_fp16_as_fp32(
 def test_fp16_passes_the_gate_of_verify(
     devkit: Path, fp32_lane: Lane, fp16: Gpu, fp16_lane: Lane, prepare: Callable[..., DeviceTask]
 ) -> None:
-    """Over VOC's val list: pixels that agree, and what mean IoU it costs. With ``--data`` only."""
+    """On VOC's val list fp16 passes the gates for equal pixels and mean IoU. Needs ``--data``."""
     root = devkit / "VOC2012"
     names = (root / "ImageSets" / "Segmentation" / "val.txt").read_text(encoding="utf-8").split()
     full, half = ConfusionMatrix(), ConfusionMatrix()
@@ -141,6 +141,6 @@ def test_fp16_passes_the_gate_of_verify(
         half.update(truth, found)
         equal += int((wanted == found).sum())
         total += wanted.size
-    assert total, f"{root}: none of the val list's masks is there"
+    assert total, f"{root}: no masks of the val list found"
     assert equal / total >= VERIFY_AGREEMENT
     assert full.mean_iou() - half.mean_iou() <= VERIFY_MEAN_IOU_LOSS

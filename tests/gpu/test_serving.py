@@ -1,4 +1,4 @@
-"""``fcn-segment serve`` on the GPU as a process of its own, over real sockets."""
+"""``fcn-segment serve`` on the GPU as a separate process, over real sockets."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -19,15 +19,15 @@ CLIENTS = 24
 REQUESTS = 120
 
 HALF = 0.01
-"""fp16 against the CPU's fp32, of a lossless photo: see `test_parity`."""
+"""fp16 against the CPU's fp32, for a lossless photo: see `test_parity`."""
 
 BATCHED = 0.002
-"""In a batch against alone: see `test_determinism`."""
+"""In a batch against a single photo: see `test_determinism`."""
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server with all of its defaults but the number of processes."""
+    """A server with default settings except the number of processes."""
     with serving(DEFAULT_MODEL, device="cuda", processes=request.param) as running:
         yield running
 
@@ -38,7 +38,7 @@ def test_a_photo_over_the_wire(
     prepare: Callable[..., DeviceTask],
     on_cpu: Callable[[DeviceTask], Labels],
 ) -> None:
-    """The CPU's mask, from any of the GPU's processes, and the stages of its time."""
+    """The answer has the CPU's mask and the time of each stage, from any process."""
     for photo in photos:
         response = httpx.post(f"{server.url}/segment", content=encode(photo), timeout=60)
         assert response.status_code == 200
@@ -50,15 +50,15 @@ def test_a_photo_over_the_wire(
         assert all(float(ms) >= 0 for ms in stages.values())
 
 
-def test_the_gpu_is_what_serves(server: Server) -> None:
-    """Told by the service itself."""
+def test_the_gpu_serves(server: Server) -> None:
+    """``/model`` reports the CUDA provider."""
     assert httpx.get(f"{server.url}/model").json()["provider"] == "CUDAExecutionProvider"
 
 
 def test_many_clients_get_their_own_masks(server: Server, photos: list[Photo]) -> None:
-    """Batched with whatever comes at the same time, of all sizes: as alone, but for near ties."""
-    # Each photo whole, and turned: three listed shapes, and eight sizes.
-    sent = [encode(one, "JPEG", quality=95) for one in (*photos, *map(turned, photos))]
+    """Photos batched with concurrent ones get the masks of single photos, except near ties."""
+    # Each photo as it is and rotated: three listed shapes and eight sizes.
+    sent = [encode(one, "JPEG", quality=95) for one in (*photos, *map(rotated, photos))]
     with httpx.Client(timeout=60) as http:
         alone = [mask_of(http.post(f"{server.url}/segment", content=photo)) for photo in sent]
 
@@ -71,13 +71,13 @@ def test_many_clients_get_their_own_masks(server: Server, photos: list[Photo]) -
             assert max(pool.map(ask, range(REQUESTS))) <= BATCHED
 
 
-def turned(photo: Photo) -> Photo:
-    """By a quarter."""
+def rotated(photo: Photo) -> Photo:
+    """The photo with its axes swapped."""
     return np.ascontiguousarray(photo.swapaxes(0, 1))
 
 
-def test_json_says_how_sure_the_network_is(server: Server, photos: list[Photo]) -> None:
-    """Confidences come from the GPU too."""
+def test_json_has_confidences(server: Server, photos: list[Photo]) -> None:
+    """The GPU path computes confidences too."""
     answer = httpx.post(
         f"{server.url}/segment",
         content=encode(photos[0]),
@@ -89,7 +89,7 @@ def test_json_says_how_sure_the_network_is(server: Server, photos: list[Photo]) 
 
 
 def test_sigterm_stops_it_in_order(photos: list[Photo]) -> None:
-    """Exit status 0: captured graphs and buffers are taken down without a crash."""
+    """The exit status is 0: captured graphs and buffers are released without a crash."""
     with serving(DEFAULT_MODEL, device="cuda") as server:
         content = encode(photos[0])
         assert httpx.post(f"{server.url}/segment", content=content, timeout=60).is_success

@@ -1,4 +1,4 @@
-"""What runs where."""
+"""The device and precision of a session."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from tests.gpu.conftest import Gpu
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_every_node_runs_on_the_gpu(precision: str, request: pytest.FixtureRequest) -> None:
-    """The CUDA provider is the session's first, and nothing of the graph was left to the CPU."""
+    """The CUDA provider is the session's first, and no node is assigned to the CPU."""
     gpu: Gpu = request.getfixturevalue(precision)
     session = gpu.model.session
     assert gpu.model.provider == providers.CUDA
@@ -20,8 +20,8 @@ def test_every_node_runs_on_the_gpu(precision: str, request: pytest.FixtureReque
     assert sum(len(part.get_nodes()) for part in parts) > 0
 
 
-def test_auto_takes_the_gpu_and_what_it_is_fastest_with(fp32: Gpu) -> None:
-    """fp16 where there are tensor cores; there is no reason why not to tell."""
+def test_auto_takes_the_gpu_and_its_fastest_precision(fp32: Gpu) -> None:
+    """The precision is fp16 with tensor cores; no reason against the GPU is reported."""
     model = load_model(DEFAULT_MODEL, "auto", options=DeviceOptions(graphs=False))
     assert model.provider == providers.CUDA
     assert model.gpu is not None
@@ -30,8 +30,8 @@ def test_auto_takes_the_gpu_and_what_it_is_fastest_with(fp32: Gpu) -> None:
     assert precision == ("fp16" if fp32.device.has_tensor_cores else "fp32")
 
 
-def test_the_gpu_tells_its_name_and_memory(fp32: Gpu) -> None:
-    """For the log, and for whoever watches the memory."""
+def test_the_gpu_has_a_name_and_memory(fp32: Gpu) -> None:
+    """The log and the metrics report them."""
     free, total = fp32.device.memory()
     assert 0 < free < total
     assert fp32.device.name

@@ -1,4 +1,4 @@
-"""A GPU that is not there: asked for, it stops the start with one line; else the CPU serves."""
+"""A missing GPU stops the start with one line if it was required; otherwise the CPU serves."""
 
 import contextlib
 import json
@@ -16,10 +16,10 @@ from tests.clients import command_line, environment, fails
     [("", "cuda"), ("", "cuda:0"), (None, "cuda:99")],
     ids=["no GPU", "no first GPU", "no hundredth GPU"],
 )
-def test_a_gpu_that_was_asked_for_and_is_not_there(
+def test_a_required_gpu_that_is_missing(
     visible: str | None, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit status 1, and one line that says what was asked for and why not."""
+    """The exit status is 1, and one line names the device and the reason."""
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     status, stderr = fails(
@@ -28,20 +28,20 @@ def test_a_gpu_that_was_asked_for_and_is_not_there(
     assert status == 1
     assert stderr.startswith(f"fcn-segment: device {device} was asked for, but ")
     assert stderr.count("\n") == 1
-    # The reason, not just that there is one.
+    # There is a reason after the comma.
     assert len(stderr.partition(", but ")[2].strip()) > 10
 
 
-def test_auto_serves_on_the_cpu_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the line that tells of the model, where the operator looks for what serves."""
+def test_auto_serves_on_the_cpu_and_logs_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ``model ready`` line has the reason why no GPU is used."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     ready = _model_ready(device="auto")
     assert ready["provider"] == "CPUExecutionProvider"
     assert len(ready["no_gpu"]) > 10
 
 
-def test_auto_serves_on_the_gpu_and_says_which() -> None:
-    """Its name, and the memory that is taken once everything is warm."""
+def test_auto_serves_on_the_gpu_and_logs_which() -> None:
+    """The ``model ready`` line has the GPU's name and its used memory after the warm-up."""
     ready = _model_ready(device="auto")
     assert ready["provider"] == "CUDAExecutionProvider"
     assert ready["gpu"]
@@ -51,7 +51,7 @@ def test_auto_serves_on_the_gpu_and_says_which() -> None:
 
 
 def _model_ready(**variables: object) -> dict[str, Any]:
-    """What `serve` logs of its model, once it listens; then it is stopped."""
+    """The ``model ready`` line that `serve` logs; the server is stopped once it listens."""
     process = subprocess.Popen(
         command_line("serve", "--port", "0"),
         env=environment(model=DEFAULT_MODEL, log_format="json", **variables),
@@ -62,7 +62,7 @@ def _model_ready(**variables: object) -> dict[str, Any]:
     try:
         assert process.stderr is not None
         for line in process.stderr:
-            # ONNX Runtime may log lines of its own.
+            # ONNX Runtime may log lines that are not JSON.
             with contextlib.suppress(json.JSONDecodeError):
                 event = json.loads(line)
                 events[event["event"]] = event

@@ -1,4 +1,4 @@
-"""The long runs for overload and endurance, in short: all of what they watch but the times."""
+"""Short versions of the overload and soak runs, which check everything but the times."""
 
 import asyncio
 from http import HTTPStatus
@@ -16,12 +16,12 @@ PHOTO = encode(two_class_photo())
 
 
 def missed(report: Report) -> dict[str, float]:
-    """The promises that were not kept."""
-    return {gate.name: gate.median for gate in report.gates if not gate.kept}
+    """The missed targets and their figures."""
+    return {target.name: target.median for target in report.targets if not target.met}
 
 
 def test_more_than_can_be_answered_is_refused(tiny_artefact: Path) -> None:
-    """Each is answered or told when to come back, and everything is as before afterwards."""
+    """Each request is answered or refused with Retry-After, and the service works afterwards."""
     with logged(tiny_artefact, threads=1, queue_size=2, log_level="info") as service:
         _, port = service.address
         request = request_bytes(port, "/segment", "image/png", PHOTO)
@@ -30,7 +30,7 @@ def test_more_than_can_be_answered_is_refused(tiny_artefact: Path) -> None:
     statuses = {reply.status for reply in seen.load}
     assert statuses == {HTTPStatus.OK, HTTPStatus.SERVICE_UNAVAILABLE}
     assert all(
-        (reply.told_s or 0) >= 1
+        (reply.retry_after_s or 0) >= 1
         for reply in seen.load
         if reply.status == HTTPStatus.SERVICE_UNAVAILABLE
     )
@@ -39,10 +39,10 @@ def test_more_than_can_be_answered_is_refused(tiny_artefact: Path) -> None:
     assert seen.first.status == HTTPStatus.OK
 
 
-def test_nothing_piles_up(tiny_artefact: Path, tmp_path: Path) -> None:
-    """Photos of all kinds, errors, and clients that go: what is held stays the same."""
+def test_resources_do_not_grow(tiny_artefact: Path, tmp_path: Path) -> None:
+    """Photos of all kinds, invalid requests and disconnects leave memory and handles constant."""
     photos = [path.read_bytes() for path in serving_photos(tmp_path, None, 6)]
     with logged(tiny_artefact, log_level="info") as service:
         rounds = list(soak.soak(service, photos, rounds=4, requests=100))
-    # One decoded photo has half a MiB: if one in a hundred requests kept its own, it would show.
+    # A decoded photo has half a MiB: a leak of one in a hundred requests exceeds the limit.
     assert missed(soak.judge(rounds, early=2, growth_percent=10)) == {}

@@ -1,1 +1,1 @@
-"""Whether the running service keeps what it promises under overload, faults and long runs."""
+"""Whether the running service meets its targets under overload, after crashes and in long runs."""

@@ -1,9 +1,9 @@
-"""Five times as many photos as the service can answer, for a minute, and what comes after.
+"""Overload: five times as many photos as the service can answer, for a minute, and the recovery.
 
-An open loop: photos arrive at a Poisson process's times whatever the service does, none waits for
-another's connection, and every time counts from the arrival that was due, so that no waiting is
-hidden ("coordinated omission"). The generator runs on the service's own machine and takes CPU time
-from it; ``lag`` in the figures says how late it was itself.
+The loop is open: photos arrive as a Poisson process, independent of the service, and none waits for
+another's connection. All times count from the scheduled arrival, which avoids coordinated omission.
+The generator runs on the service's machine and takes CPU time from it; ``lag`` in the figures is
+its own delay.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from service.settings import DEFAULT_MODEL, Settings
-from tests.benchmarks.bench import Gate
+from tests.benchmarks.bench import Target
 from tests.benchmarks.photos import serving_photos
 from tests.benchmarks.wire import Connection, arrivals, multipart, request_bytes
 from tests.processes import logged
@@ -39,32 +39,32 @@ _PROBE_EVERY_S: Final = 0.1
 _SAMPLE_EVERY_S: Final = 1.0
 
 _LAST_S: Final = 1.0
-"""Of those refused in the load's last so many seconds, one in `FACTOR` comes back when told to.
+"""Of the requests refused in these last seconds of the load, one in `FACTOR` retries on time.
 
-That is what the service can answer. If all came back, it would be the same overload again.
+The service can answer that many. If all retried, they would overload it again.
 """
 
 
 class Reply(NamedTuple):
-    """What became of a request; times on the clock of `time.monotonic`.
+    """The outcome of a request; times are on the clock of `time.monotonic`.
 
-    ``status`` 0: the connection broke. ``told_s``: ``Retry-After`` in seconds, where there was one.
+    ``status`` 0: the connection broke. ``retry_after_s``: the ``Retry-After`` header, if any.
     """
 
     due_s: float
     sent_s: float
     ended_s: float
     status: int
-    told_s: float | None = None
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """All that was seen.
+    """All observations of a run.
 
-    ``load``: what arrived; ``probes``: what was asked meanwhile, by path; ``returned``: those who
-    came back when they were told to; ``first``: the first request after all of that; ``rss_mib``:
-    the service's memory, once a second.
+    ``load``: the arriving photos. ``probes``: the requests sent meanwhile, by path. ``returned``:
+    the retries after ``Retry-After``. ``first``: the first request after the load. ``rss_mib``: the
+    service's memory, sampled once a second.
     """
 
     load: Sequence[Reply]
@@ -75,14 +75,14 @@ class Observed:
 
 
 class Clients:
-    """Connections to one port, as many as there are requests at once."""
+    """Connections to one port, one for each concurrent request."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._idle: list[Connection] = []
 
     async def send(self, request: bytes, due_s: float) -> Reply:
-        """Send a request when it is due."""
+        """Send a request at the time ``due_s``."""
         await asyncio.sleep(max(0.0, due_s - time.monotonic()))
         connection = self._idle.pop() if self._idle else Connection(self._port)
         sent_s = time.monotonic()
@@ -93,11 +93,11 @@ class Clients:
             return Reply(due_s, sent_s, time.monotonic(), 0)
         ended_s = time.monotonic()
         self._idle.append(connection)
-        told = answer.headers.get("retry-after")
-        return Reply(due_s, sent_s, ended_s, answer.status, None if told is None else float(told))
+        wait = answer.headers.get("retry-after")
+        return Reply(due_s, sent_s, ended_s, answer.status, None if wait is None else float(wait))
 
-    async def again_and_again(self, requests: Iterable[bytes], until_s: float) -> list[Reply]:
-        """Send each as soon as the one before it is answered."""
+    async def closed_loop(self, requests: Iterable[bytes], until_s: float) -> list[Reply]:
+        """Send each request as soon as the previous one is answered."""
         replies = []
         for request in requests:
             if time.monotonic() >= until_s:
@@ -106,20 +106,20 @@ class Clients:
         return replies
 
     def close(self) -> None:
-        """Hang up all of them."""
+        """Close the connections."""
         for connection in self._idle:
             connection.close()
 
 
 def measure(out: Path, seconds: float = 60.0) -> Report:
-    """Find out what the default model can answer, then send `FACTOR` times that for ``seconds``."""
+    """Measure the default model's capacity, then send `FACTOR` times that for ``seconds``."""
     photos = [path.read_bytes() for path in serving_photos(out / "photos", None, _PHOTOS)]
     with logged(DEFAULT_MODEL, log_level="info") as service:
         _, port = service.address
         requests = [request_bytes(port, "/segment", *multipart("image", one)) for one in photos]
         capacity = asyncio.run(_capacity(port, requests))
         rate = FACTOR * capacity
-        print(f"It answers {capacity:.1f} photos/s; now {rate:.0f}/s for {seconds:.0f} s.")
+        print(f"Capacity {capacity:.1f} photos/s; sending {rate:.0f}/s for {seconds:.0f} s.")
         observed = asyncio.run(overload(port, service.process.pid, requests, rate, seconds))
     report = judge(observed, Settings().deadline_s)
     report.figures.update(capacity_per_s=capacity, rate_per_s=rate, seconds=seconds)
@@ -127,12 +127,12 @@ def measure(out: Path, seconds: float = 60.0) -> Report:
 
 
 async def _capacity(port: int, requests: Sequence[bytes]) -> float:
-    """Photos answered in a second by a closed loop."""
+    """Photos answered per second in a closed loop."""
     clients = Clients(port)
     photos = cycle(requests)
-    await clients.again_and_again(requests, time.monotonic() + _CAPACITY_S)
+    await clients.closed_loop(requests, time.monotonic() + _CAPACITY_S)
     until_s = time.monotonic() + _CAPACITY_S
-    loops = [clients.again_and_again(photos, until_s) for _ in range(_CONNECTIONS)]
+    loops = [clients.closed_loop(photos, until_s) for _ in range(_CONNECTIONS)]
     replies = [reply for loop in await asyncio.gather(*loops) for reply in loop]
     clients.close()
     return len(_of(replies, HTTPStatus.OK)) / _CAPACITY_S
@@ -141,7 +141,7 @@ async def _capacity(port: int, requests: Sequence[bytes]) -> float:
 async def overload(
     port: int, pid: int, requests: Sequence[bytes], rate_per_s: float, seconds: float
 ) -> Observed:
-    """Send the requests in turn, ``rate_per_s`` of them a second, to the server ``pid``."""
+    """Send the requests in turn, ``rate_per_s`` per second, to the server process ``pid``."""
     clients = Clients(port)
     photos = cycle(requests)
     begin_s = time.monotonic()
@@ -154,8 +154,8 @@ async def overload(
     async def ask(request: bytes, at_s: float) -> None:
         reply = await clients.send(request, begin_s + at_s)
         load.append(reply)
-        if reply.told_s is not None and at_s >= seconds - _LAST_S and next(turns) == 0:
-            returned.append(await clients.send(request, reply.ended_s + reply.told_s))
+        if reply.retry_after_s is not None and at_s >= seconds - _LAST_S and next(turns) == 0:
+            returned.append(await clients.send(request, reply.ended_s + reply.retry_after_s))
 
     async def probe(path: str) -> None:
         for number in range(int(seconds / _PROBE_EVERY_S)):
@@ -180,12 +180,12 @@ async def overload(
 
 
 def judge(observed: Observed, deadline_s: float) -> Report:
-    """Hold what was seen against what was promised; ``deadline_s`` is the service's."""
+    """Compare the observations with the targets; ``deadline_s`` is the service's."""
     load = observed.load
     accepted = _of(load, HTTPStatus.OK)
     refused = _of(load, HTTPStatus.SERVICE_UNAVAILABLE)
-    told = [reply for reply in refused if reply.told_s is not None]
-    too_long_s = waits_too_long_s(accepted, told)
+    with_wait = [reply for reply in refused if reply.retry_after_s is not None]
+    too_long_s = waits_too_long_s(accepted, with_wait)
     rss = np.asarray(observed.rss_mib)
     sixth = max(1, len(rss) // 6)
     growth = rss[-sixth:].mean() / rss[:sixth].mean() - 1
@@ -198,48 +198,50 @@ def judge(observed: Observed, deadline_s: float) -> Report:
         "lag": 1000 * np.array([reply.sent_s - reply.due_s for reply in load]),
     }
     p99 = {name: _percentile(found, 99) for name, found in latencies.items()}
-    gates = [
-        _at_most("neither answered nor refused", len(load) - len(accepted) - len(refused), 0),
-        _at_most("accepted: time, p99", p99["accepted"] / 1000, deadline_s, "s"),
-        _at_most("refused: time, p99", p99["refused"], 50, "ms"),
-        _at_most("refused without Retry-After", len(refused) - len(told), 0),
+    targets = [
+        _at_most("neither accepted nor refused", len(load) - len(accepted) - len(refused), 0),
+        _at_most("accepted: p99 latency", p99["accepted"] / 1000, deadline_s, "s"),
+        _at_most("refused: p99 latency", p99["refused"], 50, "ms"),
+        _at_most("refused without Retry-After", len(refused) - len(with_wait), 0),
         _at_most("Retry-After too short by, p95", -_percentile(too_long_s, 5), 0, "s"),
         _at_most("Retry-After too long by, p99", _percentile(too_long_s, 99), 2, "s"),
-        _at_most("came back as told and were refused again", again, 0),
-        *(_at_most(f"{path}: time, p99", p99[path], 100, "ms") for path in _PROBES),
-        _at_most("memory: last sixth over the first", 100 * float(growth), 3, "%"),
-        _at_most("first request afterwards fails", observed.first.status != HTTPStatus.OK, 0),
+        _at_most("refused again after Retry-After", again, 0),
+        *(_at_most(f"{path}: p99 latency", p99[path], 100, "ms") for path in _PROBES),
+        _at_most("memory growth, last sixth over first", 100 * float(growth), 3, "%"),
+        _at_most("first request afterwards failed", observed.first.status != HTTPStatus.OK, 0),
     ]
     figures = {
         "statuses": dict(Counter(reply.status for reply in load)),
         "came_back": len(observed.returned),
-        "retry_after_s": dict(Counter(reply.told_s for reply in told)),
+        "retry_after_s": dict(Counter(reply.retry_after_s for reply in with_wait)),
         "retry_after_too_long_s": _spread(too_long_s),
         "rss_mib": observed.rss_mib,
         "latencies_ms": {name: _spread(found) for name, found in latencies.items()},
     }
-    return Report(gates, figures)
+    return Report(targets, figures)
 
 
-def waits_too_long_s(accepted: Sequence[Reply], told: Sequence[Reply]) -> npt.NDArray[np.float64]:
-    """How much longer each refused client was told to stay away than there was work before it.
+def waits_too_long_s(
+    accepted: Sequence[Reply], refused: Sequence[Reply]
+) -> npt.NDArray[np.float64]:
+    """How much longer each ``Retry-After`` was than the work queued ahead, in seconds.
 
-    That work is what was accepted before and not answered yet: its last answer frees the last of
-    the places. Below 0: it was told too little.
+    That work is the requests accepted before the refusal and not yet answered; the last of their
+    answers empties the queue. A negative value means that ``Retry-After`` was too short.
     """
     sent_s = np.array([reply.sent_s for reply in accepted])
     ended_s = np.array([reply.ended_s for reply in accepted])
     return np.array(
         [
-            (reply.told_s or 0.0)
+            (reply.retry_after_s or 0.0)
             - np.max(ended_s[sent_s <= reply.ended_s] - reply.ended_s, initial=0.0)
-            for reply in told
+            for reply in refused
         ]
     )
 
 
 def latencies_ms(replies: Sequence[Reply]) -> npt.NDArray[np.float64]:
-    """From when they were due."""
+    """Latencies from the scheduled arrival."""
     return 1000 * np.array([reply.ended_s - reply.due_s for reply in replies])
 
 
@@ -248,7 +250,7 @@ def _of(replies: Sequence[Reply], status: HTTPStatus) -> list[Reply]:
 
 
 def _percentile(figures: npt.NDArray[np.float64], percent: float) -> float:
-    """Nan of none, which keeps no promise."""
+    """A percentile; nan without figures, which misses every target."""
     return float(np.percentile(figures, percent)) if len(figures) else float("nan")
 
 
@@ -256,5 +258,5 @@ def _spread(figures: npt.NDArray[np.float64]) -> dict[str, float]:
     return {f"p{percent}": _percentile(figures, percent) for percent in (0, 50, 99, 100)}
 
 
-def _at_most(name: str, figure: float, bound: float, unit: str = "") -> Gate:
-    return Gate(name, (figure,), unit, at_most=bound)
+def _at_most(name: str, figure: float, bound: float, unit: str = "") -> Target:
+    return Target(name, (figure,), unit, at_most=bound)

@@ -1,4 +1,4 @@
-"""``kill -9`` of a serving process under load: when it answers again, and what is lost."""
+"""``kill -9`` of a serving process under load: time until it is ready again, and lost requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from service.settings import DEFAULT_MODEL
-from tests.benchmarks.bench import Gate
+from tests.benchmarks.bench import Target
 from tests.benchmarks.photos import serving_photos
 from tests.processes import load, logged
 from tests.reliability.report import Report
@@ -19,7 +19,7 @@ _CLIENTS: Final = 6
 
 
 def measure(out: Path) -> Report:
-    """Kill the first of two processes again and again, each time once it is ready."""
+    """Kill the first of two processes several times, each time once it is ready."""
     photo = serving_photos(out / "photos", None, 1)[0].read_bytes()
     ready_s = []
     with logged(DEFAULT_MODEL, processes=2, log_level="info") as service:
@@ -35,9 +35,9 @@ def measure(out: Path) -> Report:
                 ready_s.append(time.monotonic() - killed)
         refused = [outcome for outcome in outcomes if outcome.status not in (None, 200)]
         lost = [outcome.error for outcome in outcomes if outcome.status is None]
-    gates = [
-        Gate("ready again after kill -9, longest", (max(ready_s),), "s", at_most=10),
-        Gate("lost, of those in flight", (len(lost),), "", at_most=_ROUNDS * _CLIENTS),
-        Gate("answered with an error", (len(refused),), "", at_most=0),
+    targets = [
+        Target("longest time to ready after kill -9", (max(ready_s),), "s", at_most=10),
+        Target("requests in flight lost", (len(lost),), "", at_most=_ROUNDS * _CLIENTS),
+        Target("requests answered with an error", (len(refused),), "", at_most=0),
     ]
-    return Report(gates, {"ready_s": ready_s, "lost": lost, "requests": len(outcomes)})
+    return Report(targets, {"ready_s": ready_s, "lost": lost, "requests": len(outcomes)})

@@ -1,4 +1,4 @@
-"""What a part has found, and whether it is what was promised."""
+"""The results of a part, and whether they meet its targets."""
 
 from __future__ import annotations
 
@@ -8,45 +8,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from tests.benchmarks.bench import Gate, environment, markdown_table, short
+from tests.benchmarks.bench import Target, environment, markdown_table, short
 
 _PACKAGES: Final = ("onnxruntime", "fastapi", "uvicorn", "uvloop", "httptools", "pillow", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The promises of a part, with what was measured, and all other ``figures`` for the file."""
+    """A part's targets with their measured figures, and further ``figures`` for the file."""
 
-    gates: Sequence[Gate]
+    targets: Sequence[Target]
     figures: dict[str, Any]
 
     @property
-    def kept(self) -> bool:
-        """Whether every promise is."""
-        return all(gate.kept for gate in self.gates)
+    def met(self) -> bool:
+        """Whether all targets are met."""
+        return all(target.met for target in self.targets)
 
     def table(self) -> str:
-        """For people."""
+        """The targets as a Markdown table."""
         return markdown_table(
-            ("promised", "measured", "bound", ""),
+            ("", "measured", "target", ""),
             [
-                (gate.name, f"{short(gate.median)} {gate.unit}".rstrip(), gate.target, _word(gate))
-                for gate in self.gates
+                (
+                    target.name,
+                    f"{short(target.median)} {target.unit}".rstrip(),
+                    target.bound,
+                    _word(target),
+                )
+                for target in self.targets
             ],
         )
 
     def write(self, path: Path) -> None:
-        """As JSON, with where it was measured."""
+        """Write the targets, figures and environment as JSON."""
         content = {
             "environment": environment(_PACKAGES),
-            "promises": [
+            "targets": [
                 {
-                    "name": gate.name,
-                    "measured": gate.median,
-                    "bound": gate.target,
-                    "kept": gate.kept,
+                    "name": target.name,
+                    "measured": target.median,
+                    "bound": target.bound,
+                    "met": target.met,
                 }
-                for gate in self.gates
+                for target in self.targets
             ],
             **self.figures,
         }
@@ -54,5 +59,5 @@ class Report:
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _word(gate: Gate) -> str:
-    return "kept" if gate.kept else "MISSED"
+def _word(target: Target) -> str:
+    return "met" if target.met else "MISSED"

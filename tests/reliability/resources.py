@@ -1,4 +1,7 @@
-"""What a server's processes hold. Linux's ``/proc``: proc_pid_statm(5), proc_pid_fd(5)."""
+"""Memory, descriptors and threads of a process tree, from Linux's ``/proc``.
+
+See proc_pid_statm(5) and proc_pid_fd(5).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Of a process and all below it. ``rss_mib`` counts shared pages once for each process."""
+    """Resources of a process and its descendants. ``rss_mib`` counts a shared page per process."""
 
     rss_mib: float
     descriptors: int
@@ -19,10 +22,10 @@ class Resources:
 
 
 def sample(pid: int) -> Resources:
-    """Add up what they hold now."""
+    """Sum the current resources of a process and its descendants."""
     pages = descriptors = threads = 0
     for folder in _tree(Path(f"/proc/{pid}")):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
             pages += int((folder / "statm").read_text(encoding="ascii").split()[1])
             descriptors += len([*(folder / "fd").iterdir()])
             threads += len([*(folder / "task").iterdir()])

@@ -1,7 +1,7 @@
-"""20,000 requests of all kinds, good and bad: nothing may pile up.
+"""Soak: 20,000 valid and invalid requests of all kinds must not make resources grow.
 
-What the service holds is compared after a rest, when it has given back what it keeps for the next
-photo. In the rounds between it keeps more, see ``rounds`` in the file.
+Resources are compared after a rest, in which the service returns memory that it caches for the next
+photo. In the rounds between rests it holds more: see ``rounds`` in the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from service.settings import DEFAULT_MODEL
-from tests.benchmarks.bench import Gate
+from tests.benchmarks.bench import Target
 from tests.benchmarks.photos import MEGAPIXELS_12, MIXED_SIZES, resized, serving_photos
 from tests.benchmarks.wire import HOST, Connection, multipart, request_bytes
 from tests.processes import Logged, logged
@@ -33,7 +33,7 @@ from tests.reliability.resources import Resources
 REQUESTS: Final = 20_000
 ROUND: Final = 500
 EARLY_ROUNDS: Final = 2
-"""After so many, memory is as large as it should ever be."""
+"""After this many rounds, memory must not grow any more."""
 
 _CONNECTIONS: Final = 8
 _SETTLED_WITHIN_S: Final = 10.0
@@ -62,7 +62,7 @@ _BAD_SHARE: Final = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A request, and the status it should get; None: its client hangs up and hears of none."""
+    """A request and its expected status; None if the client disconnects before the answer."""
 
     name: str
     request: bytes
@@ -71,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """After so many requests: what the service held, and how often a case got another status."""
+    """The state after ``requests``: resources, and how often a case got an unexpected status."""
 
     requests: int
     resources: Resources
@@ -106,7 +106,7 @@ def soak(
     requests: int,
     rests: Collection[int] = (),
 ) -> Iterator[Round]:
-    """So many rounds of so many requests with these JPEGs, and a rest after some of them."""
+    """Send ``rounds`` of ``requests`` made from JPEGs; rest after the rounds in ``rests``."""
     _, port = service.address
     pid = service.process.pid
     cases = draw(port, photos, random.Random(0))  # noqa: S311 - the same each time, not a secret
@@ -120,35 +120,36 @@ def soak(
 
 
 def judge(rounds: Sequence[Round], early: int, growth_percent: float) -> Report:
-    """Hold what the last round left against the first ``early`` ones.
+    """Compare the resources after the last round with those after round ``early``.
 
-    Threads against the most of these: the pool that writes uploads to disk ends and starts its own.
+    Threads are compared with the most in the first ``early`` rounds, because the pool that writes
+    uploads to disk starts and ends threads.
     """
     first, last = rounds[early - 1].resources, rounds[-1].resources
     threads = max(one.resources.threads for one in rounds[:early])
     wrong = sum((Counter(one.wrong) for one in rounds), Counter())
     since = f"since request {rounds[early - 1].requests}"
-    gates = [
-        Gate(
-            f"memory after a rest, growth {since}",
+    targets = [
+        Target(
+            f"memory growth {since}",
             (100 * (last.rss_mib / first.rss_mib - 1),),
             "%",
             at_most=growth_percent,
         ),
-        Gate(
-            f"file descriptors, more {since}",
+        Target(
+            f"new file descriptors {since}",
             (last.descriptors - first.descriptors,),
             "",
             at_most=0,
         ),
-        Gate(f"threads, more {since}", (last.threads - threads,), "", at_most=0),
-        Gate("answers of another status than they should have", (wrong.total(),), "", at_most=0),
+        Target(f"new threads {since}", (last.threads - threads,), "", at_most=0),
+        Target("answers with an unexpected status", (wrong.total(),), "", at_most=0),
     ]
-    return Report(gates, {"wrong": dict(wrong), "rounds": [asdict(one) for one in rounds]})
+    return Report(targets, {"wrong": dict(wrong), "rounds": [asdict(one) for one in rounds]})
 
 
 def draw(port: int, photos: Sequence[bytes], rng: random.Random) -> Iterator[Case]:
-    """Requests for ever, a quarter of which are bad in one way or another."""
+    """An endless sequence of requests; a quarter of them are invalid."""
     files = [_in_format(photo, _FORMATS[n % len(_FORMATS)]) for n, photo in enumerate(photos)]
     bad = _bad_cases(port, photos[0])
     while True:
@@ -174,7 +175,7 @@ def _in_format(jpeg: bytes, image_format: str) -> bytes:
 
 
 def _bad_cases(port: int, photo: bytes) -> list[Case]:
-    """Clients that are wrong, and clients that go."""
+    """Invalid requests, and clients that disconnect."""
 
     def post(path: str, body: bytes, *headers: str) -> bytes:
         return request_bytes(port, path, "image/*", body, *headers)
@@ -184,23 +185,23 @@ def _bad_cases(port: int, photo: bytes) -> list[Case]:
     sound = post("/segment", photo)
     return [
         Case("no image", post("/segment", b"no image" * 100), 415),
-        Case("a part of an image", post("/segment", photo[: len(photo) // 2]), 422),
+        Case("a truncated image", post("/segment", photo[: len(photo) // 2]), 422),
         Case("too many pixels", post("/segment", many_pixels.getvalue()), 413),
         Case("too many bytes", post("/segment", bytes(21 * 2**20)), 413),
         Case("a parameter out of range", post("/segment?alpha=2", photo), 422),
-        Case("no such model", post("/segment?model=none", photo), 404),
-        Case("no such path", request_bytes(port, "/none"), 404),
-        Case("nothing acceptable", post("/segment", photo, "Accept: text/html"), 406),
-        Case("goes before the answer", sound, None),
-        Case("goes in the middle of the photo", sound[: len(sound) // 2], None),
+        Case("an unknown model", post("/segment?model=none", photo), 404),
+        Case("an unknown path", request_bytes(port, "/none"), 404),
+        Case("no acceptable media type", post("/segment", photo, "Accept: text/html"), 406),
+        Case("disconnects before the answer", sound, None),
+        Case("disconnects in the middle of the photo", sound[: len(sound) // 2], None),
     ]
 
 
 async def _send(port: int, cases: Iterator[Case]) -> Counter[str]:
-    """Send all of them, over several connections; how often each got another status."""
+    """Send all cases over several connections; counts the unexpected statuses of each."""
     wrong: Counter[str] = Counter()
 
-    async def go_on() -> None:
+    async def client() -> None:
         with closing(Connection(port)) as connection:
             for case in cases:
                 if case.status is None:
@@ -214,12 +215,12 @@ async def _send(port: int, cases: Iterator[Case]) -> Counter[str]:
                 if status != case.status:
                     wrong[f"{case.name}: {status}"] += 1
 
-    await asyncio.gather(*(go_on() for _ in range(_CONNECTIONS)))
+    await asyncio.gather(*(client() for _ in range(_CONNECTIONS)))
     return wrong
 
 
 async def _hang_up(port: int, request: bytes) -> None:
-    """Send it, and go."""
+    """Send a request and close the connection."""
     _, writer = await asyncio.open_connection(HOST, port)
     writer.write(request)
     await writer.drain()
@@ -228,7 +229,7 @@ async def _hang_up(port: int, request: bytes) -> None:
 
 
 def _settled(pid: int, descriptors: int) -> Resources:
-    """What is held once the last connections are closed on the other side too."""
+    """The resources once the service has closed its side of the connections too."""
     deadline = time.monotonic() + _SETTLED_WITHIN_S
     while (held := resources.sample(pid)).descriptors > descriptors:
         if time.monotonic() > deadline:

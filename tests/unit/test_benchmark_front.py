@@ -1,4 +1,4 @@
-"""What the front of accuracy against time rests on, beside the times themselves."""
+"""The benchmark of accuracy against time: fronts, sizes, cached accuracy, order of timing."""
 
 import itertools
 from dataclasses import replace
@@ -30,12 +30,12 @@ NAMES = ("2007_000000", "2007_000001")
 
 
 def point(ms: float, miou: float) -> Point:
-    """A point that took as long in every round."""
+    """A point with the same time in every round."""
     return Point("tiny", "fp32", 96, "artefact", ("a",), miou, 0.9, (ms, ms, ms))
 
 
-def test_the_front_is_what_nobody_beats() -> None:
-    """Neither slower nor less accurate alone loses; both, or one with the other equal, does."""
+def test_the_front_has_the_points_that_none_beats() -> None:
+    """A point is beaten by one that is at least as fast and accurate, and better in one."""
     fast, middle, best = point(10, 0.5), point(20, 0.6), point(40, 0.7)
     slower, less_accurate, both = point(21, 0.6), point(20, 0.55), point(50, 0.4)
     points = [best, both, fast, slower, middle, less_accurate]
@@ -44,12 +44,12 @@ def test_the_front_is_what_nobody_beats() -> None:
 
 
 def test_equals_share_the_front() -> None:
-    """Two that are as fast and as accurate as each other both stay."""
+    """Two points with the same time and accuracy are both on the front."""
     assert pareto_front([point(10, 0.5), point(10, 0.5)]) == [point(10, 0.5)] * 2
 
 
 def test_times_are_compared_round_by_round() -> None:
-    """A round in which the whole machine was slow leaves the ratio as it is."""
+    """A round in which the whole machine was slow does not change the ratio."""
     ours, theirs = (
         replace(point(1, 0.5), rounds_ms=figures)
         for figures in ((10.0, 40.0, 11.0), (20.0, 80.0, 22.0))
@@ -59,7 +59,7 @@ def test_times_are_compared_round_by_round() -> None:
 
 
 def test_another_size_scales_the_listed_shapes() -> None:
-    """To multiples of 32, ascending by area, without the doubles that rounding makes."""
+    """The shapes are multiples of 32, ascending by area, without duplicates from rounding."""
     contract = make_contract(shapes=((288, 512), (512, 288), (352, 512), (512, 512)))
     contract = ModelContract(**{**contract.model_dump(), "working_size": 512})
     assert at_size(contract, 512) == contract
@@ -72,24 +72,24 @@ def test_another_size_scales_the_listed_shapes() -> None:
 
 @pytest.mark.parametrize("size", [64, 96, 160])
 def test_another_size_reaches_the_network(tiny_artefact: Path, size: int) -> None:
-    """Its input has that longest side, its logits a stride less, and the mask is the photo's."""
+    """The input has that longest side, and the logits are smaller than the input by the stride."""
     model = load_model(tiny_artefact, "cpu", threads=1)
     sized = replace(model, contract=at_size(model.contract, size))
-    sized.warm_up()  # refuses logits of another size than input over stride
+    sized.warm_up()  # raises unless the logits have the size of the input over the stride
     assert max(itertools.chain(*sized.contract.shapes)) == size
     logits = sized.run(np.zeros((1, *sized.contract.shapes[0], 3), dtype=np.uint8))
     assert logits.shape[2:] == tuple(side // STRIDE for side in sized.contract.shapes[0])
 
 
 def test_an_artefact_labels_at_every_size(tiny_artefact: Path) -> None:
-    """One side for each size and CPU precision; the mask is the photo's, finer at a larger size."""
+    """There is one side per size and CPU precision, and a larger size gives a finer mask."""
     sides = list(artefact_sides(tiny_artefact, [32, 96]))
     assert [(side.precision, side.size) for side in sides] == [("fp32", 32), ("fp32", 96)]
     assert sides[0].files == sides[1].files
     coarse, fine = (side.label(DecodedPhoto.whole(two_class_photo())) for side in sides)
     assert coarse.shape == fine.shape == (64, 96)
     assert (fine[60, 2], fine[30, 90], fine[2, 2]) == (8, 15, 0)
-    # The cat begins 16 pixels below the top. At 32 pixels a cell is 48 of the photo's.
+    # The cat begins 16 pixels below the top. At size 32 a cell covers 48 pixels of the photo.
     assert (fine[24, 2], coarse[24, 2]) == (8, 0)
 
 
@@ -103,21 +103,21 @@ def test_an_artefact_labels_at_every_size(tiny_artefact: Path) -> None:
         (TINY, NAMES, "other code"),
     ],
 )
-def test_what_changes_the_accuracy_changes_its_key(
+def test_the_key_depends_on_everything_that_changes_accuracy(
     candidate: Candidate, names: tuple[str, ...], code: str
 ) -> None:
-    """Files, size, precision, photos and code: each alone."""
+    """Files, size, precision, photos and code each change the key."""
     assert cache_key(candidate, names, code) != cache_key(TINY, NAMES, "code")
 
 
 def test_names_do_not_change_the_key() -> None:
-    """The same files are the same network, whatever the folder is called."""
+    """The same files have the same key, whatever the folder's name."""
     renamed = replace(TINY, network="other", role="default")
     assert cache_key(renamed, NAMES, "code") == cache_key(TINY, NAMES, "code")
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
-    """What was counted before the interruption is not counted again, and is the same."""
+def test_an_interrupted_run_resumes(tmp_path: Path) -> None:
+    """Counts from before the interruption are reused."""
     samples = read_split(make_voc(tmp_path, images=3), "val")
     asked = []
 
@@ -143,8 +143,8 @@ def test_an_interrupted_run_goes_on(tmp_path: Path) -> None:
     assert first.counts[:, 1:].sum() == 0
 
 
-def test_corals_ids_come_back_to_the_photo() -> None:
-    """Its network sees the photo at the top left and grey below; ids are not interpolated."""
+def test_corals_ids_are_resized_to_the_photo() -> None:
+    """The network gets the photo at the top left and grey below; ids are not interpolated."""
     seen = []
 
     def infer(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -164,8 +164,8 @@ def test_corals_ids_come_back_to_the_photo() -> None:
     assert np.array_equal(np.flatnonzero(np.diff(mask[0])), [48])
 
 
-def test_sides_take_turns() -> None:
-    """After one uncounted pass: all sides in every round, each photo alone, one more uncounted."""
+def test_sides_alternate() -> None:
+    """After a warm-up, each round runs all sides, each after one photo that is not measured."""
     calls: list[str] = []
     photos = [DecodedPhoto.whole(np.zeros((1, width, 3), dtype=np.uint8)) for width in (1, 2)]
 

@@ -1,1 +1,1 @@
-"""The peers: each framework's own documented pattern around one shared `pipeline`."""
+"""The peers: each framework's documented pattern around one shared `pipeline`."""

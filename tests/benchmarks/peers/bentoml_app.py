@@ -1,8 +1,8 @@
-"""BentoML: adaptive batching in a service of its own behind one that takes single photos.
+"""BentoML: a service with adaptive batching behind a wrapper that takes single photos.
 
 https://docs.bentoml.com/en/latest/get-started/adaptive-batching.html: a batchable API takes and
-gives lists, so a client's single photo goes through a wrapper service. Without batching the API
-takes the photo itself. ``bentoml serve`` starts the workers of both services.
+returns lists, so a single photo goes through a wrapper service. Without batching the API takes the
+photo directly. ``bentoml serve`` starts the workers of both services.
 """
 
 from pathlib import Path

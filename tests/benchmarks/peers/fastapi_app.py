@@ -1,6 +1,6 @@
 """Plain FastAPI: one ``def`` handler, which FastAPI runs in its thread pool.
 
-https://fastapi.tiangolo.com/tutorial/request-files/; started with ``uvicorn --workers``.
+https://fastapi.tiangolo.com/tutorial/request-files/; run by ``uvicorn --workers``.
 """
 
 from typing import Annotated

@@ -1,7 +1,7 @@
 """LitServe: a `LitAPI` with ``max_batch_size`` and ``batch_timeout``, several workers per device.
 
 https://lightning.ai/docs/litserve/features/batching. The photos of a batch have different shapes,
-so `batch` and `unbatch` keep them a list. The server itself decodes and encodes in its workers.
+so `batch` and `unbatch` keep the list. The server decodes and encodes in its workers.
 """
 
 import sys
@@ -19,7 +19,7 @@ class Segment(litserve.LitAPI):
     """A photo in, its mask out."""
 
     def setup(self, device: str) -> None:
-        """Load the network, in a worker."""
+        """Load the network in a worker."""
         self.pipeline = Pipeline(Options.from_environment())
 
     def decode_request(self, request: Annotated[bytes, File()]) -> Prepared:
@@ -31,7 +31,7 @@ class Segment(litserve.LitAPI):
         return inputs
 
     def predict(self, x: Any) -> Any:  # noqa: ANN401 - one input or a list of them
-        """Masks of a batch; without batching LitServe hands over one input."""
+        """Masks of a batch; without batching LitServe passes one input."""
         return self.pipeline.predict(x) if isinstance(x, list) else self.pipeline.predict([x])[0]
 
     def unbatch(self, output: list[npt.NDArray[np.uint8]]) -> list[npt.NDArray[np.uint8]]:

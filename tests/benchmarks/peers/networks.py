@@ -1,4 +1,4 @@
-"""Networks in PyTorch with random weights: measured for speed, not for what they say."""
+"""Networks in PyTorch with random weights, for measuring speed only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.benchmarks.peers.pipeline import Network
 class TorchvisionFcn(nn.Module):
     """torchvision's ``fcn_resnet50``: stride 8 by dilating the last two stages, `FCNHead` on top.
 
-    ``replace_stride_with_dilation=[False, True, True]``; without the auxiliary head, which only
+    ``replace_stride_with_dilation=[False, True, True]``, without the auxiliary head that only
     training uses. ``image (N, 3, H, W)`` float in [0, 255] -> ``(N, 21, H/8, W/8)``.
     """
 
@@ -71,7 +71,7 @@ def build(engine: str) -> Network:
 
     def run(batch: npt.NDArray[np.uint8]) -> Tensor:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            # NHWC bytes seen as NCHW are channels_last already.
+            # NHWC bytes viewed as NCHW already have the channels_last layout.
             logits: Tensor = module(torch.from_numpy(batch).permute(0, 3, 1, 2).float())
             return logits
 

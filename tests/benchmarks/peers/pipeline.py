@@ -1,10 +1,10 @@
-"""What every peer does with a photo: Pillow, ONNX Runtime or PyTorch, `F.interpolate`, Pillow.
+"""The data path of every peer: Pillow, ONNX Runtime or PyTorch, `F.interpolate`, Pillow.
 
-Written as a competent user of these libraries would. Two choices favour the peers: they pad to the
-model's listed shapes instead of one square that would always batch, which costs a third more
-pixels; photos of different shapes that meet in one batch run one shape after the other. And where
-masks are compared they resize as the service does, which is faster than Pillow and rounds a sixth
-of the values to the level beside Pillow's: the network answers to that with up to 1 % of a mask.
+It is what a competent user of these libraries would write. Two choices favour the peers. They pad
+to the model's listed shapes instead of one square, which would always batch but has a third more
+pixels. A batch of photos with different shapes runs one shape after the other. Where masks are
+compared, the peers resize as the service does. That is faster than Pillow, and a sixth of the
+values round to the level next to Pillow's, which changes up to 1 % of a mask.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from service.artefact import voc
 from service.artefact.preprocessing import Geometry, preprocess
 
 Engine = Literal["onnx", "context-bf16", "torchvision-fp32", "null-logits", "null-mask"]
-"""A network: an ONNX file; our own architecture in torch's bf16 autocast; torchvision's
-fcn_resnet50 layout in torch; or one that costs nothing and hands over logits or the whole mask."""
+"""A network: an ONNX file; our architecture in torch's bf16 autocast; torchvision's fcn_resnet50
+layout in torch; or a null network that returns stored logits or the finished mask."""
 
 SHAPES: Final = (
     *(shape for side in (288, 352, 384) for shape in ((side, 512), (512, side))),
     (512, 512),
 )
-"""The listed shapes of the default artefact, as its contract has them."""
+"""The listed shapes of the default artefact's contract."""
 
 WORKING_SIZE: Final = 512
 PADDING_COLOR: Final = (124, 116, 104)
@@ -46,10 +46,10 @@ _VARIABLE: Final = "BENCHMARK_PEER"
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a peer runs: its network and the settings of its framework.
+    """A peer's network and the settings of its framework.
 
     ``model`` is an ONNX file, or for the null engines a ``.npz`` with ``logits`` and ``mask`` of
-    the one photo that is sent. ``threads`` are one worker's; ``batch`` 1 means no batching.
+    the only photo that is sent. ``threads`` is per worker; ``batch`` 1 means no batching.
     """
 
     engine: Engine
@@ -60,18 +60,18 @@ class Options:
     wait_ms: float = 5.0
 
     def to_environment(self) -> dict[str, str]:
-        """For the peer's process."""
+        """The environment variable for the peer's process."""
         return {_VARIABLE: json.dumps(asdict(self))}
 
     @classmethod
     def from_environment(cls) -> Self:
-        """In the peer's process."""
+        """Read the options in the peer's process."""
         return cls(**json.loads(os.environ[_VARIABLE]))
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A photo as the network takes it: ``(h, w, 3) uint8``, its own and its resized size."""
+    """The network's input, ``(h, w, 3) uint8``, and the photo's original and resized size."""
 
     pixels: npt.NDArray[np.uint8]
     photo: tuple[int, int]
@@ -83,7 +83,7 @@ Network = Callable[[npt.NDArray[np.uint8]], torch.Tensor]
 
 
 class Pipeline:
-    """The steps between a request's bytes and its answer's."""
+    """The steps from a request's bytes to the answer's bytes."""
 
     def __init__(self, options: Options) -> None:
         torch.set_num_threads(options.threads)
@@ -94,7 +94,7 @@ class Pipeline:
             self._network = _open(options)
 
     def predict(self, batch: Sequence[Prepared]) -> list[npt.NDArray[np.uint8]]:
-        """Masks of the photos' own sizes, in the photos' order."""
+        """Masks in the photos' original sizes, in the photos' order."""
         if self._mask is not None:
             return [self._mask] * len(batch)
         order = sorted(range(len(batch)), key=lambda index: batch[index].pixels.shape)
@@ -107,7 +107,7 @@ class Pipeline:
         return [masks[index] for index in range(len(batch))]
 
     def __call__(self, data: bytes) -> bytes:
-        """One photo, all steps."""
+        """Run all steps for one photo."""
         (mask,) = self.predict([decode(data)])
         return to_png(mask)
 
@@ -144,7 +144,7 @@ def prepare(image: Image.Image) -> Prepared:
 
 @cache
 def _resizes_by_pillow() -> bool:
-    """Without a network the pixels do not matter, and a user would take Pillow."""
+    """Whether to resize with Pillow, as users do: only for null networks, which ignore pixels."""
     if _VARIABLE not in os.environ:
         return False
     return Options.from_environment().engine in {"null-logits", "null-mask"}
@@ -153,13 +153,13 @@ def _resizes_by_pillow() -> bool:
 def upsample(logits: torch.Tensor, prepared: Prepared) -> npt.NDArray[np.uint8]:
     """``(21, h, w)`` logits of the padded input to the photo's class ids.
 
-    One interpolation straight to the photo: its scale is that of the resized photo, so that the
-    padding falls off at the edges. In channels_last, which takes a fifth of the time of the plain
-    call, most of it in the argmax.
+    One interpolation directly to the photo's size, at the resized photo's scale, so that the
+    padding is cut off at the edges. The layout is channels_last, which takes a fifth of the time of
+    the default layout, most of it in the argmax.
     """
     (height, width), (resized_height, resized_width) = prepared.photo, prepared.resized
     stride = prepared.pixels.shape[0] / logits.shape[1]
-    # A hair more, so that rounding never takes away the last row.
+    # Slightly more, so that rounding never drops the last row.
     scale = (
         height * stride / resized_height * (1 + 1e-9),
         width * stride / resized_width * (1 + 1e-9),

@@ -1,7 +1,7 @@
-"""Ray Serve: replicas of a deployment, ``@serve.batch`` within each.
+"""Ray Serve: replicas of a deployment, each with ``@serve.batch``.
 
-https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html; the photo comes through a
-FastAPI ingress, as Serve's HTTP guide has it.
+https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html; photos arrive through a
+FastAPI ingress, as in Serve's HTTP guide.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ class Segment:
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
     async def batch(self, images: list[bytes]) -> list[bytes]:
-        """One batch, off the replica's event loop."""
+        """One batch, in a thread beside the replica's event loop."""
         return await asyncio.to_thread(self._run, images)
 
     def _run(self, images: list[bytes]) -> list[bytes]:
