@@ -159,6 +159,7 @@ class Client:
     batch = _blocking(Requests.batch)
     classes = _blocking(Requests.classes)
     models = _blocking(Requests.models)
+    views = _blocking(Requests.views)
     fetch = _blocking(Requests.fetch)
 
     def close(self) -> None:

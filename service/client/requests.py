@@ -27,7 +27,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from service.images.encoding import encode_image
-from service.schemas import BatchItem, LabelMap, ModelList, Problem, Schema, Segmentation
+from service.schemas import BatchItem, LabelMap, ModelList, Problem, Schema, Segmentation, ViewList
 
 SchemaT = TypeVar("SchemaT", bound=Schema)
 
@@ -206,8 +206,16 @@ class Requests(ABC):
         response = await self._ask("GET", "/models")
         return _parsed(response, ModelList, response.content)
 
+    async def views(self) -> ViewList:
+        """The views of a photo that the service offers, with their media types and parameters."""
+        response = await self._ask("GET", "/views")
+        return _parsed(response, ViewList, response.content)
+
     async def fetch(self, photo: PhotoSource, media_type: str, query: Mapping[str, Any]) -> bytes:
-        """The body that ``POST /segment`` returns for these query parameters."""
+        """The body that ``POST /segment`` returns for these query parameters.
+
+        With ``{"view": name}`` that is any view of `views`, those added later included.
+        """
         return (await self._post(photo, media_type, query)).content
 
     async def _post(

@@ -14,7 +14,8 @@ from skimage import data
 
 from service.artefact import voc
 from service.client import AsyncClient, Client, RequestRefused
-from service.schemas import LabelMap, ModelList, Segmentation
+from service.schemas import LabelMap, ModelList, Segmentation, ViewList
+from service.views import VIEWS
 from tests.artefacts import encode, two_class_photo
 from tests.clients import Server
 
@@ -61,12 +62,18 @@ def test_parameters_reach_the_service(protocol_server: Server) -> None:
 
 
 def test_the_catalogue(protocol_server: Server) -> None:
-    """The client lists the classes and the models."""
+    """The client lists the classes, the models and the views, and fetches any view."""
     with Client(protocol_server.url) as client:
         label_map = assert_type(client.classes(), LabelMap)
         assert [one.name for one in label_map.classes] == list(voc.CLASSES)
         catalogue = assert_type(client.models(), ModelList)
         assert [one.name for one in catalogue.models] == ["tiny", "second"]
+        listed = {one.name: one for one in assert_type(client.views(), ViewList).views}
+        assert listed.keys() == VIEWS.keys()
+        media_type = listed["confidence"].media_types[0]
+        content = client.fetch(PHOTO, media_type, {"view": "confidence"})
+        with Image.open(io.BytesIO(content)) as image:
+            np.testing.assert_array_equal(np.asarray(image), client.confidence(PHOTO))
 
 
 def test_a_batch(protocol_server: Server, tmp_path: Path) -> None:
