@@ -1,14 +1,14 @@
 """Outlines of a mask's regions as COCO polygons.
 
-A ring is the outline of one region (4-connected) along the borders of its pixels. Polygons have no
-holes of their own, so each hole is cut into its region's ring by a bridge: a line that is walked
-there and back and so encloses nothing. Filled by the even-odd rule, as COCO's own rasteriser fills,
-the rings of a class give its mask.
+A ring is the outline of one 4-connected region along the borders of its pixels. COCO polygons have
+no holes, so a bridge joins each hole to its region's ring: a line walked there and back, which
+encloses nothing. Filled by the even-odd rule, as COCO's rasteriser does, the rings of a class give
+its mask.
 
-Exact outlines are stairs. They are simplified in two steps. Where a stair is one pixel high, its
-two corners make way for the middle between them, which takes no pixel's centre across the outline.
-Then points are left out that are within a tolerance of the line that stays (Douglas and Peucker
-1973, all rings at once). A region of which that changes too many pixels keeps its exact outline.
+Exact outlines are stairs. Two steps simplify them. Where a stair is one pixel high, the middle
+between its two corners replaces them. Then points within a tolerance of the remaining line are left
+out (Douglas and Peucker 1973, all rings at once). A region keeps its exact outline if the simpler
+one would change too many of its pixels.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ from service.images.runs import Runs
 from service.images.stripes import stripes
 
 TOLERANCE: Final = 0.6
-"""Pixels that the simplified line may be away from a point that was left out."""
+"""Largest distance in pixels between the simplified line and a point that was left out."""
 
-MOST_CHANGED: Final = 0.015
-"""Part of a region's pixels, at most, that a simplified outline adds and takes away together."""
+MOST_CHANGED: Final = 0.018
+"""Largest part of a region's pixels that a simplified outline may add and remove together."""
+
+_NEARLY: Final = 0.03
+"""Pixels by which a line may miss a pixel's centre and still count as beyond it."""
 
 MAX_RINGS: Final = 1000
-"""Outlines of one class, regions and holes, that are traced, the largest. Photos have a few dozen;
-noise has tens of thousands."""
+"""Largest number of outlines of one class, regions and holes together; the largest are kept. Photos
+have a few dozen; noise has tens of thousands."""
 
 _MAX_ROUNDS: Final = 100
 
+Points = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
@@ -83,10 +87,8 @@ def trace_polygons(
     traced = {index: _trace(corners, runs, index) for index in class_ids}
     if not any(traced.values()):
         return {index: [] for index in traced}
-    rings = _Rings.join([ring for found in traced.values() for ring in found])
-    if tolerance > 0:
-        rings = rings.simplified(tolerance, runs.size)
-    outlines = iter(np.split(rings.points, rings.starts[1:]))
+    rings = [ring for found in traced.values() for ring in found]
+    outlines = iter(_simplify(rings, tolerance) if tolerance > 0 else [one.points for one in rings])
     return {
         index: [next(outlines).ravel().tolist() for _ in found] for index, found in traced.items()
     }
@@ -267,126 +269,96 @@ class _Bridges:
             onward[line] = back
 
 
-@dataclass(frozen=True, slots=True)
-class _Rings:
-    """Rings one after the other.
+def _simplify(rings: list[_Ring], tolerance: float) -> list[Points]:
+    """Leave out points of rings where that hardly changes their regions' pixels.
 
-    ``points``: ``(n, 2) float64`` x and y; ``fixed``: ``(n,)``; ``starts``: ``(rings,)``.
+    Returns ``(n, 2) float64`` x and y of each ring; there is at least one ring.
     """
+    # All rings one after the other, each closed by its first point.
+    points = np.concatenate([part for ring in rings for part in (ring.points, ring.points[:1])])
+    fixed = np.concatenate([np.append(ring.fixed, True) for ring in rings])
+    lengths = np.array([len(ring.points) + 1 for ring in rings])
+    last = lengths.cumsum() - 1
+    first = last - lengths + 1
+    fixed[first] = True
+    along = np.diff(points, axis=0)
+    # Even places: the points. Odd places: the middle between two points.
+    path = np.empty((2 * len(points) - 1, 2))
+    path[::2], path[1::2] = points, points[:-1] + along / 2
 
-    points: npt.NDArray[np.float64]
-    fixed: Flags
-    starts: Ints
+    chosen = np.flatnonzero(_without_stairs(along, fixed))
+    stays = (chosen % 2 == 0) & fixed[chosen // 2]
+    _thin(path[chosen], stays, tolerance)
+    chosen = chosen[stays]
 
-    @classmethod
-    def join(cls, rings: list[_Ring]) -> Self:
-        """Put rings one after the other; there is at least one."""
-        lengths = np.array([len(ring.points) for ring in rings])
-        return cls(
-            np.concatenate([ring.points for ring in rings]),
-            np.concatenate([ring.fixed for ring in rings]),
-            lengths.cumsum() - lengths,
-        )
-
-    def simplified(self, tolerance: float, size: tuple[int, int]) -> Self:
-        """With fewer points, where that keeps a region's pixels as they are, about."""
-        simple = self._without_stairs()._thinned(tolerance)
-        exact, other = self._crossings(size), simple._crossings(size)
-        changed = _enclosed(np.concatenate((exact, other)), len(self.starts), size)
-        faithful = changed <= MOST_CHANGED * _enclosed(exact, len(self.starts), size)
-        chosen = [
-            _Ring(points, fixed)
-            for mine, theirs, take in zip(self._split(), simple._split(), faithful, strict=True)
-            for points, fixed in [theirs if take else mine]
-        ]
-        return self.join(chosen)
-
-    def _split(self) -> list[tuple[npt.NDArray[np.float64], Flags]]:
-        inner = self.starts[1:]
-        return list(zip(np.split(self.points, inner), np.split(self.fixed, inner), strict=True))
-
-    def _ring_of_points(self) -> Ints:
-        return np.arange(len(self.starts)).repeat(np.diff(self.starts, append=len(self.points)))
-
-    def _neighbours(self) -> tuple[Ints, Ints]:
-        """The points before and after each, around its ring."""
-        before, after = np.arange(len(self.points)) - 1, np.arange(len(self.points)) + 1
-        ends = np.append(self.starts[1:], len(self.points))
-        before[self.starts], after[ends - 1] = ends - 1, self.starts
-        return before, after
-
-    def _selected(self, points: npt.NDArray[np.float64], fixed: Flags, keep: Flags) -> Self:
-        """Some of as many points for each as there are here."""
-        times = len(points) // len(self.points)
-        starts = np.concatenate(([0], np.cumsum(keep)))[self.starts * times]
-        return type(self)(points[keep], fixed[keep], starts)
-
-    def _without_stairs(self) -> Self:
-        """The middle of each stair of one pixel, instead of its corners."""
-        before, after = self._neighbours()
-        along = self.points[after] - self.points
-        come = along[before]
-        turn = come[:, 0] * along[:, 1] - come[:, 1] * along[:, 0]
-        stair = (np.abs(along).sum(axis=1) == 1) & (turn * turn[after] < 0)
-        stair &= ~(self.fixed | self.fixed[after])
-        both = np.stack((self.points, self.points + along / 2), axis=1).reshape(-1, 2)
-        keep = np.stack((~(stair | stair[before]), stair), axis=1).ravel()
-        fixed = np.stack((self.fixed, np.zeros_like(self.fixed)), axis=1).ravel()
-        return self._selected(both, fixed, keep)
-
-    def _thinned(self, tolerance: float) -> Self:
-        """Without the points that are within ``tolerance`` pixels of the line that stays."""
-        # Each ring is closed by its first point again; that and the farthest from it stay.
-        ring = self._ring_of_points()
-        last = np.append(self.starts[1:], len(self.points)) - 1
-        apart = ((self.points - self.points[self.starts[ring]]) ** 2).sum(axis=1)
-        keep = self.fixed.copy()
-        keep[self.starts] = True
-        keep[_first_largest(apart, self.starts)] = True
-        points = np.insert(self.points, last + 1, self.points[self.starts], axis=0)
-        stays = np.insert(keep, last + 1, True)
-        _thin(points, stays, tolerance)
-        return self._selected(
-            self.points, self.fixed, np.delete(stays, last + 1 + np.arange(len(last)))
-        )
-
-    def _crossings(self, size: tuple[int, int]) -> Ints:
-        """Where the rings cross the middle of a column of pixels, as COCO's rasteriser has it.
-
-        ``(k,)``: ``(ring * W + column) * (H + 1) + row``, the row that begins at the crossing.
-        Source: ``rleFrPoly`` in cocoapi's ``common/maskApi.c``.
-        """
-        height, width = size
-        # It rounds to fifths of a pixel, and goes along a line in the fifths of its longer side.
-        points = np.floor(self.points * 5 + 0.5).astype(np.int64)
-        ends = np.stack((points, points[self._neighbours()[1]]))
-        swap = ends[0, :, 0] > ends[1, :, 0]
-        ends[:, swap] = ends[::-1, swap]
-        # Columns whose middle, from the third fifth to the fourth, lies between the two ends.
-        first = (ends[0, :, 0] + 2) // 5
-        count = (ends[1, :, 0] + 2) // 5 - first
-        edge = np.arange(len(points)).repeat(count)
-        column = np.arange(len(edge)) - (count.cumsum() - count - first)[edge]
-        (x, y), (dx, dy) = ends[0, edge].T, (ends[1] - ends[0])[edge].T
-        along = 5 * column + 2 - x
-        # In floating point, because ties are where that puts them.
-        slope = dy / dx
-        flat = np.floor(y + slope * (along + (dy < 0)) + 0.5).astype(np.int64)
-        up = -(-(2 * along + 1) * np.abs(dy) // (2 * dx))
-        steep = y + np.where(dy > 0, up - 1, -up)
-        row = (np.where(dx >= np.abs(dy), flat, steep) + 2) // 5
-        ring = self._ring_of_points()[edge]
-        found: Ints = (ring * width + column) * (height + 1) + row.clip(0, height)
-        return found
+    number = np.arange(len(rings)).repeat(lengths)
+    edges = np.delete(np.arange(len(along)), last[:-1])  # without those from ring to ring
+    x, y = points.T
+    area = np.bincount(number[edges], (x[:-1] * along[:, 1] - y[:-1] * along[:, 0])[edges] / 2)
+    # COCO's rasteriser rounds points to fifths of a pixel.
+    measured, pixels = _changed_pixels(np.floor(path * 5 + 0.5) / 5, chosen, along, edges)
+    changed = np.bincount(number[measured], pixels, minlength=len(rings))
+    exact = (changed > MOST_CHANGED * area)[number]
+    keep = np.zeros(len(path), dtype=np.bool_)
+    keep[chosen] = True
+    keep[::2] = np.where(exact, True, keep[::2])
+    keep[1::2] &= ~exact[:-1]
+    keep[2 * last] = False
+    starts = np.append(0, keep.cumsum())[2 * first]
+    return np.split(path[keep], starts[1:])
 
 
-def _enclosed(crossings: Ints, rings: int, size: tuple[int, int]) -> Ints:
-    """Pixels inside each ring, ``(rings,)``, by the even-odd rule."""
-    ordered = np.sort(crossings)
-    # Closed lines cross every column an even number of times.
-    ring = ordered[0::2] // (size[1] * (size[0] + 1))
-    pixels = np.bincount(ring, ordered[1::2] - ordered[0::2], minlength=rings)
-    return pixels.astype(np.int64)
+def _without_stairs(along: Points, fixed: Flags) -> Flags:
+    """Flag the middle of each stair of one pixel, and all points but the stairs' corners.
+
+    ``along``: ``(n - 1, 2)`` from each point to the next; ``fixed``: ``(n,)``. Returns ``(2 * n -
+    1,)``: points at even places, middles at odd ones.
+    """
+    turn = along[:-1, 0] * along[1:, 1] - along[:-1, 1] * along[1:, 0]
+    unit = np.abs(along[1:-1]).sum(axis=1) == 1
+    stair = unit & (turn[:-1] * turn[1:] < 0) & ~(fixed[1:-2] | fixed[2:-1])
+    place = 2 * np.flatnonzero(stair) + 3
+    keep = np.zeros(2 * len(fixed) - 1, dtype=np.bool_)
+    keep[::2] = True
+    keep[place - 1] = keep[place + 1] = False
+    keep[place] = True
+    return keep
+
+
+def _changed_pixels(
+    path: Points, chosen: Ints, along: Points, edges: Ints
+) -> tuple[Ints, npt.NDArray[np.float64]]:
+    """Estimate how many pixels beside each exact edge change if lines join the chosen points.
+
+    Each unit of an edge borders a column of pixels (a row, where the line is steep). The line
+    crosses this column at some distance from the unit, and about as many pixels change.
+
+    Returns the edges that were measured, once for each unit, and the pixels: both ``(k,)``.
+    """
+    after = np.searchsorted(chosen, 2 * edges + 1)
+    origin = path[chosen[after - 1]]
+    chord = path[chosen[after]] - origin
+    steep = np.abs(chord[:, 1]) > np.abs(chord[:, 0])
+    measured = along[edges, steep.astype(np.int64)] != 0
+    edges, origin, chord, steep = (
+        edges[measured],
+        origin[measured],
+        chord[measured],
+        steep[measured],
+    )
+    length, start = along[edges], path[2 * edges] - origin
+    # From here on the first coordinate is the one along the line.
+    for pairs in (chord, length, start):
+        pairs[steep] = pairs[steep, ::-1]
+    slope = chord[:, 1] / chord[:, 0]
+    offset = start[:, 0] * slope - start[:, 1]
+    # COCO's rasteriser works in fifths of a pixel and draws its lines half a fifth aside.
+    offset += np.where(steep, slope, -np.abs(slope)) / 10
+    units = np.abs(length[:, 0]).astype(np.int64)
+    nth = np.arange(len(edges)).repeat(units)
+    unit = np.arange(len(nth)) - (units.cumsum() - units)[nth] + 0.5
+    distance = np.abs(offset[nth] + (np.sign(length[:, 0]) * slope)[nth] * unit)
+    return edges[nth], np.rint(distance + _NEARLY)
 
 
 def _first_largest(values: npt.NDArray[np.float64], starts: Ints) -> npt.NDArray[np.intp]:
