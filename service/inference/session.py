@@ -119,7 +119,7 @@ class Model:
         """Run the network, blocking, on ``session`` (None: on all threads).
 
         ``batch``: ``(N, h, w, 3) uint8`` RGB, h and w multiples of 32. Returns logits
-        ``(N, 21, h/stride, w/stride) float32``. Raises `DeviceMemoryExhausted`, or whatever ONNX
+        ``(N, C, h/stride, w/stride) float32``. Raises `DeviceMemoryExhausted`, or whatever ONNX
         Runtime raises.
         """
         with memory_errors(*_OUT_OF_MEMORY):
@@ -133,7 +133,7 @@ class Model:
         """Return a function that runs the network where the caller's buffers lie.
 
         ``input_address``: of ``(batch_size, *shape, 3) uint8``; ``logits_address``: of room for
-        ``(batch_size, 21, h/stride, w/stride) float32``; both in the memory of the model's device.
+        ``(batch_size, C, h/stride, w/stride) float32``; both in the memory of the model's device.
         On a GPU the run is queued on its compute stream and the function returns at once;
         ``graph`` is the CUDA graph to capture or replay, -1 for none. The function raises
         `DeviceMemoryExhausted`, or whatever ONNX Runtime raises.
