@@ -30,7 +30,6 @@ from typing import Any, Final, Generic, TypeVar
 import structlog
 
 from service.errors import (
-    DeadlineExceeded,
     DeviceMemoryExhausted,
     Draining,
     InferenceFailed,
@@ -67,7 +66,6 @@ class _Entry(Generic[ItemT, ResultT]):
     item: ItemT
     future: asyncio.Future[BatchResult[ResultT]]
     arrived_s: float
-    deadline_s: float | None
     request_id: str | None
 
 
@@ -148,14 +146,11 @@ class Batcher(Generic[ItemT, ResultT]):
         """When so many items should be done, if runs take as long as usual; at least 1 second."""
         return max(1.0, math.ceil(ahead / self.capacity) * (self._usual_run_s or 0.0))
 
-    async def submit(
-        self, item: ItemT, key: Hashable, deadline_s: float | None = None
-    ) -> BatchResult[ResultT]:
+    async def submit(self, item: ItemT, key: Hashable) -> BatchResult[ResultT]:
         """Queue an item and wait for its result. Cancelling drops it from the queue.
 
-        ``deadline_s`` is a time of ``clock``: an item that is still queued then never reaches the
-        device. Raises `Overloaded` (queue full, nothing queued), `Draining`, `DeadlineExceeded`
-        or `InferenceFailed` (``run`` raised; its error is the cause).
+        Raises `Overloaded` (queue full, nothing queued), `Draining` or `InferenceFailed` (``run``
+        raised; its error is the cause).
         """
         if self._closing:
             raise Draining("the service is shutting down")
@@ -164,7 +159,7 @@ class Batcher(Generic[ItemT, ResultT]):
             raise Overloaded(f"{self.waiting} photos are waiting", self.retry_after_s(ahead))
         future: asyncio.Future[BatchResult[ResultT]] = asyncio.get_running_loop().create_future()
         request_id = structlog.contextvars.get_contextvars().get("request_id")
-        entry = _Entry(item, future, self._clock(), deadline_s, request_id)
+        entry = _Entry(item, future, self._clock(), request_id)
         self._groups.setdefault(key, deque()).append(entry)
         if not self._dispatching:
             # One turn of the loop later, so that callers that arrived together run together.
@@ -228,28 +223,23 @@ class Batcher(Generic[ItemT, ResultT]):
     def _next_batch(self) -> list[_Entry[ItemT, ResultT]]:
         """The live items to run next; empty once nothing is left."""
         while self._groups:
-            now = self._clock()
-            key = self._pick_group(now)
+            key = self._pick_group()
             group = self._groups.pop(key)
             batch: list[_Entry[ItemT, ResultT]] = []
             while group and len(batch) < self._max_batch:
                 entry = group.popleft()
-                if entry.future.done():
-                    continue
-                if entry.deadline_s is not None and now >= entry.deadline_s:
-                    entry.future.set_exception(DeadlineExceeded("the photo waited too long"))
-                    continue
-                batch.append(entry)
+                if not entry.future.done():
+                    batch.append(entry)
             if group:
                 self._groups[key] = group
             if batch:
                 return batch
         return []
 
-    def _pick_group(self, now: float) -> Hashable:
+    def _pick_group(self) -> Hashable:
         by_arrival = sorted(self._groups, key=lambda key: self._groups[key][0].arrived_s)
         oldest = by_arrival[0]
-        if now - self._groups[oldest][0].arrived_s >= self._max_wait_s:
+        if self._clock() - self._groups[oldest][0].arrived_s >= self._max_wait_s:
             return oldest
         full = (key for key in by_arrival if len(self._groups[key]) >= self._max_batch)
         return next(full, oldest)

@@ -69,7 +69,7 @@ class CudaDevice:
         except DeviceUnavailable:
             raise
         except Exception as exc:
-            raise DeviceUnavailable(f"GPU {ordinal}: {_first_line(exc)}") from exc
+            raise DeviceUnavailable(f"GPU {ordinal}: {first_line(exc)}") from exc
 
     @property
     def name(self) -> str:
@@ -99,7 +99,7 @@ class CudaDevice:
 
     def open_channel(self, input_bytes: int, logits_bytes: int, output_bytes: int) -> CudaChannel:
         """A lane's buffers and streams; see `service.inference.lanes.Channel`."""
-        with _memory_errors():
+        with memory_errors("OUT_OF_MEMORY"):
             self.make_current()
             return CudaChannel(self, self._kernel, input_bytes, logits_bytes, output_bytes)
 
@@ -204,15 +204,16 @@ def _checked(answer: tuple[Any, ...]) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Tell memory that is short apart from everything else that cuda.core raises."""
+def memory_errors(*words: str) -> Iterator[None]:
+    """Raise `DeviceMemoryExhausted` for exceptions whose text has one of ``words``."""
     try:
         yield
     except Exception as exc:
-        if "OUT_OF_MEMORY" in str(exc):
-            raise DeviceMemoryExhausted(_first_line(exc)) from exc
+        if any(word in str(exc) for word in words):
+            raise DeviceMemoryExhausted(first_line(exc)) from exc
         raise
 
 
-def _first_line(exc: Exception) -> str:
+def first_line(exc: Exception) -> str:
+    """The first line of an exception's text, or its class's name."""
     return (str(exc).strip() or type(exc).__name__).splitlines()[0]

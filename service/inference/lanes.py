@@ -25,8 +25,8 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from service.artefact.contract import SHAPE_MULTIPLE, ModelContract, Shape
-from service.artefact.preprocessing import Geometry
+from service.artefact.contract import ModelContract, Shape
+from service.artefact.preprocessing import Geometry, round_up
 from service.inference.upsampling import Labels
 
 OUTPUT_BYTES: Final = 16 * 2**20
@@ -208,9 +208,7 @@ class Lane:
         self._lock = lock
         # Room for a full batch of any listed shape, and for one photo of any size there is.
         largest = max(height * width for height, width in contract.shapes)
-        self._pixels = max(
-            max_batch * largest, (-(-max_side // SHAPE_MULTIPLE) * SHAPE_MULTIPLE) ** 2
-        )
+        self._pixels = max(max_batch * largest, round_up(max_side) ** 2)
         self._images_at = _aligned(max_batch * PIECE.itemsize)
         classes = len(contract.classes)
         self._channel = open_channel(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -28,11 +27,10 @@ from service.artefact.manifest import Manifest, load_manifest, read_files
 from service.errors import (
     ArtefactError,
     ContractError,
-    DeviceMemoryExhausted,
     DeviceUnavailable,
 )
 from service.inference import providers
-from service.inference.cuda import CudaDevice
+from service.inference.cuda import CudaDevice, first_line, memory_errors
 
 PrecisionChoice = Literal["auto", "fp32", "fp16", "int8"]
 ProviderChoice = Literal["cuda", "tensorrt"]
@@ -121,10 +119,10 @@ class Model:
         """Run the network, blocking, on ``session`` (None: on all threads).
 
         ``batch``: ``(N, h, w, 3) uint8`` RGB, h and w multiples of 32. Returns logits
-        ``(N, 21, h/stride, w/stride) float32``. Raises `DeviceMemoryExhausted`, or whatever ONNX
+        ``(N, C, h/stride, w/stride) float32``. Raises `DeviceMemoryExhausted`, or whatever ONNX
         Runtime raises.
         """
-        with _memory_errors():
+        with memory_errors(*_OUT_OF_MEMORY):
             (logits,) = (session or self.session).run([OUTPUT_NAME], {INPUT_NAME: batch})
         result: npt.NDArray[np.float32] = logits
         return result
@@ -135,7 +133,7 @@ class Model:
         """Return a function that runs the network where the caller's buffers lie.
 
         ``input_address``: of ``(batch_size, *shape, 3) uint8``; ``logits_address``: of room for
-        ``(batch_size, 21, h/stride, w/stride) float32``; both in the memory of the model's device.
+        ``(batch_size, C, h/stride, w/stride) float32``; both in the memory of the model's device.
         On a GPU the run is queued on its compute stream and the function returns at once;
         ``graph`` is the CUDA graph to capture or replay, -1 for none. The function raises
         `DeviceMemoryExhausted`, or whatever ONNX Runtime raises.
@@ -152,7 +150,7 @@ class Model:
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
         def run() -> None:
-            with _memory_errors():
+            with memory_errors(*_OUT_OF_MEMORY):
                 self.session.run_with_iobinding(binding, options)
 
         return run
@@ -393,21 +391,6 @@ def _open(network: _NetworkFile, options: Any, chosen: Sequence[Any]) -> Inferen
     # ONNX Runtime's exceptions share no base below Exception; any of them means: not loadable.
     except Exception as exc:
         raise ArtefactError(
-            f"{network.path}: ONNX Runtime cannot load it: {_first_line(exc)}"
+            f"{network.path}: ONNX Runtime cannot load it: {first_line(exc)}"
         ) from exc
     return opened
-
-
-@contextmanager
-def _memory_errors() -> Iterator[None]:
-    """Tell memory that is short apart from everything else that ONNX Runtime raises."""
-    try:
-        yield
-    except Exception as exc:
-        if any(words in str(exc) for words in _OUT_OF_MEMORY):
-            raise DeviceMemoryExhausted(_first_line(exc)) from exc
-        raise
-
-
-def _first_line(exc: Exception) -> str:
-    return (str(exc).strip() or type(exc).__name__).splitlines()[0]

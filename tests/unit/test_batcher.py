@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 import pytest
 import structlog
 
-from service.errors import DeadlineExceeded, Draining, InferenceFailed, Overloaded
+from service.errors import Draining, InferenceFailed, Overloaded
 from service.inference.batcher import THREAD_NAME, Batcher
 
 pytestmark = pytest.mark.anyio
@@ -58,12 +58,12 @@ async def device() -> AsyncIterator[Device]:
 
 
 async def submit(
-    batcher: Batcher[int, int], *items: int, key: str = "a", deadline_s: float | None = None
+    batcher: Batcher[int, int], *items: int, key: str = "a"
 ) -> list[asyncio.Task[int]]:
     """Submit items, and come back once all are queued."""
 
     async def one(item: int) -> int:
-        return (await batcher.submit(item, key, deadline_s)).result
+        return (await batcher.submit(item, key)).result
 
     tasks = [asyncio.create_task(one(item)) for item in items]
     await asyncio.sleep(0)
@@ -167,23 +167,6 @@ async def test_cancelling_all_items_of_a_running_batch_does_no_harm(device: Devi
     (task,) = await submit(batcher, 2)
     device.let_go()
     assert await task == 4
-    await batcher.close()
-
-
-async def test_an_expired_item_never_reaches_the_device(device: Device) -> None:
-    """It is told so; its neighbours run."""
-    clock = Clock()
-    batcher = Batcher(device.run, max_batch=4, clock=clock)
-    first = await submit(batcher, 0)
-    await device.started.get()
-    (late,) = await submit(batcher, 1, deadline_s=clock() + 1)
-    (stays,) = await submit(batcher, 2, deadline_s=clock() + 9)
-    clock.now_s += 1
-    device.let_go()
-    with pytest.raises(DeadlineExceeded):
-        await late
-    assert await asyncio.gather(*first, stays) == [0, 4]
-    assert device.batches == [[0], [2]]
     await batcher.close()
 
 

@@ -125,6 +125,31 @@ def test_the_kernel_and_the_host_agree_on_a_pieces_layout() -> None:
     assert layout == [*offsets, PIECE.itemsize]
 
 
+@pytest.mark.parametrize("classes", [1, 150, 255])
+def test_the_kernel_upsamples_any_number_of_classes(classes: int) -> None:
+    """The ids and confidences of the CPU's upsampling, up to the last class."""
+    photo, grid = (75, 110), (4, 6)
+    pixels = photo[0] * photo[1]
+    channel = HostDevice().open_channel(PIECE.itemsize, classes * 24 * 4, 2 * pixels)
+    logits = logits_of(classes, (classes, *grid))
+    logits[-1, 1:3, 2:4] += 20
+    channel.logits[:] = logits.ravel()
+    record = np.zeros(1, dtype=PIECE)
+    record["confidence"] = record["pixels"] = pixels
+    record["row_step"], record["column_step"] = grid[0] / photo[0], grid[1] / photo[1]
+    record["width"] = photo[1]
+    record["grid_height"], record["grid_width"] = grid
+    channel.device_input[:] = record.view(np.uint8)
+    channel.upsample(1, pixels, classes)
+    mask, confidence = channel.device_output.reshape(2, *photo)
+    wanted = upsample(logits, Geometry(photo, SHAPE, SHAPE), with_confidence=True)
+    assert mask.max() == classes - 1
+    same = mask == wanted.mask
+    assert same.mean() >= 0.9999
+    assert wanted.confidence is not None
+    assert np.abs(confidence.astype(int) - wanted.confidence)[same].max() <= 1
+
+
 def test_a_batch_of_different_sizes_comes_down_as_the_cpu_would_make_it() -> None:
     """Larger and smaller than the input, one pixel high, with and without confidences."""
     lane = make_lane(HostDevice(), ScriptedNetwork())

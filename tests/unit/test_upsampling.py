@@ -121,6 +121,25 @@ def test_mask_and_confidence_are_the_references(
         assert labels.confidence == pytest.approx(255 * winners_softmax(expected), abs=1.0)
 
 
+@pytest.mark.parametrize("classes", [1, 2, 150, 255])
+def test_any_number_of_classes(classes: int) -> None:
+    """Up to 255, the most that a uint8 mask and an ignore index hold; ids reach the last one."""
+    geometry = Geometry.plan((90, 140), 96, SHAPES)
+    logits = random_logits(geometry, classes)
+    logits[-1, 2:4, 1:3] += 20
+    expected = reference(logits, geometry)
+    labels = upsample(logits, geometry, with_confidence=True)
+    if classes > 1:
+        assert_same_but_for_ties(labels.mask, expected)
+    assert labels.mask.max() == classes - 1
+    assert labels.confidence is not None
+    assert labels.confidence == pytest.approx(255 * winners_softmax(expected), abs=1.0)
+    means = labels.class_confidence()
+    for index in np.unique(labels.mask):
+        mean = winners_softmax(expected)[labels.mask == index].mean()
+        assert means[index] == pytest.approx(mean, abs=1 / 255)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.sampled_from(["ties", "crossing", "checkerboard", "spike", "huge", "masked"]),
