@@ -51,7 +51,7 @@ class Geometry:
         for shape in shapes:
             if resized[0] <= shape[0] and resized[1] <= shape[1]:
                 return cls(photo, resized, shape)
-        return cls(photo, resized, (_round_up(resized[0]), _round_up(resized[1])))
+        return cls(photo, resized, (round_up(resized[0]), round_up(resized[1])))
 
 
 def preprocess(
@@ -100,5 +100,5 @@ def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.N
     return np.frombuffer(resized.get_buffer(), dtype=np.uint8).reshape(*size, 3)
 
 
-def _round_up(size: int) -> int:
+def round_up(size: int) -> int:
     return -(-size // SHAPE_MULTIPLE) * SHAPE_MULTIPLE

@@ -8,10 +8,10 @@ import torch
 
 from models.checkpoint import rounded_weights
 from models.dataset import read_split
+from models.graphs.fp16 import halve
 from models.graphs.network_file import FILES
 from models.networks import build_network
 from models.stages.export import export
-from models.stages.half import halve
 from models.stages.quantize import calibrate, quantize
 from tests.parity.test_export import contract_of
 from tests.voc_data import make_voc

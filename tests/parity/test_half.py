@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
+from models.graphs.fp16 import halve, with_rounding
 from models.graphs.network_file import FILES, GraphError
-from models.prediction import onnx_infer, with_rounding
-from models.stages.half import halve
+from models.prediction import onnx_infer
 from service.artefact.contract import ModelContract
 from tests.parity.test_quantize import save_sigmoid, smooth_photos
 

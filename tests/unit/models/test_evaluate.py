@@ -8,12 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from models.metrics import BAND_WIDTHS, confusion_by_ring
+from models.reports import caption, describe_image, format_table
 from models.stages.evaluate import (
     EvaluationError,
     add_arguments,
-    caption,
-    describe_image,
-    format_table,
     open_predictor,
     summarise,
     worst_first,

@@ -9,7 +9,7 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-from models.prediction import predict_as_keras_fcn, predict_as_mmseg
+from models.published_protocols import predict_as_keras_fcn, predict_as_mmseg
 from models.transforms import PADDING_COLOR
 
 STRIDE = 16
