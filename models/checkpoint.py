@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.errors import StageError
 from models.networks import SegmentationNetwork, build_network
 from models.recipe import Recipe
+from service.artefact.files import write_atomically
 
 # ImageNet's classification layer is part of every torchvision-layout file and of no FCN: a
 # ResNet's, a DenseNet's, VGG16's.
@@ -26,19 +27,14 @@ BACKBONE, HEAD = "backbone.", "classifier."
 OPTIONAL_SUFFIX = "num_batches_tracked"
 
 
-class CheckpointError(Exception):
+class CheckpointError(StageError):
     """A file of weights cannot be read or does not fit; the message says what differs."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write plain data and tensors so that a kill at any moment leaves the old or the new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with write_atomically(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def rounded_weights(network: nn.Module) -> dict[str, Tensor]:

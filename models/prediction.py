@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.dataset import Sample
+from models.errors import StageError
 from models.graphs.fp16 import with_rounding
 from models.metrics import ConfusionMatrix
 from models.transforms import fit, upsample
@@ -40,7 +41,7 @@ SHAPES: tuple[tuple[int, int], ...] = (
 """(height, width) of the network inputs that exported models list: cameras' aspect ratios."""
 
 
-class DeviceError(Exception):
+class DeviceError(StageError):
     """The device that was asked for is not there."""
 
 

@@ -9,10 +9,12 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.errors import StageError
+
 RECIPES: Final = Path(__file__).parent / "recipes"
 
 
-class RecipeError(Exception):
+class RecipeError(StageError):
     """The recipe cannot be read or holds a wrong value; the message names it."""
 
 

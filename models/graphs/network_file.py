@@ -12,7 +12,9 @@ from typing import Final
 import onnx
 from onnx import GraphProto, ModelProto, OperatorSetIdProto, TensorProto, helper
 
+from models.errors import StageError
 from service.artefact.contract import ModelContract, Precision
+from service.artefact.files import write_atomically
 
 FILES: Final[dict[Precision, str]] = {
     "fp32": "network.onnx",
@@ -22,7 +24,7 @@ FILES: Final[dict[Precision, str]] = {
 """The name within an artefact folder; fp32's is always there."""
 
 
-class GraphError(Exception):
+class GraphError(StageError):
     """The network holds something that no other precision is known for; the message names it."""
 
 
@@ -68,7 +70,6 @@ class FloatNetwork:
 def save(model: ModelProto, artifact: Path, precision: Precision) -> None:
     """Write a network into an artefact folder, whole or not at all, and print its size."""
     path = artifact / FILES[precision]
-    temporary = path.with_suffix(".tmp")
-    onnx.save(model, temporary)
-    temporary.replace(path)
+    with write_atomically(path) as file:
+        onnx.save(model, file)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from models.checkpoint import load_network
 from models.dataset import read_split
+from models.errors import StageError
 from models.graphs.network_file import FILES
 from models.metrics import (
     BAND_WIDTHS,
@@ -54,7 +55,7 @@ from models.reports import (
     draw_sheet,
     format_table,
 )
-from service.artefact.manifest import sha256_of
+from service.artefact.files import sha256_of
 from service.artefact.voc import CLASSES
 
 PUBLISHED_PROTOCOLS: Final[dict[str, Callable[..., NDArray[np.uint8]]]] = {
@@ -68,7 +69,7 @@ SHEET_ROWS = 10
 SHEET_SEED = 0
 
 
-class EvaluationError(Exception):
+class EvaluationError(StageError):
     """What was asked for cannot be scored, or the service did not answer as it should."""
 
 

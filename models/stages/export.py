@@ -19,6 +19,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from models.checkpoint import load_network
+from models.errors import StageError
 from models.graphs.network_file import save
 from models.networks import SegmentationNetwork
 from models.networks.segmentation import Normalize
@@ -29,7 +30,7 @@ from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
 OPSET = 18
 
 
-class ExportError(Exception):
+class ExportError(StageError):
     """The exported graph is not what the contract promises."""
 
 

@@ -31,11 +31,11 @@ from typing import IO
 from urllib.error import HTTPError
 
 from PIL import Image
-from scipy.io import loadmat  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from models.dataset import DatasetError, read_split, voc_root
-from service.artefact.manifest import sha256_of
+from models.errors import StageError
+from service.artefact.files import sha256_of, write_atomically
 from service.artefact.voc import FULL_PALETTE
 
 TIMEOUT_S = 30.0
@@ -44,7 +44,7 @@ PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 BLOCK_BYTES = 1 << 16
 
 
-class FetchError(Exception):
+class FetchError(StageError):
     """A file cannot be had or is not the one it should be; the message says what to do."""
 
 
@@ -279,9 +279,8 @@ def unpack_sbd(archive: Path, data: Path) -> None:
         raise FetchError(f"{archive}: cannot be unpacked: {exc}") from exc
     names -= {sample.name for sample in read_split(data, "val")}
     listing = root / "ImageSets" / "Segmentation" / "trainaug.txt"
-    temporary = listing.with_suffix(".tmp")
-    temporary.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
-    temporary.replace(listing)
+    with write_atomically(listing) as lines:
+        lines.write("".join(f"{name}\n" for name in sorted(names)).encode())
 
 
 def regular_files(
@@ -296,6 +295,9 @@ def regular_files(
 
 def save_mask(mat: IO[bytes], path: Path) -> None:
     """Write the class ids in SBD's ``GTcls.Segmentation``, (H, W) uint8, as VOC's palette PNG."""
+    # Here, so that no other command waits for SciPy.
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # noqa: PLC0415
+
     # From memory: loadmat seeks back, and a gzip archive would be read from its start each time.
     labels = loadmat(io.BytesIO(mat.read()))["GTcls"][0]["Segmentation"][0]
     mask = Image.fromarray(labels)

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import load_network
+from models.errors import StageError
 from models.graphs.network_file import FILES
 from models.prediction import onnx_infer
 from service.artefact.contract import Precision
 from service.artefact.manifest import Accuracy, FileEntry, Manifest
 
 
-class ManifestError(Exception):
+class ManifestError(StageError):
     """The reports do not vouch for this artefact."""
 
 

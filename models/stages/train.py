@@ -37,19 +37,14 @@ from models.checkpoint import (
     rounded_weights,
     save_checkpoint,
 )
-from models.dataset import (
-    ResumableBatches,
-    Sample,
-    TrainingSet,
-    hold_out,
-    read_split,
-    repeat_factors,
-)
+from models.dataset import Sample, hold_out, read_split
+from models.errors import StageError
 from models.losses import cross_entropy
 from models.networks import SegmentationNetwork, build_network
 from models.networks.segmentation import Features
 from models.prediction import open_device, predict_photo, score, torch_infer
 from models.recipe import Recipe, find_recipe, load_recipe
+from models.training_set import ResumableBatches, TrainingSet, repeat_factors
 from models.transforms import Augmentation
 
 LOG_EVERY = 20
@@ -59,7 +54,7 @@ LOG_EVERY = 20
 RANDOM = Path("random")
 
 
-class TrainingError(Exception):
+class TrainingError(StageError):
     """The run cannot go on; the message says why. The last checkpoint stays."""
 
 

@@ -7,14 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.dataset import (
-    DatasetError,
-    ResumableBatches,
-    TrainingSet,
-    hold_out,
-    read_split,
-    repeat_factors,
-)
+from models.dataset import DatasetError, hold_out, read_split
+from models.training_set import ResumableBatches, TrainingSet, repeat_factors
 from models.transforms import Augmentation
 from tests.voc_data import make_voc, write_mask
 
