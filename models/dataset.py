@@ -1,9 +1,9 @@
 """PASCAL VOC 2012 segmentation, with the SBD masks beside VOC's own.
 
 The folder is VOCdevkit's ``VOC2012``: ``ImageSets/Segmentation/<split>.txt`` names the images,
-``JPEGImages`` holds them, ``SegmentationClass`` VOC's masks (void = 255) and
+``JPEGImages`` contains them, ``SegmentationClass`` VOC's masks (void = 255) and
 ``SegmentationClassAug`` the masks of SBD (Hariharan et al. 2011) as class ids. Where both exist,
-VOC's finer mask wins.
+VOC's finer mask is used.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ class Sample:
         """Return the mask of class ids as a mode L image.
 
         Raises:
-            DatasetError: the file cannot be read or holds anything but class ids and void.
+            DatasetError: the file cannot be read or has a label that is neither a class id nor
+                void.
         """
         try:
             with Image.open(self.mask_path) as file:
                 if file.mode not in ("P", "L"):
                     raise DatasetError(f"{self.mask_path}: mode {file.mode}, expected P or L")
-                # Not convert("L"): that would turn palette indices into grey levels.
+                # Not convert("L"), which turns palette indices into grey levels.
                 labels = np.asarray(file)
         except OSError as exc:
             raise DatasetError(f"{self.mask_path}: cannot be read: {exc}") from exc
@@ -79,16 +80,16 @@ def voc_root(data: Path) -> Path:
     """Return the ``VOC2012`` folder for ``data``, which is that folder or its ``VOCdevkit``.
 
     Raises:
-        DatasetError: neither holds ``ImageSets/Segmentation``.
+        DatasetError: neither contains ``ImageSets/Segmentation``.
     """
     for root in (data, data / "VOC2012"):
         if (root / "ImageSets" / "Segmentation").is_dir():
             return root
-    raise DatasetError(f"{data}: no VOC2012/ImageSets/Segmentation in it")
+    raise DatasetError(f"{data}: contains no VOC2012/ImageSets/Segmentation")
 
 
 def read_split(data: Path, split: str) -> list[Sample]:
-    """Return the samples that ``ImageSets/Segmentation/<split>.txt`` lists, in its order.
+    """Return the samples listed in ``ImageSets/Segmentation/<split>.txt``, in its order.
 
     Raises:
         DatasetError: the list, an image or a mask is missing; the message names the file.
@@ -118,16 +119,16 @@ def read_split(data: Path, split: str) -> list[Sample]:
 
 
 def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:
-    """Split off ``count`` samples to choose by, so that ``val`` is only ever reported.
+    """Hold out ``count`` samples for choosing between models, so that ``val`` is for reports only.
 
-    They are those with VOC's own mask (SBD's have no void and coarser edges) whose names hash
-    lowest: the same ones on every machine, whatever the order of the list.
+    Only samples with VOC's own mask qualify, because SBD's masks have no void and coarser edges.
+    The ones whose names hash lowest are held out: the same on every machine, in any list order.
 
     Returns:
         ``(training samples, held-out samples)``, each in the order given.
 
     Raises:
-        DatasetError: fewer than ``count`` samples have VOC's own mask, or none would be left.
+        DatasetError: fewer than ``count`` samples have VOC's own mask, or no sample would remain.
     """
     candidates = [s for s in samples if s.mask_path.parent.name == "SegmentationClass"]
     if len(candidates) < count or len(samples) <= count:

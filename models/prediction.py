@@ -1,7 +1,7 @@
-"""From a photo to its mask through any network that gives logits: the offline data path.
+"""The offline data path: from a photo to its mask through any network that returns logits.
 
-The service's preprocessing, and PyTorch's upsampling, which tests hold together with the service's
-own, faster one.
+Preprocessing is the service's. Upsampling is PyTorch's; tests compare it with the service's faster
+one.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ SHAPES: tuple[tuple[int, int], ...] = (
     *((384, 512), (512, 384)),  # 4:3
     (512, 512),
 )
-"""(height, width) of the network inputs that exported models list: cameras' aspect ratios."""
+"""(height, width) of the inputs listed by exported models: common aspect ratios of cameras."""
 
 
 class DeviceError(StageError):
-    """The device that was asked for is not there."""
+    """The requested device is not available."""
 
 
 def open_device(name: str) -> torch.device:
     """Return the torch device called ``name``, such as ``cpu`` or ``cuda:1``.
 
     Raises:
-        DeviceError: there is no such device here.
+        DeviceError: this machine has no such device.
     """
     try:
         device = torch.device(name)
@@ -72,7 +72,7 @@ def predict_photo(
     Args:
         image: RGB.
         infer: the network.
-        working_size: what the longest side is brought to, in pixels.
+        working_size: pixels of the longest side after resizing.
         stride: of the logits.
         shapes: the listed network inputs, (height, width).
     """
@@ -91,7 +91,7 @@ def torch_infer(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Infer:
-    """Wrap a network as `predict_photo` wants it; the network is left in eval mode."""
+    """Wrap a network for `predict_photo`; the network is left in eval mode."""
     network.eval()
 
     def infer(batch: NDArray[np.uint8]) -> Tensor:
@@ -104,12 +104,12 @@ def torch_infer(
 
 
 def onnx_infer(path: Path) -> tuple[Infer, ModelContract]:
-    """Load an exported network on the CPU, with the contract that it carries.
+    """Load an exported network on the CPU, with its contract.
 
-    Of an fp16 network every activation is rounded as on a GPU: see `with_rounding`.
+    The activations of an fp16 network are rounded as on a GPU: see `with_rounding`.
 
     Raises:
-        ContractError: the graph holds no contract, or not the one it promises.
+        ContractError: the graph has no contract or does not keep it.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     contract = ModelContract.from_metadata(session.get_modelmeta().custom_metadata_map)

@@ -1,4 +1,4 @@
-"""From a photo to its mask as other projects do it, to compare with the figures they publish."""
+"""From a photo to its mask as other projects do it, for comparison with their published figures."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from models.transforms import fit, upsample
 from service.artefact.preprocessing import Geometry, round_up
 
 MMSEG_SCALE = (2048, 512)
-"""Pixels that mmsegmentation's VOC configurations fit the longer and the shorter side into."""
+"""Largest longer and shorter side in mmsegmentation's VOC configurations, in pixels."""
 
 KERAS_FCN_SIZE = 512
-"""Side in pixels of the square that Keras-FCN pads photos to."""
+"""Side of the square that Keras-FCN pads photos to, in pixels."""
 
 
 def predict_as_mmseg(image: Image.Image, infer: Infer, *, stride: int) -> NDArray[np.uint8]:
     """Return the (H, W) uint8 class ids of a photo as mmsegmentation tests on VOC 2012.
 
-    The photo keeps its ratio and is as large as fits into `MMSEG_SCALE`; the logits are
-    interpolated to that size and from there to the photo's (``align_corners=False``). Sources:
+    The photo is resized to the largest size within `MMSEG_SCALE`, at its own aspect ratio. The
+    logits are interpolated to that size, then to the photo's (``align_corners=False``). Sources:
     ``configs/_base_/datasets/pascal_voc12.py``, ``EncoderDecoder.whole_inference``,
     ``mmcv.rescale_size``. Two things differ: the network's input is padded at the bottom and right
-    to multiples of 32, and a photo that shrinks is antialiased (VOC's photos grow).
+    to multiples of 32, and downscaling is antialiased (VOC's photos are upscaled).
     """
     longer, shorter = max(image.size), min(image.size)
     scale = min(MMSEG_SCALE[0] / longer, MMSEG_SCALE[1] / shorter)
@@ -38,9 +38,9 @@ def predict_as_mmseg(image: Image.Image, infer: Infer, *, stride: int) -> NDArra
 def predict_as_keras_fcn(image: Image.Image, infer: Infer, *, stride: int) -> NDArray[np.uint8]:
     """Return the (H, W) uint8 class ids of a photo as Keras-FCN's ``inference.py`` does.
 
-    The photo is not resized: it lies in the middle of a black square of `KERAS_FCN_SIZE`, from
-    whose prediction it is cut out. VOC's photos fit; around a larger one, which Keras-FCN does
-    not take, the square grows to the next multiples of 32.
+    The photo is not resized: it is centred in a black square of `KERAS_FCN_SIZE`, and its mask is
+    cut out of the square's. VOC's photos fit. Keras-FCN refuses larger photos; here the square
+    grows to the next multiples of 32.
     """
     height, width = image.height, image.width
     size = (max(KERAS_FCN_SIZE, round_up(height)), max(KERAS_FCN_SIZE, round_up(width)))

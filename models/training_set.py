@@ -15,11 +15,11 @@ from service.artefact.voc import CLASSES, IGNORE_INDEX
 
 
 def repeat_factors(samples: Sequence[Sample], threshold: float) -> NDArray[np.float64]:
-    """Return how often each sample should be seen per epoch, so that rare classes are learnt.
+    """Return how often each sample is seen per epoch, so that rare classes are learnt.
 
     Repeat-factor sampling of Gupta, Dollar, Girshick, "LVIS" (2019): with ``f_c`` the share of
-    images that hold class c, a class has factor ``max(1, sqrt(threshold / f_c))`` and an image
-    that of its rarest class. A threshold of 0 gives ones.
+    images that contain class c, a class has factor ``max(1, sqrt(threshold / f_c))`` and an image
+    has the factor of its rarest class. A threshold of 0 gives ones.
 
     Returns:
         (len(samples),) float64, each at least 1.
@@ -36,13 +36,13 @@ def repeat_factors(samples: Sequence[Sample], threshold: float) -> NDArray[np.fl
 
 
 class TrainingSet:
-    """Photos decoded once and kept on the training device, from which crops are drawn there.
+    """Photos decoded once and kept on the training device, where the crops are drawn.
 
     Args:
         samples: the photos.
         augmentation: how a crop is drawn.
-        seed: of every draw.
-        device: where the photos are kept and the crops made.
+        seed: of every random draw.
+        device: of the photos and the crops.
 
     Raises:
         DatasetError: an image or a mask is missing or wrong.
@@ -68,9 +68,9 @@ class TrainingSet:
             self.photos = list(pool.map(load, samples))
 
     def batch(self, keys: Sequence[tuple[int, int]]) -> Example:
-        """Return the crops of ``(epoch, index)`` keys: each depends on its key and the seed alone.
+        """Return the crops of ``(epoch, index)`` keys; a crop depends only on its key and the seed.
 
-        That makes a resumed run see exactly the crops that the killed one would have seen.
+        A resumed run therefore sees the same crops as a run that was never interrupted.
         """
         crops = [self._crop(epoch, index) for epoch, index in keys]
         images, targets = zip(*crops, strict=True)
@@ -85,7 +85,7 @@ class ResumableBatches:
     """Batches of ``(epoch, index)`` keys from iteration ``start`` to ``stop``.
 
     An epoch is a shuffle of the samples, each repeated by its factor; the fractional part is a
-    chance drawn per epoch. Batch i is a function of the seed and i alone.
+    probability, drawn per epoch. Batch i depends only on the seed and i.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class ResumableBatches:
             whole = np.floor(self.factors)
             chance = rng.random(len(self.factors)) < self.factors - whole
             indices = np.repeat(np.arange(len(self.factors)), (whole + chance).astype(np.int64))
-            # A repeat within an epoch gets an epoch number of its own, hence another crop.
+            # Each repeat within an epoch has its own epoch number, hence another crop.
             seen: dict[int, int] = {}
             for index in rng.permutation(indices).tolist():
                 seen[index] = seen.get(index, 0) + 1
