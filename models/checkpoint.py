@@ -62,7 +62,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as exc:  # torch.load has no error class of its own
         raise CheckpointError(f"{path}: not a checkpoint: {exc}") from exc
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a mapping")
+        raise CheckpointError(f"{path}: contains a {type(state).__name__}, not a mapping")
     return state
 
 

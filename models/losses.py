@@ -9,8 +9,8 @@ from torch import Tensor
 from service.artefact.voc import IGNORE_INDEX
 
 STEP = 4
-"""Distance of the grid's pixels along either axis. Neighbouring pixels carry nearly the same signal;
-on a CPU, all pixels would cost a third of the whole step."""
+"""Distance of the grid's pixels along either axis. Neighbouring pixels carry nearly the same
+signal; on a CPU, all pixels would cost a third of the whole step."""
 
 
 def interpolate(logits: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:

@@ -169,7 +169,7 @@ def _known_pixels(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> ND
     if truth.shape != prediction.shape:
         raise ValueError(f"truth is {truth.shape}, prediction {prediction.shape}")
     if prediction.max(initial=0) >= len(CLASSES):
-        raise ValueError(f"prediction holds {int(prediction.max())}, which is not a class id")
+        raise ValueError(f"prediction contains {int(prediction.max())}, which is not a class id")
     known: NDArray[np.bool_] = truth != IGNORE_INDEX
     return known
 

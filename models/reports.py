@@ -18,14 +18,14 @@ from service.artefact.voc import CLASSES, FULL_PALETTE, IGNORE_INDEX
 
 CONFUSIONS_SHOWN = 3
 REFERENCES = (
-    # Published on VOC's own 1,449 val images: not the same set as any part of them.
+    # Published for VOC's own 1,449 val images; a part of them is another set.
     ("article behind this project (AtrousFCN_Resnet50_16s)", 0.5859, 0.9033),
     ("Keras-FCN, trained on VOC's train list alone", 0.5606, None),
 )
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Return the report as text, with published figures beside it."""
+    """Return the report as text, with published figures for comparison."""
     metrics, (low, high) = report["metrics"], report["miou_interval"]
     lines = [f"{'class':<14}{'IoU':>8}   95 % interval"]
     for name, iou in metrics["per_class_iou"].items():
@@ -51,12 +51,12 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def describe_image(name: str, counts: NDArray[np.int64]) -> dict[str, Any]:
-    """Return an image's mean IoU, and which classes were taken for which, the most pixels first.
+def summarise_image(name: str, counts: NDArray[np.int64]) -> dict[str, Any]:
+    """Return an image's mean IoU and its most frequent confusions, most pixels first.
 
     Args:
         name: of the image.
-        counts: ``(21, 21)``, its confusion matrix, with a pixel at least.
+        counts: ``(21, 21)``, its confusion matrix, with at least one pixel.
     """
     wrong = counts * ~np.eye(len(CLASSES), dtype=bool)
     most = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS_SHOWN]
@@ -75,14 +75,14 @@ def describe_image(name: str, counts: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-def caption(described: dict[str, Any]) -> str:
-    """Return what `describe_image` found as one line; a confusion of half a percent or more."""
+def caption(summary: dict[str, Any]) -> str:
+    """Return a summary of `summarise_image` as one line, with confusions from half a percent."""
     confused = ", ".join(
         f"{pair['truth']} → {pair['prediction']} {pair['fraction']:.0%}"
-        for pair in described["confused"]
+        for pair in summary["confused"]
         if pair["fraction"] >= 0.005
     )
-    line = f"{described['name']}, mean IoU {described['miou']:.2f}."
+    line = f"{summary['name']}, mean IoU {summary['miou']:.2f}."
     return f"{line} Truth → prediction: {confused}" if confused else line
 
 
@@ -101,7 +101,7 @@ def draw_classes(report: dict[str, Any], path: Path) -> None:
     axes.axvline(metrics["miou"], color="0.4", linestyle="--", linewidth=1)
     for row, (iou, name, (lower, upper)) in enumerate(entries):
         axes.barh(row, iou, color=FULL_PALETTE[CLASSES.index(name)] / 255)
-        # A white rim, because the bars are of any colour.
+        # A white rim, because the bars have any colour.
         for color, width in (("white", 3.5), ("0.25", 1.2)):
             axes.hlines(row, lower, upper, color=color, linewidth=width)
         axes.text(max(iou, upper) + 0.015, row, f"{iou:.2f}", va="center")
@@ -113,7 +113,7 @@ def draw_classes(report: dict[str, Any], path: Path) -> None:
 
 
 def draw_boundaries(report: dict[str, Any], path: Path) -> None:
-    """Draw the mean IoU near boundaries over the width of the band, and the whole image's."""
+    """Draw the mean IoU near boundaries by width of the band, and the whole image's."""
     values = [np.nan if v is None else v for v in report["boundary_miou_by_width"].values()]
     whole = report["metrics"]["miou"]
     figure = Figure(figsize=(5, 3.2), layout="constrained")
@@ -138,10 +138,10 @@ def draw_sheet(
     chosen: Sequence[int],
     path: Path,
 ) -> None:
-    """Draw photo, truth and prediction of the chosen samples, a row each, with its mean IoU.
+    """Draw photo, truth, prediction and mean IoU of the chosen samples, one row each.
 
     Args:
-        predict: is asked for each of them once more.
+        predict: called again for each of them.
         samples: the whole set.
         images: ``(N, 21, 21)``, the confusion matrix of each sample.
         chosen: indices of samples.
@@ -152,8 +152,8 @@ def draw_sheet(
     for row, index in zip(rows, chosen, strict=True):
         image, mask = samples[index].load()
         truth, prediction = np.asarray(mask), predict(image)
-        described = describe_image(samples[index].name, images[index])
-        row.suptitle(caption(described), x=0.01, ha="left", fontsize="medium")
+        summary = summarise_image(samples[index].name, images[index])
+        row.suptitle(caption(summary), x=0.01, ha="left", fontsize="medium")
         panels = row.subplots(1, 4, width_ratios=(1, 1, 1, 0.4))
         pictures = (np.asarray(image), FULL_PALETTE[truth], FULL_PALETTE[prediction])
         for panel, picture in zip(panels, pictures, strict=False):

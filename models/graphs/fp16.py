@@ -1,4 +1,4 @@
-"""An exported float network as an fp16 graph, and that graph for a CPU to compute like a GPU."""
+"""Rewrite an exported network as fp16, and an fp16 graph so that a CPU rounds like a GPU."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ HALF_OPERATORS = {"Conv", "Relu", "MaxPool", "Add", "Concat", "Resize"}
 FLOAT_OPERATORS = {
     *("Transpose", "Cast", "Sub", "Div"),  # normalise the image
     "Mul",  # scales the weights
-    "ReduceMean",  # of 128x128 cells whose mean is 4, the sum passes 65504, fp16's greatest number
+    "ReduceMean",  # the sum of 128x128 cells of mean 4 exceeds 65504, the largest fp16 number
 }
 
 
 def halve(network: Path) -> ModelProto:
     """Return the fp16 graph of an exported network, with its contract.
 
-    The last convolution computes in fp32. It is small, and a cast before it takes the place of one
-    after it, so that the logits are not rounded.
+    The last convolution computes in fp32, so that the logits are not rounded. It is small and needs
+    a cast anyway.
 
     Raises:
-        GraphError: the network holds something that is not known here.
+        GraphError: the network has an operator that is not supported in fp16.
     """
     source = FloatNetwork(network)
     graph = GraphBuilder()
@@ -41,7 +41,7 @@ def halve(network: Path) -> ModelProto:
 
     factors = {node.input[2] for node in source.graph.node if node.op_type == "Resize"}
     for tensor in source.graph.initializer:
-        # ONNX's shape inference reads integers and a Resize's factors, and not from another file.
+        # ONNX's shape inference reads integers and a Resize's factors, but not from another file.
         is_float = tensor.data_type in {TensorProto.FLOAT, TensorProto.FLOAT16}
         inside = tensor.name in factors or not is_float
         graph.initializers[tensor.name] = tensor if inside else source.refer(tensor)
@@ -52,7 +52,7 @@ def halve(network: Path) -> ModelProto:
         if node.op_type in FLOAT_OPERATORS or output == OUTPUT_NAME:
             graph.copy(node, [as_float(name) for name in node.input], output)
         else:
-            # A Resize's factors are fp32 whatever it resizes.
+            # A Resize's factors are always fp32.
             data = node.input[:1] if node.op_type == "Resize" else node.input
             rest = node.input[len(data) :]
             graph.copy(node, [*(as_half(name) for name in data), *rest], output)
@@ -61,13 +61,13 @@ def halve(network: Path) -> ModelProto:
 
 
 def with_rounding(model: ModelProto) -> ModelProto:
-    """Return an fp16 network in a form that ONNX Runtime's CPU does not compute more exactly.
+    """Return an fp16 network that rounds its activations on ONNX Runtime's CPU as on a GPU.
 
-    The CPU has few fp16 kernels. ONNX Runtime has it compute in fp32 between casts of its own,
-    and then drops these wherever two meet, so that no activation is rounded. Casts that the graph
-    itself holds it keeps: here each operator on fp16 becomes one on fp32, its result rounded to
-    fp16. That is what tensor cores do, which add up in fp32; where a GPU's kernel holds several
-    operators, it rounds less often.
+    The CPU has few fp16 kernels. ONNX Runtime computes the others in fp32 between casts that it
+    inserts, and removes adjacent casts, so that no activation is rounded. It keeps casts that are
+    part of the graph. Here each fp16 operator becomes an fp32 operator whose result is cast to
+    fp16. Tensor cores round in the same way, because they accumulate in fp32; a GPU kernel that
+    fuses several operators rounds less often.
     """
     graph = GraphBuilder("rounding.")
     halves = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}

@@ -81,8 +81,8 @@ def format_table(name: str, structure: Structure) -> str:
         rows.append(row)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{name}: {totals(structure)}", ""]
-    for first, *figures, last in rows:
-        cells = [cell.rjust(width) for cell, width in zip(figures, widths[1:-1], strict=True)]
+    for first, *middle, last in rows:
+        cells = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
         lines.append("  ".join((first.ljust(widths[0]), *cells, last)))
     return "\n".join(lines)
 
@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="output file; default: text to the terminal, a picture to NAME.FORMAT",
+        help="default: text to the terminal, a picture to NAME.FORMAT",
     )
 
 

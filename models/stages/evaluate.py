@@ -3,12 +3,13 @@ r"""Score a checkpoint, an artefact or a running service at the photos' own reso
     python -m models evaluate --artifact models/artifacts/context_fcn_resnet50_8s \
         --data VOCdevkit --split val --out evaluation
 
-Prints the table and writes ``evaluation.json``, the charts ``per_class_iou.png`` and
+Prints a table and writes ``evaluation.json``, the charts ``per_class_iou.png`` and
 ``boundary_iou.png``, and two sheets of photo, truth and prediction into ``--out``:
-``contact_sheet.png`` of a random choice and ``worst.png`` of the ten photos of lowest mean IoU.
+``contact_sheet.png`` of a random choice and ``worst.png`` of the ten photos with the lowest mean
+IoU.
 
-``--protocol`` says how a photo is brought to the network: as the service does, or as
-mmsegmentation or Keras-FCN do, to compare with what they publish.
+``--protocol`` selects how a photo is prepared for the network: as by the service, or as by
+mmsegmentation or Keras-FCN, for comparison with their published figures.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tqdm import tqdm
 from models.checkpoint import load_network
 from models.dataset import read_split
 from models.errors import StageError
-from models.graphs.network_file import FILES
+from models.graphs.network_file import NETWORK_FILES
 from models.metrics import (
     BAND_WIDTHS,
     ConfusionMatrix,
@@ -49,11 +50,11 @@ from models.prediction import (
 )
 from models.published_protocols import predict_as_keras_fcn, predict_as_mmseg
 from models.reports import (
-    describe_image,
     draw_boundaries,
     draw_classes,
     draw_sheet,
     format_table,
+    summarise_image,
 )
 from service.artefact.files import sha256_of
 from service.artefact.voc import CLASSES
@@ -63,21 +64,21 @@ PUBLISHED_PROTOCOLS: Final[dict[str, Callable[..., NDArray[np.uint8]]]] = {
     "keras-fcn": predict_as_keras_fcn,
 }
 BOUNDARY_WIDTH: Final = 8
-"""Pixels: the one of `BAND_WIDTHS` whose mean IoU stands beside the whole image's."""
+"""Pixels: the one of `BAND_WIDTHS` whose mean IoU is the headline figure."""
 
 SHEET_ROWS = 10
 SHEET_SEED = 0
 
 
 class EvaluationError(StageError):
-    """What was asked for cannot be scored, or the service did not answer as it should."""
+    """The options cannot be combined, or the service failed or gave an invalid response."""
 
 
 def service_predict(url: str) -> Predict:
-    """Return predictions by ``POST {url}/segment``, photos sent as lossless PNG.
+    """Return a predictor that sends photos to ``POST {url}/segment`` as lossless PNG.
 
-    The returned function raises `EvaluationError` when the service cannot be reached, refuses,
-    or answers with a mask of another size.
+    The predictor raises `EvaluationError` if the service cannot be reached, refuses the photo, or
+    returns a mask of another size.
     """
     if not url.startswith(("http://", "https://")):
         raise EvaluationError(f"{url}: expected http:// or https://")
@@ -103,16 +104,16 @@ def service_predict(url: str) -> Predict:
 
 
 def open_predictor(args: argparse.Namespace) -> tuple[Predict, dict[str, str]]:
-    """Return what is to be scored, and how the report names it.
+    """Return the predictor to score, and its entries in the report.
 
     Raises:
-        EvaluationError: a running service is to follow another protocol than its own.
+        EvaluationError: ``--url`` is combined with another protocol than the service's.
     """
     if args.url:
         if args.protocol != "service":
             raise EvaluationError(
                 f"--protocol {args.protocol} needs --checkpoint or --artifact: "
-                "a running service has a protocol of its own"
+                "a running service has its own protocol"
             )
         return service_predict(args.url), {"url": args.url}
     if args.checkpoint:
@@ -122,7 +123,7 @@ def open_predictor(args: argparse.Namespace) -> tuple[Predict, dict[str, str]]:
         size, stride, shapes = recipe.working_size, network.stride, SHAPES
         path, source = args.checkpoint, "checkpoint"
     else:
-        path = args.artifact / FILES[args.precision]
+        path = args.artifact / NETWORK_FILES[args.precision]
         source = "artifact"
         infer, contract = onnx_infer(path)
         size, stride, shapes = contract.working_size, contract.stride, contract.shapes
@@ -133,7 +134,7 @@ def open_predictor(args: argparse.Namespace) -> tuple[Predict, dict[str, str]]:
 
 
 def summarise(counts: NDArray[np.int64]) -> dict[str, Any]:
-    """Return the metrics as JSON values; what has no pixel to be measured on is None.
+    """Return the metrics as JSON values; a metric without pixels is None.
 
     Args:
         counts: ``(N, len(BAND_WIDTHS) + 1, 21, 21)``, `confusion_by_ring` of each image.
@@ -144,7 +145,7 @@ def summarise(counts: NDArray[np.int64]) -> dict[str, Any]:
     bands = mean_iou(counts.sum(axis=0).cumsum(axis=0)[:-1])
     by_width = dict(zip(BAND_WIDTHS, map(_or_none, bands), strict=True))
     return {
-        # What the manifest takes over.
+        # The part that the manifest copies.
         "metrics": {
             "miou": matrix.mean_iou(),
             "pixel_accuracy": matrix.pixel_accuracy(),
@@ -170,7 +171,7 @@ def worst_first(images: NDArray[np.int64]) -> list[int]:
     """Return the indices of the images by mean IoU over the classes in truth or prediction.
 
     Args:
-        images: ``(N, 21, 21)``, the confusion matrix of each image; those without a known pixel
+        images: ``(N, 21, 21)``, the confusion matrix of each image; images without a known pixel
             are left out.
     """
     scores = mean_iou(images)
@@ -183,17 +184,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", type=Path)
     what.add_argument("--artifact", type=Path, help="folder of network.onnx")
-    what.add_argument("--url", help="of a running service, such as http://localhost:8000")
+    what.add_argument("--url", help="URL of a running service, such as http://localhost:8000")
     parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or its VOC2012")
     parser.add_argument("--split", default="val")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder")
     parser.add_argument("--device", default="cpu", help="for --checkpoint")
-    parser.add_argument("--precision", choices=FILES, default="fp32", help="for --artifact")
+    parser.add_argument("--precision", choices=NETWORK_FILES, default="fp32", help="for --artifact")
     parser.add_argument(
         "--protocol",
         choices=("service", *PUBLISHED_PROTOCOLS),
         default="service",
-        help="how a photo is brought to the network; with --url the service's own only",
+        help="how a photo is prepared for the network; only service with --url",
     )
 
 
@@ -212,7 +213,7 @@ def main(args: argparse.Namespace) -> int:
         **source,
         **scored,
         **summarise(counts),
-        "worst": [describe_image(samples[index].name, images[index]) for index in worst],
+        "worst": [summarise_image(samples[index].name, images[index]) for index in worst],
     }
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"

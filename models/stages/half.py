@@ -2,10 +2,10 @@ r"""Write an exported network as fp16 for GPUs: half the memory traffic, and ten
 
     python -m models half --artifact models/artifacts/context_fcn_resnet50_8s
 
-Writes ``network.fp16.onnx`` beside ``network.onnx``, in seconds and without photos. It has the
-float network's operators, for each of which ONNX Runtime has a CUDA kernel, and no weights: ONNX
-Runtime reads the float file's, multiplies them by BatchNorm's factor in fp32 and rounds the
-product to fp16, all while it loads the graph.
+Writes ``network.fp16.onnx`` beside ``network.onnx``, in seconds and without photos. The file has
+the float network's operators, which all have CUDA kernels in ONNX Runtime, and no weights: while it
+loads the graph, ONNX Runtime reads the float file's weights, multiplies them by BatchNorm's factor
+in fp32 and rounds the product to fp16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from models.graphs.fp16 import halve
-from models.graphs.network_file import FILES, save
+from models.graphs.network_file import NETWORK_FILES, save_network
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,5 +24,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the fp16 network into the artefact folder."""
-    save(halve(args.artifact / FILES["fp32"]), args.artifact, "fp16")
+    save_network(halve(args.artifact / NETWORK_FILES["fp32"]), args.artifact, "fp16")
     return 0

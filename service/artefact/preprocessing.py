@@ -101,4 +101,5 @@ def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.N
 
 
 def round_up(size: int) -> int:
+    """Round pixels up to a multiple of `SHAPE_MULTIPLE`."""
     return -(-size // SHAPE_MULTIPLE) * SHAPE_MULTIPLE

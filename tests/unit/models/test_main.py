@@ -44,7 +44,7 @@ def test_help_lists_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_imports_no_stage() -> None:
-    """Nor PyTorch, nor NumPy."""
+    """And neither PyTorch nor NumPy."""
     found = imported_by("--help")
     assert not found & (SLOW | {"numpy", "pydantic"})
     assert not [name for name in found if name.startswith("models.stages")]
@@ -69,7 +69,7 @@ def test_a_stages_help_describes_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """As a wrong argument, with the stages there are."""
+    """As a wrong argument; the message lists the stages."""
     with pytest.raises(SystemExit) as stopped:
         main(["serve"])
     assert stopped.value.code == 2
