@@ -1,67 +1,54 @@
-"""``python -m models STAGE``: fetch, train, export, half, quantize, evaluate, verify, manifest.
+"""``python -m models STAGE``: the offline stages, one command each.
 
-Stages meet through files: checkpoint.pt, the artefact folder, the JSON reports. ``describe`` needs
-none of them.
+Stages exchange files: checkpoint.pt, the artefact folder, the JSON reports.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from importlib import import_module
 
-from models.checkpoint import CheckpointError
-from models.dataset import DatasetError
-from models.graphs.network_file import GraphError
-from models.prediction import DeviceError
-from models.recipe import RecipeError
-from models.stages import describe, evaluate, export, fetch, half, manifest, quantize, train, verify
+from models.errors import StageError
 from service.errors import SegmentError
 
 STAGES = {
-    "fetch": fetch,
-    "train": train,
-    "export": export,
-    "half": half,
-    "quantize": quantize,
-    "evaluate": evaluate,
-    "verify": verify,
-    "manifest": manifest,
-    "describe": describe,
+    "fetch": "download VOC 2012, SBD's masks and ImageNet's ResNet-50",
+    "train": "train a network from a recipe",
+    "export": "export a checkpoint to ONNX",
+    "half": "write an exported network as fp16 for GPUs",
+    "quantize": "write an exported network as int8 for CPUs",
+    "evaluate": "score a checkpoint, an artefact or a running service",
+    "verify": "compare a checkpoint with its exported networks; fail below the gates",
+    "manifest": "write the artefact's manifest.json; the last stage",
+    "describe": "describe a network's architecture as a table, JSON or a picture",
 }
-USER_ERRORS = (
-    CheckpointError,
-    DatasetError,
-    DeviceError,
-    GraphError,
-    RecipeError,
-    SegmentError,
-    evaluate.EvaluationError,
-    export.ExportError,
-    fetch.FetchError,
-    manifest.ManifestError,
-    train.TrainingError,
-    OSError,
-)
+"""What each module in `models.stages` does. Its name is the command."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a stage; return its exit status. Errors a user can mend are one line, not a trace."""
-    parser = argparse.ArgumentParser(prog="python -m models", description=__doc__)
-    stages = parser.add_subparsers(dest="stage", required=True)
-    for name, module in STAGES.items():
-        doc = module.__doc__ or ""
+    """Run a stage; return its exit status. Errors that a user can correct are one line."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m models",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for name, help_text in STAGES.items():
         stage = stages.add_parser(
-            name,
-            help=doc.partition("\n")[0],
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        module.add_arguments(stage)
+        if name in argv[:1]:
+            # Only this stage is imported: most stages load PyTorch, which takes seconds.
+            module = import_module(f"models.stages.{name}")
+            stage.description = module.__doc__
+            module.add_arguments(stage)
     args = parser.parse_args(argv)
     try:
-        status: int = STAGES[args.stage].main(args)
+        status: int = module.main(args)
         return status
-    except USER_ERRORS as exc:
+    except (StageError, SegmentError, OSError) as exc:
         print(f"{args.stage}: {exc}", file=sys.stderr)
         return 1
 

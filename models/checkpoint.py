@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,40 +11,37 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models.errors import StageError
 from models.networks import SegmentationNetwork, build_network
 from models.recipe import Recipe
+from service.artefact.files import write_atomically
 
-# ImageNet's classification layer is part of every torchvision-layout file and of no FCN: a
-# ResNet's, a DenseNet's, VGG16's.
+# ImageNet's classification layer (of a ResNet, a DenseNet, VGG16): torchvision's files have it, an
+# FCN does not.
 UNUSED_LAYERS = frozenset({"fc", "classifier", "classifier.6"})
-# torchvision's own DenseNet files are older than its modules' names.
+# torchvision's DenseNet files have older key names than its modules.
 OLD_DENSENET_KEY = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\.")
 BACKBONE, HEAD = "backbone.", "classifier."
-"""What a network's keys start with."""
+"""Prefixes of a network's keys."""
 # Files older than PyTorch 0.4.1 lack these counters, which only cumulative averaging reads.
 OPTIONAL_SUFFIX = "num_batches_tracked"
 
 
-class CheckpointError(Exception):
-    """A file of weights cannot be read or does not fit; the message says what differs."""
+class CheckpointError(StageError):
+    """A weights file cannot be read or does not fit; the message names the difference."""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write plain data and tensors so that a kill at any moment leaves the old or the new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    """Write plain data and tensors. A kill at any moment leaves the old file or the new one."""
+    with write_atomically(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def rounded_weights(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's state with the convolutions' weights as fp16, the rest as it is.
+    """Return a network's state with the convolutions' weights as fp16, the rest unchanged.
 
-    That is what a run hands on, so that its export can be stored in half the space and still be
-    the very network that the checkpoint was scored as.
+    A run publishes these weights: the export takes half the space and is exactly the network that
+    was scored.
     """
     return {
         key: value.half() if value.ndim == 4 else value
@@ -54,19 +50,19 @@ def rounded_weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what `save_checkpoint` wrote, on the CPU.
+    """Return the content of a checkpoint, on the CPU; see `save_checkpoint`.
 
     Raises:
-        CheckpointError: there is no such file, or it is no checkpoint of plain data.
+        CheckpointError: the file is missing or is not a checkpoint of plain data.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path}: no such file") from exc
-    except Exception as exc:  # torch.load raises whatever its zip and pickle readers raise
+    except Exception as exc:  # torch.load has no error class of its own
         raise CheckpointError(f"{path}: not a checkpoint: {exc}") from exc
     if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a mapping")
+        raise CheckpointError(f"{path}: contains a {type(state).__name__}, not a mapping")
     return state
 
 
@@ -74,7 +70,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a torchvision-layout ``.pth``, ``.npz`` or ``.safetensors`` file.
 
     Raises:
-        CheckpointError: the file cannot be read, or would need unpickling to be.
+        CheckpointError: the file cannot be read, or not without unpickling objects.
     """
     if path.suffix in (".pth", ".pt"):
         state = load_checkpoint(path)
@@ -88,7 +84,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
         if path.suffix == ".safetensors":
             return load_file(path)
-    except Exception as exc:  # a broken zip, header or array: each reader has its own errors
+    except Exception as exc:  # each reader has its own errors
         raise CheckpointError(f"{path}: cannot be read: {exc}") from exc
     raise CheckpointError(f"{path}: expected .pth, .npz or .safetensors")
 
@@ -96,10 +92,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_backbone(backbone: nn.Module, path: Path) -> None:
     """Load starting weights into a backbone; every key and shape must fit.
 
-    A checkpoint of an earlier run will do too: its trained backbone is taken.
+    From a checkpoint of an earlier run, its backbone is loaded.
 
     Raises:
-        CheckpointError: lists each key that is missing, unknown or of another shape.
+        CheckpointError: lists each key that is missing, unknown or has another shape.
     """
     wanted = backbone.state_dict()
     weights = {}
@@ -126,13 +122,12 @@ def load_backbone(backbone: nn.Module, path: Path) -> None:
 
 
 def load_start(network: SegmentationNetwork, path: Path) -> int:
-    """Load starting weights into a new network: the backbone, and of the head what fits.
+    """Load starting weights into a new network: the backbone, and the head's tensors that fit.
 
-    Only a checkpoint holds a head. Of one of the same network all of it fits; of another network
-    the layers that both have, by name and shape.
+    Only a checkpoint has a head. Its tensors are loaded where name and shape match.
 
     Returns:
-        How many of the head's tensors were taken.
+        The number of tensors loaded into the head.
 
     Raises:
         CheckpointError: the backbone's keys or shapes do not fit.
@@ -153,7 +148,7 @@ def load_network(path: Path) -> tuple[SegmentationNetwork, Recipe]:
     """Return a trained network in eval mode, with its averaged weights, and its recipe.
 
     Raises:
-        CheckpointError: the file is no checkpoint of a training run.
+        CheckpointError: the file is not a checkpoint of a training run.
     """
     state = load_checkpoint(path)
     try:

@@ -1,4 +1,4 @@
-"""Training losses, taken at a regular grid of the photo's pixels."""
+"""The training loss, computed on a regular grid of the photo's pixels."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from service.artefact.voc import IGNORE_INDEX
 
 STEP = 4
-"""Pixels between two that the loss is taken at, along either axis. Neighbouring pixels say nearly
-the same; on a CPU all of them would cost a third of the whole step."""
+"""Distance of the grid's pixels along either axis. Neighbouring pixels carry nearly the same
+signal; on a CPU, all pixels would cost a third of the whole step."""
 
 
 def interpolate(logits: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear interpolation of logits at some of the pixels alone.
+    """Interpolate logits bilinearly at some of the pixels.
 
-    The values are those of the full upsampling with half-pixel centres (``align_corners=False``).
+    The values equal the full upsampling's with half-pixel centres (``align_corners=False``).
 
     Args:
         logits: ``(N, C, h, w)`` float.
-        rows: ``(R,)`` float, the pixels' y in [0, size[0]), whole or between two.
+        rows: ``(R,)`` float, the pixels' y in [0, size[0]), whole or fractional.
         columns: ``(S,)`` float, their x in [0, size[1]).
-        size: (H, W), the pixels that the logits stand for.
+        size: (H, W), the full size in pixels.
 
     Returns:
         ``(N, C, R, S)`` float32.
@@ -41,12 +41,12 @@ def _weights(positions: Tensor, cells: int, length: int) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor, phase: int) -> Tensor:
-    """Mean cross-entropy of the upsampled logits over every fourth pixel of every fourth row.
+    """Return the mean cross-entropy of the upsampled logits on every fourth pixel and row.
 
     Args:
         logits: ``(N, C, h, w)`` float of any precision; the loss is computed in float32.
-        target: ``(N, H, W)`` uint8 class ids, or 255 for void, which does not count.
-        phase: which of the 16 such grids; over 16 of them in turn, each pixel counts once.
+        target: ``(N, H, W)`` uint8 class ids, or 255 for void, which is ignored.
+        phase: selects one of the 16 grids; 16 consecutive phases cover each pixel once.
 
     Returns:
         A scalar; 0 where every pixel is void.

@@ -1,4 +1,4 @@
-"""The field's segmentation metrics, all from confusion matrices over a whole set."""
+"""The standard segmentation metrics, computed from confusion matrices over a whole set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from service.artefact.voc import CLASSES, IGNORE_INDEX
 
 BAND_WIDTHS: Final = (1, 2, 4, 8, 16, 32)
-"""Pixels; each twice the one before, as `boundary_rings` needs."""
+"""Pixels. Each width is twice the previous one, which `boundary_rings` requires."""
 
 RESAMPLES: Final = 2000
 CONFIDENCE: Final = 0.95
@@ -22,7 +22,7 @@ BOOTSTRAP_SEED: Final = 0
 class ConfusionMatrix:
     """Pixels counted by (truth, prediction) over a set; void pixels of the truth are skipped.
 
-    The metrics are those of Long, Shelhamer, Darrell (2015), section 5. All are in [0, 1].
+    The metrics follow Long, Shelhamer, Darrell (2015), section 5. All are in [0, 1].
     """
 
     counts: NDArray[np.int64] = field(
@@ -30,10 +30,10 @@ class ConfusionMatrix:
     )
 
     def update(self, truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> None:
-        """Count one image. Both are (H, W) uint8 class ids; the truth may hold 255.
+        """Count one image. Both are (H, W) uint8 class ids; the truth may contain 255.
 
         Raises:
-            ValueError: the shapes differ, or the prediction holds anything but class ids.
+            ValueError: the shapes differ, or the prediction has a value that is not a class id.
         """
         known = _known_pixels(truth, prediction)
         self.counts += _histogram(self.counts.shape, truth[known], prediction[known])
@@ -47,11 +47,11 @@ class ConfusionMatrix:
         return float(mean_iou(self.counts))
 
     def pixel_accuracy(self) -> float:
-        """Share of the pixels that are right."""
+        """Share of the pixels that are correct."""
         return float(np.diag(self.counts).sum() / self.counts.sum())
 
     def mean_accuracy(self) -> float:
-        """Mean over the classes of the truth of the share of their pixels that are right."""
+        """Share of correct pixels of each class in the truth, averaged over these classes."""
         with np.errstate(invalid="ignore"):
             return float(np.nanmean(np.diag(self.counts) / self.counts.sum(axis=1)))
 
@@ -92,12 +92,12 @@ def mean_iou(counts: NDArray[np.number]) -> NDArray[np.float64]:
 
 
 def boundary_rings(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return in which of `BAND_WIDTHS` each pixel lies first: how near a boundary it is.
+    """Return the narrowest of `BAND_WIDTHS` that contains each pixel: its distance to a boundary.
 
-    A pixel lies in the band of width w if the square of ``2 * w + 1`` pixels around it holds
-    another label than its own; void is a label like any other, what is outside the image is none.
+    A pixel is in the band of width w if the square of ``2 * w + 1`` pixels around it contains
+    another label than its own. Void is a label; pixels outside the image are not.
     Where VOC draws void between regions, this is the trimap of Chen et al., "DeepLab" (2015),
-    as their ``MyVOCevalsegBoundary.m`` dilates void; where regions touch, as in SBD's masks, it is
+    as their ``MyVOCevalsegBoundary.m`` dilates void. Where regions touch, as in SBD's masks, it is
     the band around their edge (Kohli, Ladicky, Torr 2009).
 
     Args:
@@ -110,7 +110,7 @@ def boundary_rings(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
     lowest = highest = truth
     reach = 0
     for width in BAND_WIDTHS:
-        # Squares that overlap make up the larger one, so a few shifts do for any width.
+        # Overlapping squares cover the larger one, so that a few shifts suffice for any width.
         lowest = _spread(lowest, width - reach, np.minimum)
         highest = _spread(highest, width - reach, np.maximum)
         rings -= lowest != highest
@@ -119,7 +119,7 @@ def boundary_rings(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def confusion_by_ring(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Count one image apart by `boundary_rings`; void pixels of the truth are skipped.
+    """Count one image's pixels per ring of `boundary_rings`; void in the truth is skipped.
 
     Args:
         truth: (H, W) uint8 class ids or 255.
@@ -127,10 +127,10 @@ def confusion_by_ring(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -
 
     Returns:
         ``(len(BAND_WIDTHS) + 1, 21, 21)`` int64, pixels by (ring, truth, prediction). Their sum is
-        the whole image, the sum of the first k the band of the k-th width.
+        the whole image; the sum of the first k is the band of the k-th width.
 
     Raises:
-        ValueError: the shapes differ, or the prediction holds anything but class ids.
+        ValueError: the shapes differ, or the prediction has a value that is not a class id.
     """
     known = _known_pixels(truth, prediction)
     shape = (len(BAND_WIDTHS) + 1, len(CLASSES), len(CLASSES))
@@ -140,21 +140,21 @@ def confusion_by_ring(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -
 def bootstrap_intervals(
     images: NDArray[np.int64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return how far mean and per-class IoU might be off because of which images were drawn.
+    """Return confidence intervals of mean and per-class IoU over the choice of images.
 
-    Percentile intervals of the bootstrap (Efron, Tibshirani, "An Introduction to the Bootstrap",
-    1993, chapter 13): the images are drawn anew with replacement, as many as there are,
-    `RESAMPLES` times with a fixed seed; each time the IoU is that of the summed matrices.
+    Percentile bootstrap (Efron, Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13):
+    the images are resampled with replacement `RESAMPLES` times with a fixed seed, and the IoU of
+    the summed matrices is computed each time.
 
     Args:
         images: ``(N, 21, 21)``, the confusion matrix of each image.
 
     Returns:
         ``(2,)`` and ``(2, 21)`` float64: lower and upper end for the mean IoU and for each class
-        at `CONFIDENCE`; NaN for a class that occurs nowhere.
+        at `CONFIDENCE`; NaN for a class that does not occur.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
-    # How often each image is drawn is all that a sum depends on.
+    # A sum depends only on how often each image is drawn.
     draws = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size=RESAMPLES)
     flat = images.reshape(len(images), -1).astype(np.float64)
     resampled = (draws.astype(np.float64) @ flat).reshape(RESAMPLES, *images.shape[1:])
@@ -169,13 +169,13 @@ def _known_pixels(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> ND
     if truth.shape != prediction.shape:
         raise ValueError(f"truth is {truth.shape}, prediction {prediction.shape}")
     if prediction.max(initial=0) >= len(CLASSES):
-        raise ValueError(f"prediction holds {int(prediction.max())}, which is no class id")
+        raise ValueError(f"prediction contains {int(prediction.max())}, which is not a class id")
     known: NDArray[np.bool_] = truth != IGNORE_INDEX
     return known
 
 
 def _histogram(shape: tuple[int, ...], *indices: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """How often each combination of indices occurs, as an array of that shape."""
+    """Count each combination of indices in an array of that shape."""
     flat = np.ravel_multi_index(indices, shape)
     return np.bincount(flat, minlength=int(np.prod(shape))).reshape(shape)
 

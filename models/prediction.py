@@ -1,7 +1,7 @@
-"""From a photo to its mask through any network that gives logits: the offline data path.
+"""The offline data path: from a photo to its mask through any network that returns logits.
 
-The service's preprocessing, and PyTorch's upsampling, which tests hold together with the service's
-own, faster one.
+Preprocessing is the service's. Upsampling is PyTorch's; tests compare it with the service's faster
+one.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import onnx
 import onnxruntime  # type: ignore[import-untyped]
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto
 from PIL import Image
 from torch import Tensor, nn
 
 from models.dataset import Sample
-from models.graphs.builder import GraphBuilder, attributes_of
+from models.errors import StageError
+from models.graphs.fp16 import with_rounding
 from models.metrics import ConfusionMatrix
 from models.transforms import fit, upsample
-from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, SHAPE_MULTIPLE, ModelContract
-from service.artefact.preprocessing import Geometry
+from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
 
 Infer = Callable[[NDArray[np.uint8]], Tensor]
 """``(N, h, w, 3) uint8 RGB`` -> ``(N, 21, h/stride, w/stride) float32`` logits."""
@@ -39,25 +38,18 @@ SHAPES: tuple[tuple[int, int], ...] = (
     *((384, 512), (512, 384)),  # 4:3
     (512, 512),
 )
-"""(height, width) of the network inputs that exported models list: cameras' aspect ratios."""
+"""(height, width) of the inputs listed by exported models: common aspect ratios of cameras."""
 
 
-MMSEG_SCALE = (2048, 512)
-"""Pixels that mmsegmentation's VOC configurations fit the longer and the shorter side into."""
-
-KERAS_FCN_SIZE = 512
-"""Side in pixels of the square that Keras-FCN pads photos to."""
-
-
-class DeviceError(Exception):
-    """The device that was asked for is not there."""
+class DeviceError(StageError):
+    """The requested device is not available."""
 
 
 def open_device(name: str) -> torch.device:
     """Return the torch device called ``name``, such as ``cpu`` or ``cuda:1``.
 
     Raises:
-        DeviceError: there is no such device here.
+        DeviceError: this machine has no such device.
     """
     try:
         device = torch.device(name)
@@ -80,54 +72,17 @@ def predict_photo(
     Args:
         image: RGB.
         infer: the network.
-        working_size: what the longest side is brought to, in pixels.
+        working_size: pixels of the longest side after resizing.
         stride: of the logits.
         shapes: the listed network inputs, (height, width).
     """
     padded, geometry = fit(image, working_size, shapes)
     logits = infer(padded[None])[0]
-    return _labels(upsample(logits, geometry, stride))
+    return class_ids(upsample(logits, geometry, stride))
 
 
-def predict_as_mmseg(image: Image.Image, infer: Infer, *, stride: int) -> NDArray[np.uint8]:
-    """Return the (H, W) uint8 class ids of a photo as mmsegmentation tests on VOC 2012.
-
-    The photo keeps its ratio and is as large as fits into `MMSEG_SCALE`; the logits are
-    interpolated to that size and from there to the photo's (``align_corners=False``). Sources:
-    ``configs/_base_/datasets/pascal_voc12.py``, ``EncoderDecoder.whole_inference``,
-    ``mmcv.rescale_size``. Two things differ: the network's input is padded at the bottom and right
-    to multiples of 32, and a photo that shrinks is antialiased (VOC's photos grow).
-    """
-    longer, shorter = max(image.size), min(image.size)
-    scale = min(MMSEG_SCALE[0] / longer, MMSEG_SCALE[1] / shorter)
-    padded, geometry = fit(image, int(longer * scale + 0.5), shapes=())
-    logits = infer(padded[None])[0]
-    unscaled = Geometry(geometry.resized, geometry.resized, geometry.padded)
-    resized = upsample(logits, unscaled, stride)
-    return _labels(upsample(resized, geometry, stride=1))
-
-
-def predict_as_keras_fcn(image: Image.Image, infer: Infer, *, stride: int) -> NDArray[np.uint8]:
-    """Return the (H, W) uint8 class ids of a photo as Keras-FCN's ``inference.py`` does.
-
-    The photo is not resized: it lies in the middle of a black square of `KERAS_FCN_SIZE`, from
-    whose prediction it is cut out. VOC's photos fit; around a larger one, which Keras-FCN does
-    not take, the square grows to the next multiples of 32.
-    """
-    height, width = image.height, image.width
-    size = (max(KERAS_FCN_SIZE, _round_up(height)), max(KERAS_FCN_SIZE, _round_up(width)))
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    margins = ((top, size[0] - height - top), (left, size[1] - width - left), (0, 0))
-    logits = infer(np.pad(np.asarray(image), margins)[None])[0]
-    labels = _labels(upsample(logits, Geometry(size, size, size), stride))
-    return labels[top : top + height, left : left + width]
-
-
-def _round_up(side: int) -> int:
-    return -(-side // SHAPE_MULTIPLE) * SHAPE_MULTIPLE
-
-
-def _labels(logits: Tensor) -> NDArray[np.uint8]:
+def class_ids(logits: Tensor) -> NDArray[np.uint8]:
+    """Return the best class of each pixel: ``(C, H, W)`` float -> ``(H, W) uint8``."""
     return logits.argmax(0).to(torch.uint8).cpu().numpy()
 
 
@@ -136,7 +91,7 @@ def torch_infer(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Infer:
-    """Wrap a network as `predict_photo` wants it; the network is left in eval mode."""
+    """Wrap a network for `predict_photo`; the network is left in eval mode."""
     network.eval()
 
     def infer(batch: NDArray[np.uint8]) -> Tensor:
@@ -149,12 +104,12 @@ def torch_infer(
 
 
 def onnx_infer(path: Path) -> tuple[Infer, ModelContract]:
-    """Load an exported network on the CPU, with the contract that it carries.
+    """Load an exported network on the CPU, with its contract.
 
-    Of an fp16 network every activation is rounded as on a GPU: see `with_rounding`.
+    The activations of an fp16 network are rounded as on a GPU: see `with_rounding`.
 
     Raises:
-        ContractError: the graph holds no contract, or not the one it promises.
+        ContractError: the graph has no contract or does not keep it.
     """
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     contract = ModelContract.from_metadata(session.get_modelmeta().custom_metadata_map)
@@ -167,39 +122,6 @@ def onnx_infer(path: Path) -> tuple[Infer, ModelContract]:
         return torch.from_numpy(session.run([OUTPUT_NAME], {INPUT_NAME: batch})[0])
 
     return infer, contract
-
-
-def with_rounding(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return an fp16 network in a form that ONNX Runtime's CPU does not compute more exactly.
-
-    The CPU has few fp16 kernels. ONNX Runtime has it compute in fp32 between casts of its own,
-    and then drops these wherever two meet, so that no activation is rounded. Casts that the graph
-    itself holds it keeps: here each operator on fp16 becomes one on fp32, its result rounded to
-    fp16. That is what tensor cores do, which add up in fp32; where a GPU's kernel holds several
-    operators, it rounds less often.
-    """
-    graph = GraphBuilder("rounding.")
-    halves = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT16}
-    for node in model.graph.node:
-        (output,) = node.output
-        if node.op_type == "Cast":
-            graph.nodes.append(node)
-            to_half = attributes_of(node)["to"] == TensorProto.FLOAT16
-        elif to_half := not halves.isdisjoint(node.input):
-            inputs = [
-                graph.once("Cast", [name], to=TensorProto.FLOAT) if name in halves else name
-                for name in node.input
-            ]
-            graph.emit("Cast", [graph.copy(node, inputs)], output, to=TensorProto.FLOAT16)
-        else:
-            graph.nodes.append(node)
-        if to_half:
-            halves.add(output)
-    rounding = onnx.ModelProto()
-    rounding.CopyFrom(model)
-    del rounding.graph.node[:]
-    rounding.graph.node.extend(graph.nodes)
-    return rounding
 
 
 def predictions(

@@ -1,4 +1,4 @@
-"""A training run's hyper-parameters, read from TOML: the whole of what a run depends on."""
+"""A training run's hyper-parameters, read from TOML: everything that a run depends on but data."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from models.errors import StageError
+
 RECIPES: Final = Path(__file__).parent / "recipes"
 
 
-class RecipeError(Exception):
-    """The recipe cannot be read or holds a wrong value; the message names it."""
+class RecipeError(StageError):
+    """The recipe cannot be read or has an invalid value; the message names it."""
 
 
 class Recipe(BaseModel):
-    """See ``models/recipes/*.toml``, where each value stands beside its reason."""
+    """See ``models/recipes/*.toml``, where comments give the reason for each value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     network: str
     split: str
     held_out: int = Field(ge=1)
-    """Images of the split that are never trained on, to choose by."""
+    """Images of the split that are held out of training, for choosing between models."""
     seed: int = 0
 
     iterations: int = Field(gt=0)
@@ -34,7 +36,7 @@ class Recipe(BaseModel):
     scale_range: tuple[float, float]
     jitter: float = Field(ge=0, lt=1)
     repeat_threshold: float = Field(ge=0, le=1)
-    """Classes in fewer than this share of the images are shown more often; 0 for never."""
+    """Classes in fewer than this share of the images are repeated; 0 disables it."""
 
     learning_rate: float = Field(gt=0)
     head_learning_rate_factor: float = Field(gt=0)
@@ -47,17 +49,17 @@ class Recipe(BaseModel):
     frozen_stages: int = Field(ge=0, le=6)
     """Leading stages of the backbone that keep their starting weights; the stem is the first."""
     batch_norm: Literal["train", "frozen"]
-    """The backbone's: ``frozen`` keeps the running statistics and trains scale and shift only."""
+    """In the backbone: ``frozen`` keeps the running statistics and trains scale and shift only."""
     precision: Literal["fp32", "bf16"]
-    """The convolutions' arithmetic; weights and loss are float32 in either case."""
+    """Of the convolutions' arithmetic; weights and loss are always float32."""
     compile: bool
-    """Compile the network, or where stages are frozen, these alone: on a CPU that is what gains."""
+    """Compile the network, or only the frozen stages if there are any: they gain on a CPU."""
     checkpoint_every: int = Field(gt=0)
     evaluate_every: int = Field(gt=0)
 
 
 def find_recipe(given: str) -> Path:
-    """``full`` is ``models/recipes/full.toml``; whatever ends in ``.toml`` is a path."""
+    """Return a recipe's path: ``full`` is ``models/recipes/full.toml``, a ``.toml`` is a path."""
     path = Path(given)
     return path if path.suffix == ".toml" else RECIPES / f"{given}.toml"
 
@@ -67,11 +69,11 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: the file.
-        changes: lines of TOML, such as ``jitter = 0.1``, that take the place of its own.
+        changes: lines of TOML, such as ``jitter = 0.1``, that replace the file's values.
 
     Raises:
-        RecipeError: the file is missing, a text is no TOML, or a value is missing, unknown or
-            wrong.
+        RecipeError: the file is missing, a text is not TOML, or a value is missing, unknown or
+            invalid.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""Paired transforms of an image and its mask, for training, and the fit to a network input.
+"""Paired transforms of an image and its mask for training, and the fit to a network input.
 
-Masks are resampled by nearest neighbour only, and padded with void: labels are never blended.
+Masks are resampled by nearest neighbour and padded with void: labels are never blended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from service.artefact.voc import IGNORE_INDEX
 
 _RED, _GREEN, _BLUE = (round(255 * channel) for channel in Normalize.MEAN)
 PADDING_COLOR = (_RED, _GREEN, _BLUE)
-"""RGB; normalises to about zero, which is what the convolutions pad with too."""
+"""RGB; normalises to about zero, the padding of the convolutions."""
 
 
 LUMA = (0.299, 0.587, 0.114)
@@ -33,7 +33,7 @@ class Example(NamedTuple):
     """One photo, or a batch of crops with a leading dimension N, on the training device."""
 
     image: Tensor
-    """``(3, H, W) uint8`` RGB; of crops ``float32`` in [0, 255]."""
+    """``(3, H, W) uint8`` RGB; ``float32`` in [0, 255] for crops."""
     target: Tensor
     """``(H, W) uint8`` class ids, or 255 for void."""
 
@@ -44,7 +44,7 @@ class Augmentation:
 
     Args:
         crop_size: side of the square crop, in pixels.
-        working_size: what the longest side is brought to at scale 1, in pixels.
+        working_size: pixels of the longest side at scale 1.
         scale_range: smallest and largest scale, drawn log-uniformly.
         jitter: largest relative change of brightness, contrast and saturation; 0 for none.
     """
@@ -89,7 +89,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Span:
-    """Along one axis, the pixels of a photo and the pixels of the crop that they fill."""
+    """Pixels of a photo along one axis, and the pixels of the crop that they fill."""
 
     photo: slice
     crop: slice
@@ -121,8 +121,8 @@ def adjust_colors(image: Tensor, brightness: float, contrast: float, saturation:
 
 
 def _resize(planes: Tensor, vertical: Span, horizontal: Span, mode: str) -> Tensor:
-    # What is resampled is the crop alone: a crop of the resized photo costs up to ten times as
-    # much at large scales.
+    # Only the crop is resampled: resizing the whole photo first costs up to ten times as much at
+    # large scales.
     part = planes[None, :, vertical.photo, horizontal.photo]
     size = (vertical.covered, horizontal.covered)
     if mode == "bilinear":
@@ -133,13 +133,13 @@ def _resize(planes: Tensor, vertical: Span, horizontal: Span, mode: str) -> Tens
 def fit(
     image: Image.Image, working_size: int, shapes: tuple[tuple[int, int], ...]
 ) -> tuple[NDArray[np.uint8], Geometry]:
-    """Bring a photo to a network's input by the service's own preprocessing.
+    """Fit a photo to a network's input by the service's own preprocessing.
 
     Args:
         image: RGB.
-        working_size: what the longest side is brought to, in pixels.
-        shapes: the listed inputs, (height, width), ascending by area; beyond them, the next
-            multiples of 32.
+        working_size: pixels of the longest side after resizing.
+        shapes: the listed inputs, (height, width), ascending by area; larger photos are padded to
+            the next multiples of 32.
 
     Returns:
         ``(h, w, 3) uint8 RGB``, padded at the bottom and right, and the geometry.
@@ -149,13 +149,13 @@ def fit(
 
 
 def upsample(logits: Tensor, geometry: Geometry, stride: int) -> Tensor:
-    """Bilinear interpolation of one image's logits straight to its photo's size.
+    """Interpolate one image's logits bilinearly to its photo's size.
 
     Half-pixel centres: row y of the photo reads row ``(y + 0.5) * resized / (photo * stride)
     - 0.5`` of the logits, clamped to their border (``align_corners=False``).
 
     Args:
-        logits: ``(C, h, w)`` float, of the padded network input.
+        logits: ``(C, h, w)`` float, for the padded network input.
 
     Returns:
         ``(C, H, W)`` float32.

@@ -30,7 +30,7 @@ def make_voc(
 ) -> Path:
     """Write a ``VOCdevkit`` of (height, width) images and return it.
 
-    Every third mask lies in ``SegmentationClassAug`` alone; the others have a void border.
+    Every third mask is only in ``SegmentationClassAug``; the others have a void border.
     """
     rng = np.random.default_rng(0)
     root = folder / "VOCdevkit" / "VOC2012"

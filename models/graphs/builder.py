@@ -1,4 +1,4 @@
-"""An ONNX graph under construction, and the sizes of its tensors, which only the photo knows."""
+"""An ONNX graph under construction, with tensor sizes computed from the photo at run time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 from service.artefact.contract import INPUT_NAME
 
 OUTSIDE = 1 << 28
-"""Row number of a neighbour outside the photo, before it is clipped to the row of zeros."""
+"""Row number of a neighbour outside the photo; later clipped to the row of zeros."""
 
 
 class GraphBuilder:
-    """Nodes and initializers, and methods that add to them and return the new tensor's name.
+    """Nodes and initializers, and methods that add one and return the new tensor's name.
 
-    ``prefix`` is of the names that it makes up.
+    ``prefix``: of generated names.
     """
 
     def __init__(self, prefix: str = "") -> None:
@@ -28,25 +28,25 @@ class GraphBuilder:
         self._seen: dict[tuple[object, ...], str] = {}
 
     def emit(self, op: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:  # noqa: ANN401
-        """Add a node; its output is called ``name``, or after the operator."""
+        """Add a node; its output is called ``name``, by default after the operator."""
         output = name or f"{self._prefix}{op}_{len(self.nodes)}"
         node = helper.make_node(op, list(inputs), [output], name=output, **attributes)
         self.nodes.append(node)
         return output
 
     def copy(self, node: NodeProto, inputs: Sequence[str], name: str = "") -> str:
-        """`emit` another graph's operator with its attributes."""
+        """Copy another graph's operator, with its attributes; see `emit`."""
         return self.emit(node.op_type, inputs, name, **attributes_of(node))
 
     def once(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:  # noqa: ANN401
-        """`emit`, unless the same node is there already."""
+        """Add a node unless the graph already has the same one; see `emit`."""
         key = (op, *inputs, repr(attributes))
         if key not in self._seen:
             self._seen[key] = self.emit(op, inputs, **attributes)
         return self._seen[key]
 
     def constant(self, value: object, dtype: DTypeLike) -> str:
-        """Add an initializer, unless an equal one is there already."""
+        """Add an initializer unless the graph already has an equal one."""
         array = np.asarray(value, dtype=dtype)
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._seen:
@@ -55,28 +55,28 @@ class GraphBuilder:
             self.initializers[tensor.name] = tensor
         return self._seen[key]
 
-    def make(self, name: str, face: GraphProto) -> GraphProto:
-        """Return the graph, its inputs and outputs those of ``face``."""
+    def make(self, name: str, interface: GraphProto) -> GraphProto:
+        """Return the graph with the inputs and outputs of ``interface``."""
         initializers = list(self.initializers.values())
         return helper.make_graph(
-            self.nodes, name, list(face.input), list(face.output), initializers
+            self.nodes, name, list(interface.input), list(interface.output), initializers
         )
 
     def rows(self, name: str, channels: int) -> str:
-        """A tensor as ``(N*h*w, channels)``."""
+        """Reshape a tensor to ``(N*h*w, channels)``."""
         return self.once("Reshape", [name, self.constant([-1, channels], np.int64)])
 
     def grid(self, stride: int) -> str:
-        """The shape ``[N, h/stride, w/stride, -1]``, int64."""
+        """Add the shape ``[N, h/stride, w/stride, -1]``, int64."""
         rest = self.constant([-1], np.int64)
         return self.once("Concat", [self._sizes(stride), rest], axis=0)
 
     def neighbours(self, offsets: NDArray[np.int64], step: int, stride: int) -> str:
-        """Row numbers ``(N*h*w*k*k,)`` of what a kernel reads, in the order of its weights.
+        """Add the row numbers ``(N*h*w*k*k,)`` that a kernel reads, in the order of its weights.
 
         ``offsets``: ``(k,)`` cells from the kernel's centre, along either axis; ``step``: cells
-        from one output to the next; ``stride``: the input's. Neighbours outside the photo have
-        the number ``N*h*w``: that of a row of zeros after the last.
+        from one output to the next; ``stride``: of the input. Neighbours outside the photo have
+        the number ``N*h*w``: a row of zeros after the last row.
         """
         photos, height, width = (self._size(stride, axis) for axis in range(3))
         cells = self.once("Mul", [height, width])
@@ -90,7 +90,7 @@ class GraphBuilder:
     def _along(
         self, axis: int, offsets: NDArray[np.int64], step: int, stride: int, times: str = ""
     ) -> str:
-        """Positions along one axis, ``times`` another tensor; `OUTSIDE` where there is no cell."""
+        """Positions along one axis, multiplied by ``times``; `OUTSIDE` where there is no cell."""
         places = self._numbers(self._size(stride * step, axis), axis)
         if step > 1:
             places = self.once("Mul", [places, self.constant(step, np.int32)])
@@ -103,14 +103,14 @@ class GraphBuilder:
         return self.once("Where", [outside, self.constant(OUTSIDE, np.int32), places])
 
     def _numbers(self, count: str, axis: int) -> str:
-        """``0 .. count - 1`` along ``axis`` of five."""
+        """``0 .. count - 1`` along one of five axes."""
         zero, one = self.constant(0, np.int32), self.constant(1, np.int32)
         shape = [-1 if index == axis else 1 for index in range(5)]
         numbers = self.once("Range", [zero, count, one])
         return self.once("Reshape", [numbers, self.constant(shape, np.int64)])
 
     def _size(self, stride: int, axis: int) -> str:
-        """One of `_sizes`, a scalar int32."""
+        """One element of `_sizes`, a scalar int32."""
         sizes = self.once("Cast", [self._sizes(stride)], to=TensorProto.INT32)
         return self.once("Gather", [sizes, self.constant(axis, np.int64)], axis=0)
 
@@ -121,5 +121,5 @@ class GraphBuilder:
 
 
 def attributes_of(node: NodeProto) -> dict[str, Any]:
-    """A node's attributes by name, as Python values."""
+    """Return a node's attributes by name, as Python values."""
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}

@@ -1,15 +1,15 @@
-"""An exported float network as an int8 graph, written for ONNX Runtime's CPU kernels.
+"""Rewrite an exported network as int8 for ONNX Runtime's CPU kernels.
 
-ONNX Runtime's own quantiser keeps every convolution a convolution. This one knows its kernels:
+ONNX Runtime's own quantiser keeps every convolution a convolution. This one uses the fast kernels:
 
-- NHWC all the way, so that no tensor is ever transposed;
-- normalisation is folded into the first convolution, which reads the image's own bytes, four
-  pixels at a time, because three channels are too few for the fast kernels;
+- every tensor is NHWC, so that none is transposed;
+- normalisation is folded into the first convolution, which reads the image's bytes, four pixels at
+  a time, because three channels are too few for the fast kernels;
 - a convolution with a long sum is one matrix product (``QGemm``), whose kernels use AMX where
-  there is AMX; a 3x3 kernel gathers its nine neighbours into one row first.
+  available; a 3x3 kernel first gathers its nine neighbours into one row.
 
-The graph holds no weights. They are the float file's own, read out of it as ONNX external data and
-rounded to int8 while ONNX Runtime loads the graph: one set of weights, two precisions.
+The graph has no weights of its own. ONNX Runtime reads the float file's weights as external data
+and rounds them to int8 while it loads the graph: one set of weights, two precisions.
 
 Arithmetic: Jacob et al., "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference" (2018). Operators: ONNX, and ``docs/ContribOperators.md`` in
@@ -33,17 +33,17 @@ CONTRIB = "com.microsoft"
 OPSETS = (helper.make_opsetid("", 18), helper.make_opsetid(CONTRIB, 1))
 
 GEMM_MIN_CHANNELS = {1: 512, 3: 256}
-"""From how many input channels on a 1x1 or 3x3 kernel runs faster as a matrix product."""
+"""Input channels from which a 1x1 or 3x3 kernel runs faster as a matrix product."""
 
 PIXELS = 4
-"""Pixels that the first convolution reads as one cell of 12 channels."""
+"""Pixels that form one cell of 12 channels for the first convolution."""
 
 
 class GraphWriter:
     """Writes the int8 graph of ``source``.
 
-    ``ranges`` maps the float graph's tensors to the least and greatest value seen in them. The
-    int8 file must lie beside the float network's.
+    ``ranges`` maps the float graph's tensors to their smallest and largest calibration values. The
+    int8 file must be in the float network's folder.
     """
 
     def __init__(self, source: FloatNetwork, ranges: Mapping[str, Range]) -> None:
@@ -54,13 +54,13 @@ class GraphWriter:
         self._tensors: dict[str, Quantized] = {}
         self._graph = GraphBuilder()
         self._logits = dict.fromkeys(self._names_of_logits(), "")
-        """float32 ``[N, h, w, classes]`` here, by their name in the float graph."""
+        """Names of float32 tensors ``[N, h, w, classes]``, by their names in the float graph."""
 
     def write(self) -> GraphProto:
-        """Return the graph, its input and output those of the float graph.
+        """Return the graph, with the float graph's input and output.
 
         Raises:
-            GraphError: the network holds something that is not known here.
+            GraphError: the network has an operator or a form that is not supported in int8.
         """
         makers = {
             "Conv": self._conv,
@@ -73,7 +73,7 @@ class GraphWriter:
         for node in self._source.graph.node:
             if node.op_type in makers:
                 makers[node.op_type](node)
-            # These belong to a convolution: normalisation and weights before it, ReLU after it.
+            # These are read with a convolution: normalisation and weights before it, ReLU after.
             elif node.op_type not in {"Relu", "Transpose", "Cast", "Sub", "Div", "Mul"}:
                 raise GraphError(f"{node.output[0]}: cannot quantise {node.op_type}")
         logits = self._logits[OUTPUT_NAME]
@@ -92,7 +92,7 @@ class GraphWriter:
         else:
             x = self._tensors[node.input[0]]
             y = self._output(conv.name, channels, x.stride * conv.stride)
-            # A strided 1x1 kernel would have to gather its rows for too little work.
+            # For a strided 1x1 kernel, gathering the rows costs more than it saves.
             gather_pays = conv.kernel > 1 or conv.stride == 1
             if x.stride and gather_pays and x.channels >= GEMM_MIN_CHANNELS[conv.kernel]:
                 self._gemm(conv, x, y)
@@ -143,10 +143,10 @@ class GraphWriter:
         self._graph.emit("Reshape", [product, self._graph.grid(y.stride)], y.name)
 
     def _first_conv(self, conv: Convolution, node: NodeProto) -> None:
-        """The 7x7 convolution of stride 2 on the image's own bytes, normalisation folded in.
+        """The 7x7 convolution of stride 2 on the image's bytes, with normalisation folded in.
 
-        Four pixels are one cell of 12 channels, so ``(w/4)`` cells make ``(w/4)`` cells of two
-        output pixels each: seven rows of three cells cover both. Reshaping costs nothing in NHWC.
+        Four pixels form one cell of 12 channels, so that ``(w/4)`` cells become ``(w/4)`` cells of
+        two output pixels: seven rows of three cells cover both. Reshaping is free in NHWC.
         """
         if (conv.kernel, conv.stride, conv.dilation) != (7, 2, 1):
             raise GraphError(f"{conv.name}: the first convolution is not 7x7 of stride 2")
@@ -162,8 +162,7 @@ class GraphWriter:
         kernel = cells.reshape(2 * outputs, PIXELS * 3, 7, 3)
         scales = _scale_of(kernel)
         weights = np.rint(kernel / scales[:, None, None, None])
-        # Padding is the zero point for all three colours: near their means, where it should be
-        # each one's own.
+        # Padding is one zero point for all three colours: close to each colour's mean, not equal.
         zero_point = round(float(mean.mean()))
         bias = conv.bias + (values.sum(axis=(2, 3)) * (zero_point - mean)).sum(axis=1)
         y = self._output(conv.name, outputs, 2)
@@ -189,7 +188,7 @@ class GraphWriter:
         )
 
     def _predict(self, conv: Convolution, x: Quantized) -> str:
-        """A classifier, which is a 1x1 convolution, with its sums left exact."""
+        """A classifier, a 1x1 convolution, with exact sums."""
         weights, scales = self._int8_weights(conv, as_matrix=True)
         sums = self._graph.emit(
             "MatMulInteger",
@@ -203,7 +202,7 @@ class GraphWriter:
         x = self._tensors[node.input[0]]
         attributes = attributes_of(node)
         step = attributes["strides"][0]
-        # The greatest of uint8 values is the greatest of what they mean.
+        # The largest uint8 value stands for the largest real value.
         y = Quantized(node.output[0], x.channels, x.stride * step, x.scale, x.zero_point)
         self._tensors[node.output[0]] = y
         keep = {key: attributes[key] for key in ("kernel_shape", "pads", "strides")}
@@ -246,7 +245,7 @@ class GraphWriter:
         _, _, *factors = _array(self._constants[node.input[2]])
         step = int(factors[0])
         if factors != [step, step]:
-            raise GraphError(f"{node.output[0]}: only whole factors, the same along both axes")
+            raise GraphError(f"{node.output[0]}: only integer factors, equal along both axes")
         scales = self._graph.constant([1, step, step, 1], np.float32)
         attributes = attributes_of(node)
         if node.output[0] in self._logits:
@@ -264,7 +263,7 @@ class GraphWriter:
     # ---- reading the float graph -----------------------------------------------------------------
 
     def _names_of_logits(self) -> Iterator[str]:
-        """The output, and whatever is interpolated and summed to it: the predictions of skips."""
+        """The output and the tensors interpolated and summed to it: the skips' predictions."""
         names = [OUTPUT_NAME]
         while names:
             name = names.pop()
@@ -274,7 +273,7 @@ class GraphWriter:
                 names += [one for one in maker.input if one in self._makers]
 
     def _read_convolution(self, node: NodeProto) -> Convolution:
-        """Read what `models.stages.export` wrote: weights alone, or fp16 weights times a scale."""
+        """Read a convolution of `models.stages.export`: weights, or fp16 weights times a scale."""
         attributes = attributes_of(node)
         if node.input[1] in self._constants:
             # The exporter folds the smallest ones itself.
@@ -310,10 +309,10 @@ class GraphWriter:
         return mean, std
 
     def _output(self, name: str, channels: int, stride: int) -> Quantized:
-        """Name an operator's output, together with the ReLU that alone reads it."""
+        """Name an operator's output, merged with a ReLU that is its only reader."""
         readers = [node for node in self._source.graph.node if name in node.input]
         if [node.op_type for node in readers] == ["Relu"]:
-            # A range from 0 on makes saturation the ReLU.
+            # With a range that starts at 0, saturation computes the ReLU.
             name = readers[0].output[0]
         y = Quantized.of_range(name, channels, stride, self._ranges[name])
         self._tensors[name] = y
@@ -343,8 +342,8 @@ class GraphWriter:
     ) -> tuple[str, NDArray[np.float64]]:
         """Weights as ``(O, I, k, k)`` or ``(k*k*I, O)`` int8, and their scales ``(O,)``.
 
-        The fp16 weights are rounded on their own grid; the BatchNorm's factor only enters the
-        scale, and its sign the rounding, because a scale is positive.
+        The fp16 weights are rounded without the BatchNorm's factor, which becomes part of the
+        scale. A scale is positive, so the factor's sign goes into the weights.
         """
         steps = _scale_of(_array(conv.weights))
         steps = np.where(conv.scale < 0, -steps, steps)
@@ -368,7 +367,7 @@ def _array(tensor: TensorProto) -> NDArray[np.float64]:
 
 
 def _scale_of(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The finest int8 scale of each output channel, symmetric around 0: ``(O,)``."""
+    """The smallest symmetric int8 scale of each output channel: ``(O,)``."""
     greatest = np.abs(weights).max(axis=(1, 2, 3))
     scale: NDArray[np.float64] = np.where(greatest > 0, greatest / 127, 1.0)
     return scale

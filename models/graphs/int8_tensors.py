@@ -1,4 +1,4 @@
-"""What `models.graphs.int8` knows of a tensor and of a convolution."""
+"""Tensors and convolutions as `models.graphs.int8` describes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Range = tuple[float, float]
 class Quantized:
     """A uint8 tensor ``name`` of shape ``[N, h/stride, w/stride, channels]``.
 
-    It means ``scale * (value - zero_point)``. A stride of 0 is one cell for the whole photo.
+    Its real values are ``scale * (value - zero_point)``. Stride 0 is one cell for the whole photo.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Quantized:
 
     @classmethod
     def of_range(cls, name: str, channels: int, stride: int, limits: Range) -> Self:
-        """With the finest scale that holds the least and greatest value and an exact zero."""
+        """Return the tensor with the smallest scale that covers ``limits`` and an exact zero."""
         low, high = min(limits[0], 0.0), max(limits[1], 0.0)
         scale = (high - low) / 255 or 1.0
         return cls(name, channels, stride, scale, round(-low / scale))
@@ -47,5 +47,5 @@ class Convolution:
 
     @property
     def padding(self) -> int:
-        """Pixels of zeros on every side."""
+        """Cells of zeros on every side."""
         return self.dilation * (self.kernel // 2)

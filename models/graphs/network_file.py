@@ -1,6 +1,6 @@
-"""The network files of an artefact: one set of weights, in the float network's file.
+"""The network files of an artefact. Only the float network's file contains weights.
 
-The other precisions' files lie beside it and read the weights out of it as ONNX external data.
+The other precisions' files, in the same folder, read them as ONNX external data.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ from typing import Final
 import onnx
 from onnx import GraphProto, ModelProto, OperatorSetIdProto, TensorProto, helper
 
+from models.errors import StageError
 from service.artefact.contract import ModelContract, Precision
+from service.artefact.files import write_atomically
 
-FILES: Final[dict[Precision, str]] = {
+NETWORK_FILES: Final[dict[Precision, str]] = {
     "fp32": "network.onnx",
     "fp16": "network.fp16.onnx",
     "int8": "network.int8.onnx",
 }
-"""The name within an artefact folder; fp32's is always there."""
+"""File names in an artefact folder; fp32 always exists."""
 
 
-class GraphError(Exception):
-    """The network holds something that no other precision is known for; the message names it."""
+class GraphError(StageError):
+    """The network cannot be written in another precision; the message names the cause."""
 
 
 class FloatNetwork:
-    """An exported network, as the source of a file beside it that computes in another precision."""
+    """An exported network, the source of the files that compute in another precision."""
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
@@ -39,10 +41,10 @@ class FloatNetwork:
         )
 
     def refer(self, tensor: TensorProto) -> TensorProto:
-        """One of its tensors by reference. Source: ONNX, ``docs/ExternalData.md``.
+        """Return a reference to one of its tensors. Source: ONNX, ``docs/ExternalData.md``.
 
         Raises:
-            GraphError: the tensor's bytes are not in the file as they are.
+            GraphError: the file does not contain the tensor's bytes unchanged.
         """
         offset = self._bytes.find(tensor.raw_data)
         if not tensor.raw_data or offset < 0:
@@ -65,10 +67,9 @@ class FloatNetwork:
         return model
 
 
-def save(model: ModelProto, artifact: Path, precision: Precision) -> None:
-    """Write a network into an artefact folder, whole or not at all, and print its size."""
-    path = artifact / FILES[precision]
-    temporary = path.with_suffix(".tmp")
-    onnx.save(model, temporary)
-    temporary.replace(path)
+def save_network(model: ModelProto, artefact: Path, precision: Precision) -> None:
+    """Write a network file into an artefact folder atomically, and print its size."""
+    path = artefact / NETWORK_FILES[precision]
+    with write_atomically(path) as file:
+        onnx.save(model, file)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

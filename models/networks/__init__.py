@@ -1,4 +1,4 @@
-"""The networks, by the name that recipes and artefacts use."""
+"""The networks, by their names in recipes and artefacts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build_network(name: str) -> SegmentationNetwork:
     """Return the network called ``name``, freshly initialised.
 
     Raises:
-        ValueError: no network has that name.
+        ValueError: unknown name.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; there are {', '.join(NETWORKS)}")

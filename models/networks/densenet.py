@@ -1,8 +1,8 @@
 """DenseNets for segmentation: every layer reads the outputs of all layers before it in its block.
 
 Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks" (2017). The two
-forms are Keras-FCN's ``DenseNet_FCN``, which is FC-DenseNet103 of Jegou et al., "The One Hundred
-Layers Tiramisu" (2017), and ``Atrous_DenseNet``, both on keras-contrib's ``densenet.py``.
+forms are Keras-FCN's ``DenseNet_FCN``, which is FC-DenseNet103 (Jegou et al., "The One Hundred
+Layers Tiramisu", 2017), and ``Atrous_DenseNet``, both based on keras-contrib's ``densenet.py``.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ DROPOUT = 0.2
 
 
 class DenseBlock(nn.Module):
-    """Layers that each add ``growth`` channels to what all those before them have put out.
+    """Layers that each add ``growth`` channels to the outputs of all previous layers.
 
-    A layer is BatchNorm, ReLU, 3x3 convolution; with ``bottleneck``, BatchNorm, ReLU and a 1x1
-    convolution to ``4 * growth`` channels come before these.
+    A layer is BatchNorm, ReLU, 3x3 convolution. With ``bottleneck``, BatchNorm, ReLU and a 1x1
+    convolution to ``4 * growth`` channels precede it.
 
     Args:
         in_channels: of the input.
-        layers: how many.
-        growth: channels that each adds.
+        layers: their number.
+        growth: channels added by each layer.
         bottleneck: see above.
         dilation: of the 3x3 convolutions.
-        keep_input: whether the input is part of the output.
+        keep_input: whether the output includes the input.
     """
 
     def __init__(
@@ -107,9 +107,9 @@ def _initialize(network: nn.Module) -> None:
 class DenseNet121(Backbone):
     """DenseNet-121 without pooling between its blocks, with torchvision's layer and key names.
 
-    As in keras-contrib's ``transition_pooling=None, transition_dilation_rate=2``: where a block
-    would be half the size of the one before it, it has twice its dilation instead. The first two
-    halvings, before the blocks, stay, so that weights trained on ImageNet fit.
+    As in keras-contrib's ``transition_pooling=None, transition_dilation_rate=2``: each block has
+    twice the dilation of the previous one instead of half its size. The first two halvings, before
+    the blocks, remain, so that ImageNet weights fit.
 
     There are five stages: the stem, and four blocks of 128, 256, 512 and 1024 channels, all of
     stride 4.
@@ -148,9 +148,8 @@ class DenseNet121(Backbone):
 class FCDenseNet(Backbone):
     """The downward half of FC-DenseNet103.
 
-    There are six stages of strides 1 to 32: a first convolution with a block, then five times a
-    transition, which halves the size, with a block. Of the last block only what its layers add is
-    put out.
+    There are six stages of strides 1 to 32: a convolution with a block, then five times a
+    transition, which halves the size, with a block. The last block's output leaves out its input.
     """
 
     GROWTH = 16
@@ -181,7 +180,7 @@ class FCDenseNet(Backbone):
 
 
 class UpwardBlock(nn.Module):
-    """A block at twice the size of its input, which also reads the encoder's features there."""
+    """A block at twice the size of its input that also reads the encoder's features."""
 
     def __init__(self, in_channels: int, skip_channels: int, layers: int, keep_input: bool) -> None:
         super().__init__()
@@ -202,7 +201,7 @@ class UpwardBlock(nn.Module):
 class UpwardHead(nn.Module):
     """The upward half of FC-DenseNet103: ``Features`` of strides 1 to 32 -> ``(N, 21, H, W)``.
 
-    Only what a block's layers add goes up, except from the last block.
+    A block's output leaves out its input, except in the last block.
     """
 
     def __init__(self, skip_channels: Sequence[int], in_channels: int) -> None:

@@ -1,4 +1,4 @@
-"""Fully convolutional ResNet-50: a trunk, a classifier, and one bilinear upsampling by the caller.
+"""Fully convolutional ResNet-50: a backbone and a classifier; the caller upsamples bilinearly.
 
 Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation" (2015); the
 stride-16 form with a 1x1 classifier is Keras-FCN's ``AtrousFCN_Resnet50_16s``.
@@ -15,11 +15,11 @@ from models.networks.segmentation import Features, LinearHead, SegmentationNetwo
 
 
 class SkipHead(nn.Module):
-    """Predictions of shallower stages added to the last one's: FCN's skips (section 4.2).
+    """Predictions of several stages, summed: FCN's skips (section 4.2).
 
-    A 1x1 convolution classifies each stage; what it says is brought bilinearly to the shallowest
-    one's size and summed. Features reduced to 128 channels and concatenated, which the paper does
-    not do, came to a lower mean IoU in as many iterations: see the default model's card.
+    A 1x1 convolution classifies each stage. The predictions are upsampled bilinearly to the size of
+    the shallowest and summed. Concatenating features reduced to 128 channels, which the paper does
+    not do, gave a lower mean IoU in as many iterations: see the default model's card.
 
     Args:
         shallowest: the first stage that predicts, 3 (stride 8) or 4 (stride 16).
@@ -42,10 +42,10 @@ class SkipHead(nn.Module):
 
 
 class ContextHead(nn.Module):
-    """What surrounds each cell, near, far and in the whole image, before it is classified.
+    """Context of each cell, near, far and from the whole image, before its classification.
 
     A light form of DeepLabv3's ASPP (Chen et al. 2017): the branches read 256 reduced channels
-    instead of 2048. With ``edges``, the second stage's features are joined at stride 8 before the
+    instead of 2048. With ``edges``, the features of ``layer2`` are joined at stride 8 before the
     classifier, as in DeepLabv3+ (Chen et al. 2018), so that outlines follow the photo.
 
     ``(..., (N, 512, 2h, 2w), ..., (N, 2048, h, w))`` -> ``(N, 21, h, w)``, with ``edges``
@@ -54,7 +54,7 @@ class ContextHead(nn.Module):
 
     CHANNELS = 256
     DILATIONS = (4, 8)
-    """In cells of 16 pixels: windows of 9 and 17 cells, of the 32 that the longest side has."""
+    """In cells of 16 pixels: windows of 9 and 17 cells; the longest side has 32."""
     EDGE_STAGE = 3
     EDGE_CHANNELS = 48
     JOINED_CHANNELS = 128
@@ -65,7 +65,7 @@ class ContextHead(nn.Module):
         self.reduce = _conv_norm_relu(CHANNELS[-1], width, 1)
         self.near = _conv_norm_relu(width, width, 3, self.DILATIONS[0])
         self.far = _conv_norm_relu(width, width, 3, self.DILATIONS[1])
-        # Without BatchNorm: one value per image and channel is too little to normalise by.
+        # No BatchNorm: one value per image and channel is too few for statistics.
         self.whole = nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(inplace=True))
         self.fuse = _conv_norm_relu(3 * width, width, 1)
         if edges:

@@ -1,4 +1,4 @@
-"""ResNet-50 trunk with torchvision's layer and key names, so any torchvision-layout file loads.
+"""ResNet-50 backbone with torchvision's layer and key names: any torchvision-layout file loads.
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition" (2015), in the v1.5 layout
 (the 3x3 convolution of a bottleneck carries the stride).
@@ -14,7 +14,7 @@ from models.networks.segmentation import Backbone
 
 EXPANSION = 4
 CHANNELS = (3, 64, 64 * EXPANSION, 128 * EXPANSION, 256 * EXPANSION, 512 * EXPANSION)
-"""Of the image and of what each stage puts out."""
+"""Of the image and of each stage's output."""
 
 
 class Bottleneck(nn.Module):
@@ -54,8 +54,8 @@ class Bottleneck(nn.Module):
 
 
 def _stage(in_channels: int, width: int, blocks: int, *, stride: int, dilation: int) -> nn.Module:
-    # torchvision's replace_stride_with_dilation: the first block keeps the dilation of the stage
-    # before it, so that its 3x3 kernel still meets the samples that it was trained on.
+    # torchvision's replace_stride_with_dilation: the first block keeps the previous stage's
+    # dilation, so that its 3x3 kernel reads the same samples as in its training.
     first = Bottleneck(in_channels, width, stride=stride, dilation=1, project=True)
     rest = [
         Bottleneck(width * EXPANSION, width, stride=1, dilation=dilation, project=False)

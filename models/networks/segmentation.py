@@ -1,4 +1,4 @@
-"""What every network here is: normalisation, a backbone in stages, and a head that classifies."""
+"""The parts of every network: normalisation, a backbone in stages, and a classifying head."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class Normalize(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Stages in sequence, each handing its output to the next and to the head."""
+    """Stages in sequence. The next stage and the head read each stage's output."""
 
     def stages(self) -> Sequence[Sequence[nn.Module]]:
-        """Return each stage's modules, in the order in which they are applied."""
+        """Return each stage's modules in the order of application."""
         raise NotImplementedError
 
     def forward(self, features: Features, stop: int | None = None) -> Features:
-        """Extend the features by those of the stages that follow, up to ``stop`` of them.
+        """Append the outputs of the next stages to the features, up to ``stop`` stages in all.
 
         Args:
-            features: the normalised image, ``(N, 3, H, W)`` float, and the outputs of as many
-                leading stages as were already computed.
-            stop: the number of stages that the result holds at most; None for all.
+            features: the normalised image, ``(N, 3, H, W)`` float, and the outputs of the leading
+                stages already computed.
+            stop: the largest number of stages in the result; None for all.
 
         Returns:
             The image and the stages' outputs: ``features[i]`` is stage i's.
@@ -64,8 +64,8 @@ class Backbone(nn.Module):
 class SegmentationNetwork(nn.Module):
     """``image (N, 3, H, W)`` float RGB in [0, 255] -> ``logits (N, 21, H/stride, W/stride)``.
 
-    H and W are multiples of 32. The logits are upsampled bilinearly by whoever needs pixels: the
-    loss while training, the service when serving; labels are never resized.
+    H and W are multiples of 32. The loss and the service upsample the logits bilinearly; labels are
+    never resized.
 
     Args:
         stride: of the logits.
@@ -81,12 +81,12 @@ class SegmentationNetwork(nn.Module):
         self.classifier = classifier
 
     def leading(self, image: Tensor, stages: int) -> Features:
-        """Return the normalised image and the outputs of that many leading stages."""
+        """Return the normalised image and the outputs of the first ``stages`` stages."""
         out: Features = self.backbone((self.normalize(image),), stages)
         return out
 
     def forward(self, image: Tensor, features: Features | None = None) -> Tensor:
-        """See the class; ``features``, where given, are those of `leading`."""
+        """See the class. ``features``: the result of `leading`, where already computed."""
         start = (self.normalize(image),) if features is None else features
         out: Tensor = self.classifier(self.backbone(start))
         return out
@@ -106,7 +106,7 @@ class LinearHead(nn.Module):
 
 
 def classify(in_channels: int) -> nn.Conv2d:
-    """Return a 1x1 convolution to the classes that starts close to undecided."""
+    """Return a 1x1 convolution to the classes whose initial logits are close to zero."""
     convolution = nn.Conv2d(in_channels, NUM_CLASSES, 1)
     nn.init.normal_(convolution.weight, std=0.01)
     nn.init.zeros_(convolution.get_parameter("bias"))

@@ -1,4 +1,4 @@
-"""Fully convolutional VGG16: its fully connected layers read every window of the photo.
+"""Fully convolutional VGG16: its fully connected layers are convolutions.
 
 Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (2015),
 configuration D, made fully convolutional by Long, Shelhamer, Darrell (2015). The two forms are
@@ -26,11 +26,11 @@ class VGG16(Backbone):
     convolutions of the same weights: torchvision's ``(4096, 25088)`` is ``(4096, 512, 7, 7)``.
 
     Args:
-        dilate: leave out the last pooling and dilate ``fc6`` by 2 instead, which gives stride 16
+        dilate: omit the last pooling and dilate ``fc6`` by 2 instead, which gives stride 16
             instead of 32 with the same weights ("a trous", Chen et al. 2015).
 
-    There are six stages, of 64, 128, 256, 512, 512 and 4096 channels: five blocks with the pooling
-    that ends them, and the fully connected layers.
+    There are six stages, of 64, 128, 256, 512, 512 and 4096 channels: five blocks, each with its
+    pooling, and the fully connected layers.
     """
 
     def __init__(self, *, dilate: bool) -> None:
@@ -58,7 +58,7 @@ class VGG16(Backbone):
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                # Without BatchNorm, the initial weights alone keep the activations' variance.
+                # Without BatchNorm, only the initial weights keep the activations' variance.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 nn.init.zeros_(module.get_parameter("bias"))
 

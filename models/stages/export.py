@@ -19,7 +19,8 @@ from onnx import helper
 from torch import Tensor, nn
 
 from models.checkpoint import load_network
-from models.graphs.network_file import save
+from models.errors import StageError
+from models.graphs.network_file import save_network
 from models.networks import SegmentationNetwork
 from models.networks.segmentation import Normalize
 from models.prediction import SHAPES
@@ -29,14 +30,14 @@ from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
 OPSET = 18
 
 
-class ExportError(Exception):
-    """The exported graph is not what the contract promises."""
+class ExportError(StageError):
+    """The exported graph does not keep the contract."""
 
 
 class ServedNetwork(nn.Module):
-    """The graph's face: ``image (N, h, w, 3) uint8 RGB`` -> ``logits (N, 21, h/s, w/s) float32``.
+    """The exported module: ``image (N, h, w, 3) uint8`` -> ``logits (N, 21, h/s, w/s) float32``.
 
-    Layout, cast and normalisation are inside, so that there is no second version of them.
+    Layout, cast and normalisation are inside, so that no second version of them exists.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -53,8 +54,8 @@ class FoldedConv2d(nn.Module):
     """A convolution with its BatchNorm folded in, its weights stored as fp16.
 
     The weights are ``fp16 weights x fp32 scale per output channel``, multiplied once when ONNX
-    Runtime loads the graph: half the file, and still the checkpoint's function to the last bits of
-    fp32, because the checkpoint's own weights are on fp16's grid (see `rounded_weights`).
+    Runtime loads the graph. The file is half the size and gives the checkpoint's logits up to fp32
+    rounding, because the checkpoint's own weights are on fp16's grid (see `rounded_weights`).
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:
@@ -85,9 +86,9 @@ class FoldedConv2d(nn.Module):
 def fold(parent: nn.Module) -> None:
     """Replace convolutions by `FoldedConv2d`, each with the BatchNorm registered right after it.
 
-    In place, all the way down. Registration order is the order of computation in the networks
-    here; `export` checks that none was missed. A DenseNet's BatchNorms that come before their
-    convolutions, with a ReLU between, stay what they are.
+    In place and recursive. In these networks, registration order is the order of computation;
+    `export` checks that no BatchNorm was missed. A DenseNet's BatchNorms come before their
+    convolutions, with a ReLU between, and are not folded.
     """
     children = [*parent.named_children(), ("", nn.Identity())]
     for (name, child), (next_name, following) in pairwise(children):
@@ -116,14 +117,14 @@ def trace(network: nn.Module) -> onnx.ModelProto:
         verbose=False,
     )
     if program is None:
-        raise ExportError("torch.onnx.export gave no program")
+        raise ExportError("torch.onnx.export returned no program")
     return program.model_proto
 
 
 def tidy(model: onnx.ModelProto) -> None:
-    """Name the dynamic dimensions plainly and drop the exporter's notes.
+    """Rename the dynamic dimensions and remove the exporter's notes.
 
-    The notes on each node hold stack traces with the exporting machine's paths.
+    The notes on each node contain stack traces with the exporting machine's paths.
     """
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -142,7 +143,7 @@ def tidy(model: onnx.ModelProto) -> None:
 
 
 def unfolded(graph: onnx.GraphProto) -> bool:
-    """Whether a convolution's output is read by a BatchNorm and by nothing else."""
+    """Whether a BatchNorm is the only reader of a convolution's output."""
     readers = Counter(name for node in graph.node for name in node.input)
     convolved = {node.output[0] for node in graph.node if node.op_type == "Conv"}
     return any(
@@ -158,7 +159,7 @@ def export(network: SegmentationNetwork, contract: ModelContract) -> onnx.ModelP
 
     Raises:
         ExportError: a BatchNorm was not folded into its convolution.
-        ContractError: the graph's dimensions are not the contract's.
+        ContractError: the graph's dimensions differ from the contract's.
     """
     network.eval()
     fold(network)
@@ -180,7 +181,7 @@ ONNX_RUNTIME_TYPES = {
 
 
 class _Tensor:
-    """A graph's input or output in the words that `ModelContract.check_graph` reads."""
+    """A graph's input or output as `ModelContract.check_graph` reads it."""
 
     def __init__(self, value: onnx.ValueInfoProto) -> None:
         tensor = value.type.tensor_type
@@ -198,8 +199,10 @@ def _tensors(values: list[onnx.ValueInfoProto]) -> Iterator[_Tensor]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's options."""
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--artifact", type=Path, required=True, help="folder; its name is served")
-    parser.add_argument("--version", required=True, help="of the artefact, such as 1.0.0")
+    parser.add_argument(
+        "--artifact", type=Path, required=True, help="folder; its name is the served name"
+    )
+    parser.add_argument("--version", required=True, help="version of the artefact, such as 1.0.0")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -208,14 +211,14 @@ def main(args: argparse.Namespace) -> int:
     contract = make_contract(args.artifact.resolve().name, args.version, network, recipe)
     model = export(network, contract)
     args.artifact.mkdir(parents=True, exist_ok=True)
-    save(model, args.artifact, "fp32")
+    save_network(model, args.artifact, "fp32")
     return 0
 
 
 def make_contract(
     name: str, version: str, network: SegmentationNetwork, recipe: Recipe
 ) -> ModelContract:
-    """Return what the exported network promises."""
+    """Return the contract of the exported network."""
     return ModelContract(
         name=name,
         version=version,

@@ -1,16 +1,16 @@
-r"""Fetch what a training run starts from: VOC 2012, SBD's masks, ImageNet's ResNet-50.
+r"""Download VOC 2012, SBD's masks and ImageNet's ResNet-50 for training.
 
     python -m models fetch voc2012 --data VOCdevkit
     python -m models fetch sbd --data VOCdevkit
     python -m models fetch resnet50 --out resnet50.pth
 
-Nothing is used before its sha256 is right. Bytes arrive in a ``.part`` file; after a break, or when
-the same command is given again, the rest is asked for and not the whole. That is why the download
-is written here: pooch and torch.hub start a file of 2 GB anew. What is there is not fetched again.
+A file is used only after its sha256 is verified. Data is written to a ``.part`` file; after a
+broken connection, or when the command is rerun, only the rest is requested. pooch and torch.hub
+cannot do that: they restart a file of 2 GB. Existing files are not downloaded again.
 
-An archive stays in ``--data`` and may be deleted. Of VOC's, only what segmentation needs is
-unpacked. SBD's masks become ``VOC2012/SegmentationClassAug/*.png``, and the list ``trainaug`` is
-VOC's train and all of SBD without VOC's val, the field's 10,582 images.
+An archive stays in ``--data`` and may be deleted. Only the parts of VOC that segmentation needs are
+unpacked. SBD's masks become ``VOC2012/SegmentationClassAug/*.png``. The list ``trainaug`` is VOC's
+train and all of SBD without VOC's val: the standard 10,582 images.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ from typing import IO
 from urllib.error import HTTPError
 
 from PIL import Image
-from scipy.io import loadmat  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from models.dataset import DatasetError, read_split, voc_root
-from service.artefact.manifest import sha256_of
+from models.errors import StageError
+from service.artefact.files import sha256_of, write_atomically
 from service.artefact.voc import FULL_PALETTE
 
 TIMEOUT_S = 30.0
 PAUSES_S = (1.0, 2.0, 4.0, 8.0)
-"""Between the tries of one mirror."""
+"""Pauses between attempts at one mirror."""
 BLOCK_BYTES = 1 << 16
 
 
-class FetchError(Exception):
-    """A file cannot be had or is not the one it should be; the message says what to do."""
+class FetchError(StageError):
+    """A file cannot be downloaded or is not the expected one; the message says what to do."""
 
 
 class _Interrupted(Exception):
-    """The connection broke or the server is busy: worth another try."""
+    """The connection broke or the server is busy: worth another attempt."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A public file: its mirrors, the first tried first, and the sha256 it has on each."""
+    """A public file: its mirrors in order of preference, and its sha256."""
 
     urls: tuple[str, ...]
     sha256: str
 
     @property
     def name(self) -> str:
-        """The file's own name."""
+        """File name."""
         return PurePosixPath(self.urls[0]).name
 
 
-# The archives' sha256 are those of torchvision (torchvision/prototype/datasets/_builtin/voc.py and
-# sbd.py). Of the weights' it documents the first eight digits, in the file's name; the others are
-# as public projects pin them. These weights are IMAGENET1K_V1: torchvision's own FCN starts from
-# them.
+# The archives' sha256 come from torchvision (torchvision/prototype/datasets/_builtin/voc.py and
+# sbd.py). For the weights, torchvision documents the first eight digits in the file's name; the
+# others are as public projects pin them. The weights are IMAGENET1K_V1, the start of torchvision's
+# own FCN.
 SOURCES = {
     "voc2012": Source(
         (
@@ -90,7 +90,7 @@ SOURCES = {
     ),
 }
 SPLITS = {"voc2012": ("train", "val"), "sbd": ("trainaug",)}
-"""The lists that are complete once an archive is unpacked."""
+"""The splits that an unpacked archive completes."""
 SEGMENTATION = (
     "VOC2012/ImageSets/Segmentation/",
     "VOC2012/JPEGImages/",
@@ -115,7 +115,7 @@ def make_opener() -> urllib.request.OpenerDirector:
 
 
 class Download:
-    """One URL on its way into a file. What an earlier run left in the file is gone on from."""
+    """Download of one URL into a file; it resumes from the file's existing content."""
 
     def __init__(self, url: str, part: Path) -> None:
         self.url = url
@@ -124,10 +124,10 @@ class Download:
         self._etag: str | None = None
 
     def run(self) -> None:
-        """Receive the whole file, trying again after a break.
+        """Receive the whole file, with further attempts after a broken connection.
 
         Raises:
-            FetchError: the server refuses, or no try got to the end.
+            FetchError: the server refuses, or every attempt failed.
         """
         for pause_s in (*PAUSES_S, None):
             try:
@@ -136,11 +136,11 @@ class Download:
             except _Interrupted as exc:
                 if pause_s is None:
                     raise FetchError(f"{self.url}: {exc}") from exc
-                print(f"{self.url}: {exc}; again in {pause_s:.0f} s", file=sys.stderr)
+                print(f"{self.url}: {exc}; retry in {pause_s:.0f} s", file=sys.stderr)
                 sleep(pause_s)
 
     def _receive(self) -> None:
-        """Append what is missing; start anew if the server cannot or should not go on."""
+        """Append the missing bytes; restart if the server has no ranges or another file."""
         offset = self.part.stat().st_size if self.part.exists() else 0
         response = self._open(offset)
         if response is None:
@@ -163,7 +163,7 @@ class Download:
             raise _Interrupted(f"the connection broke after {received} of {total} bytes")
 
     def _open(self, offset: int) -> HTTPResponse | None:
-        """Ask for the bytes from ``offset`` on; None if there are no more."""
+        """Request the bytes from ``offset``; None if the file is complete."""
         headers = {"User-Agent": "fcn-segment"}
         if offset:
             headers["Range"] = f"bytes={offset}-"
@@ -187,7 +187,7 @@ class Download:
 
 
 def blocks(response: HTTPResponse) -> Iterator[bytes]:
-    """Yield what is received, translating what goes wrong with that and nothing else."""
+    """Yield the received data; translate errors of receiving only."""
     try:
         while block := response.read(BLOCK_BYTES):
             yield block
@@ -196,11 +196,11 @@ def blocks(response: HTTPResponse) -> Iterator[bytes]:
 
 
 def fetch(source: Source, target: Path) -> None:
-    """Make ``target`` the file that ``source`` names, from the first mirror that has it.
+    """Download ``source`` to ``target`` from the first mirror that has the right file.
 
     Raises:
-        FetchError: ``target`` is another file, or no mirror gave the right one. What was received
-            of it stays in ``<target>.part``; a wrong file is removed.
+        FetchError: ``target`` is another file, or no mirror has the right one. A partial download
+            stays in ``<target>.part``; a wrong file is removed.
     """
     if target.exists():
         actual = sha256_of(target)
@@ -227,16 +227,16 @@ def fetch(source: Source, target: Path) -> None:
         part.unlink()
         problems.append(f"{url}: sha256 {actual}, expected {source.sha256}")
     raise FetchError(
-        f"{'; '.join(problems)}. Give the same command again later, or get {source.name} "
-        f"elsewhere, put it at {target} and give it then"
+        f"{'; '.join(problems)}. Rerun the command later, or get {source.name} "
+        f"elsewhere, put it at {target} and rerun the command"
     )
 
 
 def unpack_voc(archive: Path, data: Path) -> None:
-    """Unpack what segmentation needs into ``data/VOC2012``.
+    """Unpack the files for segmentation into ``data/VOC2012``.
 
     Raises:
-        FetchError: it is no tar archive, or a file of it would land outside ``data``.
+        FetchError: not a tar archive, or it would write a file outside ``data``.
     """
 
     def select(member: tarfile.TarInfo, path: str) -> tarfile.TarInfo | None:
@@ -246,7 +246,7 @@ def unpack_voc(archive: Path, data: Path) -> None:
 
     try:
         with tarfile.open(archive, "r:") as tar:
-            # The lists last: whatever a list names is there.
+            # The lists last, so that every file in a list exists.
             members = sorted(tar.getmembers(), key=lambda member: "ImageSets" in member.name)
             progress = tqdm(members, desc=archive.name, unit="files", disable=None)
             tar.extractall(data, progress, filter=select)  # noqa: S202  (data_filter checks)
@@ -255,11 +255,11 @@ def unpack_voc(archive: Path, data: Path) -> None:
 
 
 def unpack_sbd(archive: Path, data: Path) -> None:
-    """Write SBD's masks and the list ``trainaug`` beside VOC's; the list last.
+    """Write SBD's masks, then the list ``trainaug``, beside VOC's.
 
     Raises:
-        DatasetError: VOC is not there.
-        FetchError: it is no tar archive.
+        DatasetError: VOC is missing.
+        FetchError: not a tar archive.
     """
     root = voc_root(data)
     names = {sample.name for sample in read_split(data, "train")}
@@ -279,15 +279,14 @@ def unpack_sbd(archive: Path, data: Path) -> None:
         raise FetchError(f"{archive}: cannot be unpacked: {exc}") from exc
     names -= {sample.name for sample in read_split(data, "val")}
     listing = root / "ImageSets" / "Segmentation" / "trainaug.txt"
-    temporary = listing.with_suffix(".tmp")
-    temporary.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
-    temporary.replace(listing)
+    with write_atomically(listing) as lines:
+        lines.write("".join(f"{name}\n" for name in sorted(names)).encode())
 
 
 def regular_files(
     tar: tarfile.TarFile, members: Iterable[tarfile.TarInfo]
 ) -> Iterator[tuple[PurePosixPath, IO[bytes]]]:
-    """Yield the files of an archive that is read but never extracted."""
+    """Yield the files of an archive without extracting it."""
     for member in members:
         file = tar.extractfile(member)
         if file is not None:
@@ -296,6 +295,9 @@ def regular_files(
 
 def save_mask(mat: IO[bytes], path: Path) -> None:
     """Write the class ids in SBD's ``GTcls.Segmentation``, (H, W) uint8, as VOC's palette PNG."""
+    # Imported here, so that the command starts without SciPy.
+    from scipy.io import loadmat  # type: ignore[import-untyped]  # noqa: PLC0415
+
     # From memory: loadmat seeks back, and a gzip archive would be read from its start each time.
     labels = loadmat(io.BytesIO(mat.read()))["GTcls"][0]["Segmentation"][0]
     mask = Image.fromarray(labels)
@@ -304,7 +306,7 @@ def save_mask(mat: IO[bytes], path: Path) -> None:
 
 
 def is_complete(name: str, data: Path) -> bool:
-    """Tell whether all that an archive's lists name is in ``data``."""
+    """Return whether ``data`` contains every file in an archive's lists."""
     try:
         return all(read_split(data, split) for split in SPLITS[name])
     except DatasetError:
@@ -312,17 +314,17 @@ def is_complete(name: str, data: Path) -> bool:
 
 
 def fetch_data(name: str, source: Source, archive: Path, data: Path) -> None:
-    """Fetch an archive and unpack it into ``data``, unless that was done before.
+    """Fetch an archive and unpack it into ``data``, unless it is there.
 
     Raises:
-        DatasetError: the archive lacks what its lists name; the message names it.
-        FetchError: VOC has to be there before SBD; see `fetch` and the two that unpack.
+        DatasetError: the archive lacks a file in its lists; the message names it.
+        FetchError: SBD needs VOC first; see also `fetch`, `unpack_voc` and `unpack_sbd`.
     """
     if is_complete(name, data):
         print(f"{data}: {name} is already there")
         return
     if name == "sbd" and not is_complete("voc2012", data):
-        raise FetchError(f"{data}: SBD's masks are of VOC's photos; fetch voc2012 first")
+        raise FetchError(f"{data}: SBD's masks need VOC's photos; fetch voc2012 first")
     fetch(source, archive)
     unpack = {"voc2012": unpack_voc, "sbd": unpack_sbd}[name]
     unpack(archive, data)
@@ -344,10 +346,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="where the file itself goes; default: resnet50.pth, an archive into --data",
+        help="path of the file; default: resnet50.pth, an archive in --data",
     )
     parser.add_argument(
-        "--sha256", type=sha256_digits, help="demand this one instead of the documented one"
+        "--sha256", type=sha256_digits, help="expected sha256, instead of the documented one"
     )
 
 
@@ -364,5 +366,5 @@ def main(args: argparse.Namespace) -> int:
     except OSError as exc:
         if exc.errno != errno.ENOSPC:
             raise
-        raise FetchError("the disk is full; make room and give the same command again") from exc
+        raise FetchError("the disk is full; free some space and rerun the command") from exc
     return 0

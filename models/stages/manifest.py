@@ -1,4 +1,4 @@
-r"""Write an artefact's ``manifest.json``, last of all: sha256s, provenance and measured accuracy.
+r"""Write an artefact's ``manifest.json``: sha256s, provenance and measured accuracy.
 
 python -m models manifest --artifact models/artifacts/context_fcn_resnet50_8s \
         --checkpoint runs/cpu/checkpoint.pt --parity parity.json \
@@ -16,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from models.checkpoint import load_network
-from models.graphs.network_file import FILES
+from models.errors import StageError
+from models.graphs.network_file import NETWORK_FILES
 from models.prediction import onnx_infer
 from service.artefact.contract import Precision
 from service.artefact.manifest import Accuracy, FileEntry, Manifest
 
 
-class ManifestError(Exception):
-    """The reports do not vouch for this artefact."""
+class ManifestError(StageError):
+    """The reports do not cover this artefact."""
 
 
 def make_manifest(
-    artifact: Path,
+    artefact: Path,
     *,
     recipe: dict[str, Any],
     evaluations: Sequence[dict[str, Any]],
@@ -37,31 +38,31 @@ def make_manifest(
     """Return the manifest of an artefact folder and all its networks.
 
     Raises:
-        ManifestError: parity failed, or a network lacks an evaluation of its very file.
-        ContractError: a network carries no contract.
+        ManifestError: verification failed, or a network file has no evaluation.
+        ContractError: a network has no contract.
     """
     if not parity["passed"]:
         raise ManifestError("the parity report says that verification failed")
     by_sha256 = {evaluation["sha256"]: evaluation for evaluation in evaluations}
     files: dict[str, FileEntry] = {}
     metrics: dict[Precision, Accuracy] = {}
-    for precision, name in FILES.items():
-        path = artifact / name
+    for precision, name in NETWORK_FILES.items():
+        path = artefact / name
         if not path.exists() and precision != "fp32":
             continue
         _, contract = onnx_infer(path)
         entry = FileEntry.of(path, precision)
         if entry.sha256 not in by_sha256:
-            raise ManifestError(f"no evaluation is of the file {path}: run evaluate again")
+            raise ManifestError(f"no evaluation covers {path}: run evaluate again")
         if precision not in parity["set"]["pixel_agreement"]:
-            raise ManifestError(f"the parity report knows no {path.name}: run verify again")
+            raise ManifestError(f"the parity report does not cover {path.name}: run verify again")
         files[path.name] = entry
         metrics[precision] = Accuracy.model_validate(by_sha256[entry.sha256]["metrics"])
     if any(evaluation.get("protocol") != "service" for evaluation in evaluations):
-        raise ManifestError("an evaluation is of another protocol than the service's")
+        raise ManifestError("an evaluation uses another protocol than the service's")
     sets = {(evaluation["split"], evaluation["images"]) for evaluation in evaluations}
     if len(sets) != 1:
-        raise ManifestError("the evaluations are of different sets of images")
+        raise ManifestError("the evaluations cover different sets of images")
     split, images = sets.pop()
     return Manifest(
         name=contract.name,
@@ -81,11 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument(
-        "--evaluation", type=Path, nargs="+", required=True, help="evaluate's JSON, of each network"
+        "--evaluation", type=Path, nargs="+", required=True, help="evaluate's JSON for each network"
     )
     parser.add_argument("--parity", type=Path, required=True, help="verify's JSON")
-    parser.add_argument("--weights-licence", required=True, help="of the starting weights")
-    parser.add_argument("--data-licence", required=True, help="of the training images and masks")
+    parser.add_argument("--weights-licence", required=True, help="licence of the starting weights")
+    parser.add_argument(
+        "--data-licence", required=True, help="licence of the training images and masks"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

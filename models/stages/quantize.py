@@ -3,7 +3,7 @@ r"""Quantise an exported network to int8 for CPUs: post-training, static, no tra
     python -m models quantize --artifact models/artifacts/context_fcn_resnet50_8s \
         --data VOCdevkit --split train
 
-Writes ``network.int8.onnx`` beside ``network.onnx``, whose weights it uses: see
+Writes ``network.int8.onnx`` beside ``network.onnx`` and uses its weights: see
 `models.graphs.int8`. Weights are int8 with a scale per output channel, activations uint8 with a
 scale per tensor, the logits float32.
 """
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from models.dataset import DatasetError, Sample, read_split
 from models.graphs.int8 import OPSETS, GraphWriter
 from models.graphs.int8_tensors import Range
-from models.graphs.network_file import FILES, FloatNetwork, save
+from models.graphs.network_file import NETWORK_FILES, FloatNetwork, save_network
 from models.transforms import fit
 from service.artefact.contract import INPUT_NAME, ModelContract
 
@@ -36,8 +36,8 @@ CALIBRATION_IMAGES = 64
 SEED = 0
 
 
-class _Photos(CalibrationDataReader):  # type: ignore[misc]
-    """What ONNX Runtime's calibrator pulls its inputs from."""
+class _CalibrationInputs(CalibrationDataReader):  # type: ignore[misc]
+    """The inputs of ONNX Runtime's calibrator."""
 
     def __init__(self, samples: Sequence[Sample], contract: ModelContract) -> None:
         self._contract = contract
@@ -55,10 +55,10 @@ class _Photos(CalibrationDataReader):  # type: ignore[misc]
 def calibrate(
     network: Path, contract: ModelContract, samples: Sequence[Sample]
 ) -> dict[str, Range]:
-    """Return each activation's range: its least and greatest value, averaged over the photos.
+    """Return each activation's range: its smallest and largest value, averaged over the photos.
 
-    The average cuts off what only a few photos reach, at a finer scale for all others; on photos
-    held out of the training data it cost no mean IoU where the extremes cost 0.007.
+    The average clips values that only a few photos reach and gives all others a finer scale. On
+    photos held out of training it cost no mean IoU, where the extremes cost 0.007.
     """
     with tempfile.TemporaryDirectory() as folder:
         calibrator = create_calibrator(
@@ -67,7 +67,7 @@ def calibrate(
             calibrate_method=CalibrationMethod.MinMax,
             extra_options={"moving_average": True},
         )
-        calibrator.collect_data(_Photos(samples, contract))
+        calibrator.collect_data(_CalibrationInputs(samples, contract))
         ranges = calibrator.compute_data().items()
     return {
         name: (float(np.min(found.range_value[0])), float(np.max(found.range_value[1])))
@@ -79,7 +79,7 @@ def quantize(network: Path, ranges: dict[str, Range]) -> onnx.ModelProto:
     """Return the int8 graph of an exported network, with its contract.
 
     Raises:
-        GraphError: the network holds something that is not quantised here.
+        GraphError: the network has an operator or a form that is not supported in int8.
     """
     source = FloatNetwork(network)
     return source.derive(GraphWriter(source, ranges).write(), "int8", OPSETS)
@@ -89,13 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's options."""
     parser.add_argument("--artifact", type=Path, required=True, help="folder of network.onnx")
     parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or its VOC2012")
-    parser.add_argument("--split", default="train", help="photos to calibrate on; not val")
-    parser.add_argument("--images", type=int, default=CALIBRATION_IMAGES, help="how many of them")
+    parser.add_argument("--split", default="train", help="split to calibrate on; not val")
+    parser.add_argument("--images", type=int, default=CALIBRATION_IMAGES, help="number of photos")
 
 
 def main(args: argparse.Namespace) -> int:
     """Calibrate, and write the int8 network into the artefact folder."""
-    network = args.artifact / FILES["fp32"]
+    network = args.artifact / NETWORK_FILES["fp32"]
     if args.split in ("val", "trainval"):
         raise DatasetError(f"--split {args.split}: photos to score on have no part in calibration")
     samples = read_split(args.data, args.split)
@@ -103,5 +103,5 @@ def main(args: argparse.Namespace) -> int:
         raise DatasetError(f"--images {args.images}: {args.split} has {len(samples)}")
     order = np.random.default_rng(SEED).permutation(len(samples))[: args.images]
     ranges = calibrate(network, FloatNetwork(network).contract, [samples[i] for i in sorted(order)])
-    save(quantize(network, ranges), args.artifact, "int8")
+    save_network(quantize(network, ranges), args.artifact, "int8")
     return 0

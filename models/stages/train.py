@@ -3,9 +3,9 @@ r"""Train a network from a recipe.
     python -m models train --recipe models/recipes/cpu.toml --data VOCdevkit \
         --weights resnet50.npz --out runs/cpu --device cpu
 
-The same command again resumes from ``checkpoint.pt`` in ``--out``, with the data order that the
-interrupted run would have had. TensorBoard logs lie beside it. Under ``torchrun`` each process
-takes its share of every batch, on a device of its own:
+Rerun the command to resume from ``checkpoint.pt`` in ``--out``; the data order is the same as
+without the interruption. TensorBoard logs are written beside it. Under ``torchrun`` each process
+takes its share of every batch, on its own device:
 
     torchrun --nproc-per-node 8 -m models train --recipe models/recipes/full.toml ...
 """
@@ -37,30 +37,25 @@ from models.checkpoint import (
     rounded_weights,
     save_checkpoint,
 )
-from models.dataset import (
-    ResumableBatches,
-    Sample,
-    TrainingSet,
-    hold_out,
-    read_split,
-    repeat_factors,
-)
+from models.dataset import Sample, hold_out, read_split
+from models.errors import StageError
 from models.losses import cross_entropy
 from models.networks import SegmentationNetwork, build_network
 from models.networks.segmentation import Features
 from models.prediction import open_device, predict_photo, score, torch_infer
 from models.recipe import Recipe, find_recipe, load_recipe
+from models.training_set import ResumableBatches, TrainingSet, repeat_factors
 from models.transforms import Augmentation
 
 LOG_EVERY = 20
-"""Iterations between losses read back: each read waits for the device."""
+"""Iterations between two readings of the loss: each reading waits for the device."""
 
 
 RANDOM = Path("random")
 
 
-class TrainingError(Exception):
-    """The run cannot go on; the message says why. The last checkpoint stays."""
+class TrainingError(StageError):
+    """The run cannot continue; the message gives the reason. The last checkpoint remains."""
 
 
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -75,7 +70,7 @@ def learning_rate_factor(iteration: int, recipe: Recipe) -> float:
 def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Split the trainable parameters by learning rate and weight decay.
 
-    The head, which starts from nothing, learns faster; BatchNorm and biases (the 1-D parameters)
+    The head starts from random weights and learns faster. BatchNorm and biases (the 1-D parameters)
     are not decayed (He et al., "Bag of Tricks", 2019).
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -94,27 +89,27 @@ def parameter_groups(network: nn.Module, recipe: Recipe) -> list[dict[str, Any]]
 
 
 def set_training_mode(network: SegmentationNetwork, recipe: Recipe) -> None:
-    """Put the network in training mode, but for what the recipe freezes."""
+    """Put the network in training mode, except for the parts that the recipe freezes."""
     network.train()
     for stage in network.backbone.stages()[: recipe.frozen_stages]:
         for module in stage:
             module.requires_grad_(requires_grad=False).eval()
     if recipe.batch_norm == "frozen":
         for module in network.backbone.modules():
-            # What several GPUs have in its place is no BatchNorm2d.
+            # SyncBatchNorm replaces BatchNorm2d on several GPUs and is not its subclass.
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
 
 
 def make_autocast(device: torch.device, recipe: Recipe) -> Autocast:
-    """Return a factory of the context in which the network runs at the recipe's precision."""
+    """Return a factory of contexts that run the network at the recipe's precision."""
     if recipe.precision == "fp32":
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class Run:
-    """One training run: what a checkpoint holds, and how it goes on from one."""
+    """One training run: the state that a checkpoint stores, and how it is restored."""
 
     def __init__(
         self,
@@ -140,7 +135,7 @@ class Run:
             if weights != RANDOM:
                 load_start(network, weights)
         if world > 1 and device.type == "cuda":
-            # One process's share of the batch is too little for statistics of its own.
+            # One process's share of the batch is too small for its own statistics.
             nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         set_training_mode(self.network, recipe)
@@ -151,7 +146,7 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        # Buffers too: BatchNorm's statistics have to go with the weights they were taken under.
+        # Buffers too: BatchNorm's statistics belong to the weights that produced them.
         self.ema = AveragedModel(self.network, use_buffers=True)
         if state is not None:
             self._restore(state)
@@ -166,7 +161,7 @@ class Run:
             ]
             raise CheckpointError(
                 f"{self.checkpoint}: from another recipe ({', '.join(changed)} differ); "
-                "give another --out"
+                "choose another --out"
             )
         self.network.load_state_dict(state["network"])
         self.ema.module.load_state_dict(state["ema"])
@@ -176,17 +171,17 @@ class Run:
         self.history = state["history"]
 
     def average(self) -> None:
-        """Take the network's weights into their moving average.
+        """Update the moving average of the network's weights.
 
-        At iteration i the decay is at most ``(1 + i) / (10 + i)``, so that a head's random start is
-        forgotten within a short run (TensorFlow's ExponentialMovingAverage).
+        At iteration i the decay is at most ``(1 + i) / (10 + i)``, so that a short run forgets the
+        head's random start (TensorFlow's ExponentialMovingAverage).
         """
         decay = min(self.recipe.ema_decay, (1 + self.iteration) / (10 + self.iteration))
         self.ema.multi_avg_fn = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
         self.ema.update_parameters(self.network)
 
     def save(self) -> None:
-        """Write the checkpoint; ``model`` in it is what `evaluate` and `export` read."""
+        """Write the checkpoint; `evaluate` and `export` read its ``model``."""
         save_checkpoint(
             self.checkpoint,
             {
@@ -218,10 +213,10 @@ class Run:
 def frozen_features(
     network: SegmentationNetwork, recipe: Recipe
 ) -> Callable[[Tensor], Features | None]:
-    """Return what computes the frozen stages' features of images, quicker than training could.
+    """Return a function that computes the frozen stages' features faster than training does.
 
-    Nothing in them changes any more, so the compiler may fold their BatchNorms and lay their
-    weights out for the device.
+    These stages do not change, so the compiler may fold their BatchNorms and choose the weights'
+    layout for the device.
     """
     stages = recipe.frozen_stages
     if not stages:
@@ -239,7 +234,7 @@ def frozen_features(
 
 
 def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
-    """Run the recipe to its end, checkpointing on the way."""
+    """Run the recipe to its end and save checkpoints on the way."""
     recipe, device, network = run.recipe, run.device, run.network
     rank, world = run.rank, run.world
     autocast = make_autocast(device, recipe)
@@ -324,7 +319,7 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
 
 @contextlib.contextmanager
 def _tensorboard(run: Run) -> Iterator[SummaryWriter | None]:
-    """The first process's log; None in the others, which leave evaluation and saving to it."""
+    """The first process's log; None in the others, which do not evaluate or save."""
     if run.rank > 0:
         yield None
         return
@@ -346,10 +341,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="in place of the recipe's value, such as jitter=0.1; may be repeated",
+        help="override a value of the recipe, such as jitter=0.1; may be repeated",
     )
     parser.add_argument("--data", type=Path, required=True, help="VOCdevkit, or its VOC2012")
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoint and logs")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint and logs")
     parser.add_argument(
         "--weights",
         type=Path,
@@ -359,7 +354,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Train, or go on training, as the arguments say."""
+    """Start or resume a run."""
     recipe = load_recipe(args.recipe, args.set)
     samples, held_out = hold_out(read_split(args.data, recipe.split), recipe.held_out)
     with processes(args.device) as (rank, world, device):
@@ -376,10 +371,11 @@ def main(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[tuple[int, int, torch.device]]:
-    """Join the processes that ``torchrun`` started, if it did.
+    """Join the processes of ``torchrun``, if it started this one.
 
     Yields:
-        This one's rank, their number, and its device: ``cuda`` means its own GPU.
+        This process's rank, the number of processes, and this one's device: its own GPU for
+        ``cuda``.
     """
     if "WORLD_SIZE" not in os.environ:
         yield 0, 1, open_device(device)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from models.checkpoint import load_network
 from models.dataset import Sample, read_split
-from models.graphs.network_file import FILES
+from models.graphs.network_file import NETWORK_FILES
 from models.metrics import ConfusionMatrix
 from models.prediction import Infer, onnx_infer, predict_photo, torch_infer
 from models.transforms import fit, upsample
@@ -28,7 +28,7 @@ from service.artefact.preprocessing import Geometry
 MIN_PIXEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98}
 MAX_MEAN_IOU_LOSS = {"fp32": 0.0005, "fp16": 0.0005, "int8": 0.005}
 WORKING_SIZES = (320, 512, 640)
-"""Three sizes of the longest side; with both orientations, six shapes or more."""
+"""Three sizes of the longest side; with both orientations, at least six shapes."""
 BATCH_SIZES = (1, 4)
 
 
@@ -38,8 +38,8 @@ def compare_shapes(
     """Compare both networks on batches of several shapes.
 
     Returns:
-        One record per shape and batch size: the largest difference of any logit, and the share
-        of pixels whose class agrees at the photos' own size.
+        One record per shape and batch size: the largest difference of a logit, and the share of
+        pixels whose class agrees at the photos' own size.
     """
     records = []
     loaded = [sample.load()[0] for sample in samples]
@@ -77,11 +77,11 @@ def compare_set(
     working_size: int,
     stride: int,
 ) -> dict[str, Any]:
-    """Score every network on a set; the pixels compared are those of every whole photo.
+    """Score every network on a set and compare all pixels of every photo.
 
     Returns:
-        The mean IoU of ``torch`` and, by precision, that of each exported network and the share
-        of pixels on which it agrees with ``torch``.
+        The mean IoU of ``torch`` and of each precision, and the share of pixels on which each
+        precision agrees with ``torch``.
     """
     infers = {"torch": reference, **exported}
     matrices = {name: ConfusionMatrix() for name in infers}
@@ -106,7 +106,7 @@ def compare_set(
 
 
 def passes(shapes: Sequence[dict[str, Any]], whole: dict[str, Any]) -> bool:
-    """Whether every comparison is at or above its precision's gates."""
+    """Return whether every comparison passes its precision's gates."""
     agreement = dict(whole["pixel_agreement"])
     agreement["fp32"] = min(agreement["fp32"], *(r["pixel_agreement"] for r in shapes))
     mean_iou = whole["mean_iou"]
@@ -128,12 +128,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compare, write the report, and return 1 below the gate."""
+    """Compare, write the report, and return 1 below a gate."""
     network, recipe = load_network(args.checkpoint)
     reference = torch_infer(network, torch.device("cpu"))
-    exported, contract = onnx_infer(args.artifact / FILES["fp32"])
+    exported, contract = onnx_infer(args.artifact / NETWORK_FILES["fp32"])
     networks: dict[str, Infer] = {"fp32": exported}
-    for precision, name in FILES.items():
+    for precision, name in NETWORK_FILES.items():
         if precision not in networks and (args.artifact / name).exists():
             networks[precision], _ = onnx_infer(args.artifact / name)
     samples = read_split(args.data, args.split)[: args.limit]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from service.artefact.contract import ModelContract, Precision, UnitInterval, one_line
+from service.artefact.files import sha256_of, write_atomically
 from service.errors import ContractError, IntegrityError
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -86,13 +86,8 @@ class Manifest(BaseModel):
         """Write ``manifest.json`` into ``folder`` atomically; returns its path."""
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
         path = folder / MANIFEST_NAME
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=folder, prefix=".manifest-", delete=False
-        ) as file:
-            file.write(text)
-        # A temporary file is private to its owner; a manifest is for everyone to read.
-        Path(file.name).chmod(0o644)
-        Path(file.name).replace(path)
+        with write_atomically(path) as file:
+            file.write(text.encode())
         return path
 
     def pick_file(self, preference: Sequence[Precision]) -> str:
@@ -159,9 +154,3 @@ def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
             )
         files[name] = content
     return files
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces. Raises `OSError` if it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from service.artefact import voc
+from service.artefact.files import write_atomically
 from service.artefact.labels import LabelSet
 from service.errors import SettingsError
 from service.schemas import Segmentation, SegmentedClass
@@ -253,16 +252,8 @@ def _annotation(found: SegmentedClass) -> dict[str, Any]:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file atomically, making its folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".fcn-", delete=False) as file:
-        temporary = Path(file.name)
-        try:
-            file.write(content)
-            # A temporary file is private to its owner; an output is like any new file.
-            os.fchmod(file.fileno(), 0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+    with write_atomically(path) as file:
+        file.write(content)
 
 
 def _photos(named: Path, out: Path | None) -> list[tuple[Path, Path]]:

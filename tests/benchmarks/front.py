@@ -34,7 +34,8 @@ from models.dataset import Sample, read_split
 from models.metrics import ConfusionMatrix
 from service.artefact import preprocessing
 from service.artefact.contract import SHAPE_MULTIPLE, ModelContract, Precision
-from service.artefact.manifest import load_manifest, sha256_of
+from service.artefact.files import sha256_of
+from service.artefact.manifest import load_manifest
 from service.artefact.preprocessing import Geometry, preprocess
 from service.images import decoding
 from service.images.decoding import DecodedPhoto, decode

@@ -1,4 +1,4 @@
-"""Several models side by side: the default at once, the others when somebody asks."""
+"""Several models: the default is loaded at the start, the others on the first request."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -20,7 +20,7 @@ PHOTO = encode(two_class_photo())
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three artefacts, one without a manifest that could be read, and something else."""
+    """Three artefacts, one with an unreadable manifest, and an unrelated folder."""
     for name in ("first", "second", "third", "broken"):
         build_artefact(tmp_path / name, name=name)
     (tmp_path / "broken" / MANIFEST_NAME).write_text("{")
@@ -47,7 +47,7 @@ async def listed(client: InProcess) -> dict[str, tuple[bool, bool]]:
 
 
 async def test_a_model_is_loaded_when_it_is_asked_for(client: InProcess) -> None:
-    """The default first in the list; another's name stands in the answer that it gave."""
+    """The list starts with the default; a response names the model that computed it."""
     assert list((await listed(client)).items()) == [
         ("first", (True, True)),
         ("second", (False, False)),
@@ -61,7 +61,7 @@ async def test_a_model_is_loaded_when_it_is_asked_for(client: InProcess) -> None
 
 
 async def test_a_name_that_is_not_served_is_404(client: InProcess) -> None:
-    """With the names that are."""
+    """The message lists the served names."""
     answer = await post(client, model="../first")
     assert answer.status_code == 404
     assert answer.json()["type"] == "/problems/unknown-model"
@@ -71,7 +71,7 @@ async def test_a_name_that_is_not_served_is_404(client: InProcess) -> None:
 async def test_an_artefact_that_was_spoilt_meanwhile_is_503(
     client: InProcess, folder: Path
 ) -> None:
-    """The others serve on, and so does it once it was mended."""
+    """The others are served, and so is this one after the repair."""
     path = folder / "second" / "network.onnx"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
@@ -87,8 +87,8 @@ async def test_an_artefact_that_was_spoilt_meanwhile_is_503(
 async def test_past_the_budget_the_least_recently_used_is_closed(
     client: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never the default; a model that is closed is loaded again when it is asked for."""
-    # Each model takes as much as the whole budget.
+    """Never the default; the next request loads a closed model again."""
+    # Each model uses the whole budget.
     budget = client.service.engines.budget_bytes
     used = iter(range(0, 100 * budget, budget))
     monkeypatch.setattr(Engines, "_memory", lambda _: next(used))
@@ -103,7 +103,7 @@ async def test_past_the_budget_the_least_recently_used_is_closed(
 
 
 async def test_what_is_in_use_stays(client: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that holds a model keeps it, over the budget if need be."""
+    """A model in use is kept, even over the budget."""
     engines = client.service.engines
     used = iter(range(0, 100 * engines.budget_bytes, engines.budget_bytes))
     monkeypatch.setattr(Engines, "_memory", lambda _: next(used))
@@ -116,7 +116,7 @@ async def test_what_is_in_use_stays(client: InProcess, monkeypatch: pytest.Monke
 async def test_without_memory_for_others_the_default_is_alone(
     folder: Path, make_settings: Callable[..., Settings]
 ) -> None:
-    """The off switch."""
+    """A budget of 0 disables the other models."""
     settings = make_settings(model=folder / "first", models_memory_mb=0)
     async with in_process(settings) as running:
         assert list(await listed(running)) == ["first"]

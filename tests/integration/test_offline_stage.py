@@ -1,4 +1,4 @@
-"""The offline stage from recipe to served artefact, on a made-up data set, a few steps long."""
+"""The offline stages from recipe to served artefact, on a made-up data set, in a few steps."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 from models.__main__ import main
 from models.checkpoint import load_checkpoint, load_network, save_checkpoint
 from models.dataset import read_split
-from models.graphs.network_file import FILES
+from models.graphs.network_file import NETWORK_FILES
 from models.networks import build_network
 from models.prediction import torch_infer
 from models.stages import evaluate, train
@@ -70,7 +70,7 @@ class Offline:
         self.recipe.write_text(RECIPE, encoding="utf-8")
         torch.manual_seed(0)
         backbone = build_network(NETWORK).backbone
-        # Untrained residual sums grow with depth; damped, a few steps already learn colours.
+        # Untrained residual sums grow with depth; damped, a few steps suffice to learn colours.
         for name, parameter in backbone.named_parameters():
             if name.endswith("bn3.weight"):
                 parameter.data.fill_(0.2)
@@ -99,7 +99,7 @@ class Offline:
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
-    """Trained once for the module, on one thread: the same bits on every machine."""
+    """Trained once for the module, on one thread: reproducible to the bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     made = Offline(tmp_path_factory.mktemp("offline"))
@@ -112,14 +112,14 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Offline]:
 
 @pytest.fixture(scope="module")
 def artefact(offline: Offline) -> Path:
-    """Exported, made in every precision, evaluated, verified, and given its manifest."""
+    """Exported, written in every precision, evaluated, verified, with its manifest."""
     folder = offline.folder / "artifacts" / "tiny_fcn"
     checkpoint = offline.folder / "run" / "checkpoint.pt"
     evaluations, parity = offline.folder / "evaluation", offline.folder / "parity.json"
     assert offline.stage("export", checkpoint=checkpoint, artifact=folder, version="1.2.3") == 0
     assert offline.stage("half", artifact=folder) == 0
     assert offline.stage("quantize", artifact=folder, data=offline.data, images=4) == 0
-    for precision in FILES:
+    for precision in NETWORK_FILES:
         out = evaluations / precision
         assert (
             offline.stage(
@@ -138,7 +138,7 @@ def artefact(offline: Offline) -> Path:
             "manifest",
             artifact=folder,
             checkpoint=checkpoint,
-            evaluation=[evaluations / precision / "evaluation.json" for precision in FILES],
+            evaluation=[evaluations / precision / "evaluation.json" for precision in NETWORK_FILES],
             parity=parity,
             weights_licence="none: random",
             data_licence="none: made up",
@@ -149,21 +149,21 @@ def artefact(offline: Offline) -> Path:
 
 
 def losses(run: Path) -> list[float]:
-    """The training losses that TensorBoard was given, in order."""
+    """The training losses in TensorBoard, in order."""
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return [event.value for event in events.Scalars("train/loss")]
 
 
 def test_training_reduces_the_loss(offline: Offline) -> None:
-    """Ten steps on coloured rectangles: well below the first step's."""
+    """After ten steps on coloured rectangles it is well below the first step's."""
     values = losses(offline.folder / "run")
     assert len(values) == 10
     assert np.mean(values[-3:]) < 0.7 * values[0]
 
 
 def test_frozen_parts_keep_their_weights_and_the_rest_learns(offline: Offline) -> None:
-    """layer2 is frozen in the recipe, layer4 is not; running statistics stay."""
+    """The recipe freezes layer2, not layer4; running statistics do not change."""
     trained = load_checkpoint(offline.folder / "run" / "checkpoint.pt")["network"]
     with np.load(offline.weights) as start:
         for key in ("layer2.0.conv1.weight", "layer4.2.bn3.running_mean"):
@@ -173,7 +173,7 @@ def test_frozen_parts_keep_their_weights_and_the_rest_learns(offline: Offline) -
 
 
 def test_a_killed_run_resumes_to_the_same_weights(offline: Offline) -> None:
-    """`kill -9` after a checkpoint, then the same command: equal to the uninterrupted run."""
+    """`kill -9` after a checkpoint and a rerun give the uninterrupted run's weights."""
     checkpoint = offline.folder / "killed" / "checkpoint.pt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run(
@@ -198,7 +198,6 @@ def test_a_killed_run_resumes_to_the_same_weights(offline: Offline) -> None:
 KILL_AT_FIRST_CHECKPOINT = """
 import os, signal, sys
 from models.stages import train
-from models.stages import train
 from models.__main__ import main
 
 save = train.Run.save
@@ -213,7 +212,7 @@ main(sys.argv[1:])
 
 
 def test_two_processes_train_as_one(offline: Offline) -> None:
-    """Under torchrun each takes half of every batch; the weights go where one process's go."""
+    """Under torchrun each takes half of every batch; the weights change like one process's."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["-m", "models", *offline.train_arguments("two")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -225,7 +224,7 @@ def test_two_processes_train_as_one(offline: Offline) -> None:
         for key in ("layer3.0.conv2.weight", "layer4.2.conv3.weight"):
             before = torch.from_numpy(start[key])
             moved = [run["network"][f"backbone.{key}"] - before for run in (ours, theirs)]
-            # Not to the last bit: the mean of two halves' means weighs void pixels differently.
+            # Not to the last bit: the mean of two halves' means weights void pixels differently.
             assert (moved[0] - moved[1]).norm() < 0.2 * moved[1].norm()
     assert len(list((offline.folder / "two" / "tensorboard").iterdir())) == 1
 
@@ -233,7 +232,7 @@ def test_two_processes_train_as_one(offline: Offline) -> None:
 def test_another_recipe_does_not_continue_a_run(
     offline: Offline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names what differs, and the checkpoint stays."""
+    """The message names the difference, and the checkpoint is unchanged."""
     other = offline.folder / "other.toml"
     other.write_text(RECIPE.replace("momentum = 0.9", "momentum = 0.8"), encoding="utf-8")
     arguments = [
@@ -249,13 +248,13 @@ def test_another_recipe_does_not_continue_a_run(
 def test_val_has_no_part_in_calibration(
     offline: Offline, artefact: Path, split: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Refused before anything is read."""
+    """Refused before any file is read."""
     assert offline.stage("quantize", artifact=artefact, data=offline.data, split=split) == 1
     assert f"--split {split}: photos to score on" in capsys.readouterr().err
 
 
 def test_the_graph_is_what_the_contract_promises(artefact: Path) -> None:
-    """Opset 18, BatchNorm folded, dynamic batch and size, no path of this machine."""
+    """Opset 18, BatchNorm folded, dynamic batch and size, no local path."""
     path = artefact / "network.onnx"
     model = onnx.load(path)
     assert [entry.version for entry in model.opset_import if not entry.domain] == [18]
@@ -268,14 +267,14 @@ def test_the_graph_is_what_the_contract_promises(artefact: Path) -> None:
 
 
 def test_the_manifest_holds_what_was_measured(artefact: Path, offline: Offline) -> None:
-    """Accuracy, parity, recipe and licences, of these very files."""
+    """Accuracy, parity, recipe and licences of exactly these files."""
     manifest = load_manifest(artefact)
     read_files(artefact, manifest)
     assert (manifest.name, manifest.version) == ("tiny_fcn", "1.2.3")
     assert {name: entry.precision for name, entry in manifest.files.items()} == {
-        name: precision for precision, name in FILES.items()
+        name: precision for precision, name in NETWORK_FILES.items()
     }
-    for precision in FILES:
+    for precision in NETWORK_FILES:
         path = offline.folder / "evaluation" / precision / "evaluation.json"
         assert manifest.metrics[precision].model_dump() == json.loads(path.read_text())["metrics"]
     assert manifest.recipe["crop_size"] == 64
@@ -287,7 +286,7 @@ def test_the_manifest_holds_what_was_measured(artefact: Path, offline: Offline) 
 
 
 def test_evaluation_draws_its_pictures(offline: Offline, artefact: Path) -> None:
-    """Charts, and sheets of photo, truth and prediction, that can be opened."""
+    """Charts and sheets of photo, truth and prediction are valid images."""
     assert artefact.is_dir()
     names = ("per_class_iou.png", "boundary_iou.png", "contact_sheet.png", "worst.png")
     for name in names:
@@ -298,9 +297,9 @@ def test_evaluation_draws_its_pictures(offline: Offline, artefact: Path) -> None
 
 @pytest.fixture(scope="module")
 def undecided(offline: Offline, artefact: Path) -> tuple[Path, Path]:
-    """The run's checkpoint and artefact, their background moved back by as much as it leads.
+    """The run's checkpoint and artefact, with the background's lead subtracted from its bias.
 
-    Ten steps see background everywhere, and would score alike whatever was wrong.
+    After ten steps all pixels are background: scores would agree even if a path were wrong.
     """
     bias = "classifier.predict.bias"
     checkpoint, folder = offline.folder / "undecided.pt", offline.folder / "undecided"
@@ -348,7 +347,7 @@ def test_checkpoint_artefact_and_service_score_alike(
 
 
 def test_the_worst_photos_are_named(artefact: Path, offline: Offline) -> None:
-    """Each once, the lowest mean IoU first, with what was taken for what."""
+    """Each once, the lowest mean IoU first, with its confusions."""
     assert artefact.is_dir()
     report = json.loads((offline.folder / "evaluation" / "fp32" / "evaluation.json").read_text())
     names = [described["name"] for described in report["worst"]]
@@ -362,7 +361,7 @@ def test_the_worst_photos_are_named(artefact: Path, offline: Offline) -> None:
 def test_an_int8_network_takes_other_protocols_sizes(
     protocol: str, artefact: Path, offline: Offline
 ) -> None:
-    """None of which is among the contract's shapes for photos of this size."""
+    """They are not among the contract's shapes for photos of this size."""
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     options = {"artifact": artefact, "precision": "int8", "protocol": protocol, "data": "x"}
@@ -376,7 +375,7 @@ def test_an_int8_network_takes_other_protocols_sizes(
 def test_a_manifest_takes_the_services_protocol_only(
     offline: Offline, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Under another one a network may score better than it serves."""
+    """Under another protocol a network may score better than the service."""
     report = json.loads((offline.folder / "evaluation" / "fp32" / "evaluation.json").read_text())
     other = tmp_path / "evaluation.json"
     other.write_text(json.dumps({**report, "protocol": "mmseg"}), encoding="utf-8")
@@ -395,7 +394,7 @@ def test_a_manifest_takes_the_services_protocol_only(
 
 
 def test_verify_fails_below_the_gate(offline: Offline, artefact: Path, tmp_path: Path) -> None:
-    """Another network's checkpoint beside the artefact: non-zero exit, and a report."""
+    """Another network's checkpoint: non-zero exit, and a report."""
     state = load_checkpoint(offline.folder / "run" / "checkpoint.pt")
     weight = state["model"]["classifier.predict.weight"]
     weight.copy_(weight.roll(1, dims=0))
@@ -411,7 +410,7 @@ def test_verify_fails_below_the_gate(offline: Offline, artefact: Path, tmp_path:
 def test_a_manifest_needs_an_evaluation_of_the_same_file(
     offline: Offline, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An evaluation of a former export does not vouch for this one."""
+    """An evaluation of an earlier export does not cover this one."""
     report = json.loads((offline.folder / "evaluation" / "fp32" / "evaluation.json").read_text())
     report["sha256"] = "0" * 64
     stale = tmp_path / "evaluation.json"
@@ -432,7 +431,7 @@ def test_a_manifest_needs_an_evaluation_of_the_same_file(
 def test_a_manifest_needs_every_network_verified(
     offline: Offline, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A network that was added after `verify` is not vouched for."""
+    """The report of `verify` does not cover a network added later."""
     report = json.loads((offline.folder / "parity.json").read_text())
     del report["set"]["pixel_agreement"]["fp16"]
     stale = tmp_path / "parity.json"
@@ -441,7 +440,7 @@ def test_a_manifest_needs_every_network_verified(
         "manifest",
         artifact=artefact,
         checkpoint=offline.folder / "run" / "checkpoint.pt",
-        evaluation=[offline.folder / "evaluation" / p / "evaluation.json" for p in FILES],
+        evaluation=[offline.folder / "evaluation" / p / "evaluation.json" for p in NETWORK_FILES],
         parity=stale,
         weights_licence="x",
         data_licence="x",
@@ -453,7 +452,7 @@ def test_a_manifest_needs_every_network_verified(
 def test_a_new_run_needs_starting_weights(
     offline: Offline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line, no trace."""
+    """One line, no traceback."""
     arguments = offline.train_arguments("weightless")
     at = arguments.index("--weights")
     assert main(arguments[:at] + arguments[at + 2 :]) == 1
@@ -461,7 +460,7 @@ def test_a_new_run_needs_starting_weights(
 
 
 def test_an_absent_device_is_named(offline: Offline, capsys: pytest.CaptureFixture[str]) -> None:
-    """No machine has a thousand GPUs; asked for one of them, training stops with one line."""
+    """GPU 1000 does not exist; training stops with one line."""
     arguments = offline.train_arguments("deviceless")
     arguments[arguments.index("--device") + 1] = "cuda:1000"
     assert main(arguments) == 1
@@ -471,7 +470,7 @@ def test_an_absent_device_is_named(offline: Offline, capsys: pytest.CaptureFixtu
 def test_a_bad_mask_stops_training_with_its_name(
     tmp_path: Path, offline: Offline, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever thread or process reads it, the file is named on one line."""
+    """One line names the file, whichever thread reads it."""
     data = make_voc(tmp_path, images=8)
     mask = read_split(data, "train")[3].mask_path
     mask.write_bytes(b"not a mask")

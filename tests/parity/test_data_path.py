@@ -1,6 +1,6 @@
 """The offline data path and the service's give the same mask.
 
-And so do the ways of the service's own to decode a large photo.
+So do the service's two ways of decoding a large photo.
 """
 
 import io
@@ -47,13 +47,13 @@ def plan(size: tuple[int, int]) -> preprocessing.Geometry:
 
 
 def test_the_padding_is_the_contracts() -> None:
-    """The training transform pads with what the exported contract says."""
+    """The training transform pads with the contract's colour."""
     assert CONTRACT.padding_color == PADDING_COLOR
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_become_the_same_mask(size: tuple[int, int]) -> None:
-    """PyTorch's upsampling and the service's differ at most where two classes all but tie."""
+    """PyTorch's upsampling and the service's differ only where two classes nearly tie."""
     geometry = plan(size)
     height, width = geometry.padded
     cells = (21, height // 16, width // 16)
@@ -68,7 +68,7 @@ def test_logits_become_the_same_mask(size: tuple[int, int]) -> None:
 
 
 def test_a_whole_prediction_agrees() -> None:
-    """Photo in, mask out, through a network that answers with a picture of its own input."""
+    """From photo to mask, through a network whose logits depend on its input."""
     image = photo(375, 500)
     weight = torch.randn(21, 3, generator=torch.Generator().manual_seed(0))
 
@@ -88,7 +88,7 @@ def test_a_whole_prediction_agrees() -> None:
 def test_a_scaled_photo_gives_the_whole_photos_mask(side: int) -> None:
     """A phone's photo, decoded to a fraction or whole: the default model labels 99.5 % alike.
 
-    In fp32, because int8 answers to a level of 255 with about as many pixels as may differ here.
+    In fp32: in int8, a difference of one level of 255 changes about as many pixels as this allows.
     """
     astronaut = Image.fromarray(data.astronaut())  # type: ignore[no-untyped-call]
     upright = astronaut.resize((side * 3 // 4, side), Image.Resampling.LANCZOS)

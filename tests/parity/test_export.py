@@ -18,7 +18,7 @@ from service.artefact.contract import ModelContract
 
 
 def contract_of(name: str, network: SegmentationNetwork) -> ModelContract:
-    """What the network would promise as an artefact."""
+    """The contract of the network."""
     return ModelContract(
         name=name,
         version="1",
@@ -34,7 +34,7 @@ def contract_of(name: str, network: SegmentationNetwork) -> ModelContract:
 
 @pytest.fixture(params=NETWORKS)
 def trained(request: pytest.FixtureRequest) -> tuple[str, SegmentationNetwork]:
-    """A network whose BatchNorms have seen something, its weights on fp16's grid."""
+    """A network with random BatchNorm statistics and its weights on fp16's grid."""
     torch.manual_seed(0)
     network = build_network(request.param)
     for module in network.modules():
@@ -51,7 +51,7 @@ def trained(request: pytest.FixtureRequest) -> tuple[str, SegmentationNetwork]:
 def test_the_graph_gives_torchs_logits(
     tmp_path: Path, trained: tuple[str, SegmentationNetwork]
 ) -> None:
-    """For another batch and size than it was traced with; BatchNorm folded into nothing lost."""
+    """For another batch and size than in tracing; folding BatchNorm changes nothing."""
     name, network = trained
     image = np.random.default_rng(0).integers(0, 256, (3, 96, 128, 3), dtype=np.uint8)
     with torch.inference_mode():
@@ -66,7 +66,7 @@ def test_the_graph_gives_torchs_logits(
 
 
 def test_weights_off_the_fp16_grid_are_refused() -> None:
-    """They would be rounded on the way out, and the graph be another network."""
+    """Rounding them would change the network."""
     network = build_network("fcn_resnet50_32s")
     with pytest.raises(ExportError, match="fp16"):
         export(network, contract_of("fcn_resnet50_32s", network))

@@ -1,4 +1,4 @@
-"""The fp16 graph gives the float network's logits, but for the rounding."""
+"""The fp16 graph gives the float network's logits up to rounding."""
 
 import shutil
 from pathlib import Path
@@ -10,13 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
-from models.graphs.network_file import FILES, GraphError
-from models.prediction import onnx_infer, with_rounding
-from models.stages.half import halve
+from models.graphs.fp16 import halve, with_rounding
+from models.graphs.network_file import NETWORK_FILES, GraphError
+from models.prediction import onnx_infer
 from service.artefact.contract import ModelContract
 from tests.parity.test_quantize import save_sigmoid, smooth_photos
 
-# All of them have CUDA kernels in ONNX Runtime, none of which reads a tensor on the CPU.
+# All have CUDA kernels in ONNX Runtime, and none of these reads a tensor on the CPU.
 ALLOWED = {
     *("Conv", "Relu", "MaxPool", "Add", "Concat", "ReduceMean", "Resize"),
     *("Cast", "Transpose", "Sub", "Div", "Mul"),
@@ -25,7 +25,7 @@ ALLOWED = {
 
 def test_the_fp16_graph_gives_the_float_graphs_logits(artefact: Path) -> None:
     """As float32, with every activation rounded to fp16 as on a GPU."""
-    exact, rounded = (onnx_infer(artefact / FILES[p])[0] for p in ("fp32", "fp16"))
+    exact, rounded = (onnx_infer(artefact / NETWORK_FILES[p])[0] for p in ("fp32", "fp16"))
     for height, width in ((64, 96), (160, 128)):
         image = smooth_photos(3, height, width)
         expected, logits = exact(image).numpy(), rounded(image).numpy()
@@ -34,7 +34,7 @@ def test_the_fp16_graph_gives_the_float_graphs_logits(artefact: Path) -> None:
 
 
 def test_the_cpu_rounds_what_a_gpu_rounds() -> None:
-    """2048 + 1 is 2048 in fp16, which has 11 bits; what is measured here must not be better."""
+    """2048 + 1 is 2048 in fp16, which has 11 bits; the CPU must not be more exact."""
     one, back = (
         numpy_helper.from_array(np.array([value], np.float16), name)
         for name, value in (("one", 1), ("back", -2048))
@@ -59,8 +59,8 @@ def test_the_cpu_rounds_what_a_gpu_rounds() -> None:
 
 
 def test_weights_are_rounded_once(artefact: Path) -> None:
-    """fp16 weights times BatchNorm's factor in fp32, and only then on fp16's grid."""
-    exact, rounded = (weights_of(artefact / FILES[p]) for p in ("fp32", "fp16"))
+    """fp16 weights are multiplied by BatchNorm's factor in fp32, then rounded to fp16."""
+    exact, rounded = (weights_of(artefact / NETWORK_FILES[p]) for p in ("fp32", "fp16"))
     assert len(exact) == len(rounded) > 50
     for expected, got in zip(exact[:-1], rounded[:-1], strict=True):
         assert got.dtype == np.float16
@@ -69,7 +69,7 @@ def test_weights_are_rounded_once(artefact: Path) -> None:
 
 
 def weights_of(path: Path) -> list[NDArray[np.generic]]:
-    """What the convolutions multiply by once the graph is loaded, in the graph's order."""
+    """The convolutions' weights after loading, in the graph's order."""
     model = onnx.load(path)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     names = [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
@@ -85,8 +85,8 @@ def weights_of(path: Path) -> list[NDArray[np.generic]]:
 
 
 def test_every_large_operator_computes_in_fp16(artefact: Path) -> None:
-    """No operator of shapes, none that CUDA lacks; all convolutions but the logits' in fp16."""
-    model = onnx.load(artefact / FILES["fp16"])
+    """Every operator has a CUDA kernel; all convolutions but the last compute in fp16."""
+    model = onnx.load(artefact / NETWORK_FILES["fp16"])
     assert {node.op_type for node in model.graph.node} <= ALLOWED
     types = {
         v.name: v.type.tensor_type.elem_type
@@ -101,8 +101,8 @@ def test_every_large_operator_computes_in_fp16(artefact: Path) -> None:
 
 
 def test_the_fp16_file_holds_the_contract_and_no_weights(artefact: Path) -> None:
-    """Every number is the float file's; it says so itself that it computes in fp16."""
-    path = artefact / FILES["fp16"]
+    """Its weights are in the float file; its contract says fp16."""
+    path = artefact / NETWORK_FILES["fp16"]
     model = onnx.load(path, load_external_data=False)
     contract = ModelContract.from_metadata({p.key: p.value for p in model.metadata_props})
     assert contract.precision == "fp16"
@@ -111,18 +111,18 @@ def test_the_fp16_file_holds_the_contract_and_no_weights(artefact: Path) -> None
         if tensor.data_type == TensorProto.INT64 or tensor.name in resized_by:
             continue
         assert tensor.data_location == TensorProto.EXTERNAL
-        assert {e.key: e.value for e in tensor.external_data}["location"] == FILES["fp32"]
+        assert {e.key: e.value for e in tensor.external_data}["location"] == NETWORK_FILES["fp32"]
     assert path.stat().st_size < 0.5e6
 
 
 def test_the_fp16_file_needs_the_float_file(artefact: Path, tmp_path: Path) -> None:
-    """Alone it does not load, rather than run on nothing."""
-    shutil.copy(artefact / FILES["fp16"], tmp_path)
-    with pytest.raises(Exception, match=FILES["fp32"].replace(".", r"\.")):
-        onnx_infer(tmp_path / FILES["fp16"])
+    """Without the float file, loading fails."""
+    shutil.copy(artefact / NETWORK_FILES["fp16"], tmp_path)
+    with pytest.raises(Exception, match=NETWORK_FILES["fp32"].replace(".", r"\.")):
+        onnx_infer(tmp_path / NETWORK_FILES["fp16"])
 
 
 def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
-    """A network that this module was not written for is refused, not guessed at."""
+    """An unsupported network is refused."""
     with pytest.raises(GraphError, match="logits: cannot compute Sigmoid in fp16"):
         halve(save_sigmoid(tmp_path))

@@ -1,4 +1,4 @@
-"""The int8 graph gives the float network's logits, but for the rounding."""
+"""The int8 graph gives the float network's logits up to rounding."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from models.graphs.network_file import FILES, GraphError
+from models.graphs.network_file import NETWORK_FILES, GraphError
 from models.stages.quantize import quantize
 from service.artefact.contract import ModelContract
 from tests.artefacts import make_contract
@@ -28,9 +28,11 @@ def run(path: Path, image: NDArray[np.uint8]) -> NDArray[np.float32]:
 def test_the_int8_graph_gives_the_float_graphs_logits(
     artefact: Path, height: int, width: int
 ) -> None:
-    """For several photos at once and sizes that it was not calibrated on; borders included."""
+    """For batches and for sizes that it was not calibrated on; borders included."""
     image = np.asarray(smooth_photos(3, height, width))
-    expected, logits = (run(artefact / name, image) for name in (FILES["fp32"], FILES["int8"]))
+    expected, logits = (
+        run(artefact / name, image) for name in (NETWORK_FILES["fp32"], NETWORK_FILES["int8"])
+    )
     assert logits.shape == expected.shape
     error = np.abs(logits - expected)
     spread = expected.std()
@@ -40,38 +42,40 @@ def test_the_int8_graph_gives_the_float_graphs_logits(
 
 
 def test_photos_of_a_batch_do_not_mix(artefact: Path) -> None:
-    """Each gives what it gives alone: neighbours are looked up within one photo."""
+    """A photo gives the same logits alone: its neighbours are within the photo."""
     image = smooth_photos(3, 96, 64)
-    together = run(artefact / FILES["int8"], image)
+    together = run(artefact / NETWORK_FILES["int8"], image)
     for index in range(3):
-        alone = run(artefact / FILES["int8"], image[index : index + 1])
+        alone = run(artefact / NETWORK_FILES["int8"], image[index : index + 1])
         np.testing.assert_array_equal(together[index], alone[0])
 
 
 def test_the_int8_file_holds_the_contract_and_no_weights(artefact: Path) -> None:
-    """Its weights are the float file's; it says so itself that it computes in int8."""
-    model = onnx.load(artefact / FILES["int8"], load_external_data=False)
+    """Its weights are in the float file; its contract says int8."""
+    model = onnx.load(artefact / NETWORK_FILES["int8"], load_external_data=False)
     contract = ModelContract.from_metadata({p.key: p.value for p in model.metadata_props})
     assert contract.precision == "int8"
-    sizes = [(artefact / name).stat().st_size for name in (FILES["int8"], FILES["fp32"])]
+    sizes = [
+        (artefact / name).stat().st_size for name in (NETWORK_FILES["int8"], NETWORK_FILES["fp32"])
+    ]
     assert sizes[0] < 0.05 * sizes[1]
 
 
 def test_the_int8_file_needs_the_float_file(artefact: Path, tmp_path: Path) -> None:
-    """Alone it does not load, rather than run on nothing."""
-    shutil.copy(artefact / FILES["int8"], tmp_path)
-    with pytest.raises(Exception, match=FILES["fp32"].replace(".", r"\.")):
-        run(tmp_path / FILES["int8"], smooth_photos(1, 64, 64))
+    """Without the float file, loading fails."""
+    shutil.copy(artefact / NETWORK_FILES["int8"], tmp_path)
+    with pytest.raises(Exception, match=NETWORK_FILES["fp32"].replace(".", r"\.")):
+        run(tmp_path / NETWORK_FILES["int8"], smooth_photos(1, 64, 64))
 
 
 def test_an_unknown_operator_is_named(tmp_path: Path) -> None:
-    """A network that this module was not written for is refused, not guessed at."""
+    """An unsupported network is refused."""
     with pytest.raises(GraphError, match="logits: cannot quantise Sigmoid"):
         quantize(save_sigmoid(tmp_path), {})
 
 
 def save_sigmoid(folder: Path) -> Path:
-    """A network with a contract and an operator that no network here has."""
+    """A network with a contract and an operator that no supported network has."""
     graph = helper.make_graph(
         [helper.make_node("Sigmoid", ["image"], ["logits"])],
         "unknown",
@@ -80,7 +84,7 @@ def save_sigmoid(folder: Path) -> Path:
     )
     model = helper.make_model(graph)
     helper.set_model_props(model, make_contract().to_metadata())
-    path = folder / FILES["fp32"]
+    path = folder / NETWORK_FILES["fp32"]
     onnx.save(model, path)
     return path
 

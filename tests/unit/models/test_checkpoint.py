@@ -1,4 +1,4 @@
-"""Weights and checkpoints: what fits is loaded, what does not is listed, nothing is run."""
+"""Weights and checkpoints: matching keys are loaded, others listed, no code is run."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ from models.networks import build_network
 
 
 def small_backbone() -> nn.Module:
-    """Two layers stand for the 318 tensors of a ResNet-50."""
+    """Two layers in place of the 318 tensors of a ResNet-50."""
     return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
 
 
@@ -44,7 +44,7 @@ WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_every_format_loads(tmp_path: Path, suffix: str) -> None:
-    """ImageNet's classifier is left out, missing batch counters are forgiven."""
+    """ImageNet's classifier is ignored; batch counters may be missing."""
     source, backbone = small_backbone(), small_backbone()
     weights = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
     path = tmp_path / f"weights{suffix}"
@@ -55,7 +55,7 @@ def test_every_format_loads(tmp_path: Path, suffix: str) -> None:
 
 
 def test_a_former_runs_head_is_taken_where_it_fits(tmp_path: Path) -> None:
-    """The context head without edges starts the one with them, but for its classifier."""
+    """The context head without edges initialises the one with edges, except its classifier."""
     former, network = (
         build_network("context_fcn_resnet50_16s"),
         build_network("context_fcn_resnet50_8s"),
@@ -70,7 +70,7 @@ def test_a_former_runs_head_is_taken_where_it_fits(tmp_path: Path) -> None:
 
 
 def test_a_former_runs_backbone_is_taken(tmp_path: Path) -> None:
-    """From a checkpoint, the trained backbone is a starting point too."""
+    """A checkpoint's backbone can be the starting weights."""
     source, backbone = small_backbone(), small_backbone()
     trained = {f"backbone.{key}": value for key, value in source.state_dict().items()}
     state = {"model": {**trained, "classifier.weight": torch.zeros(2, 2)}, "iteration": 9}
@@ -80,7 +80,7 @@ def test_a_former_runs_backbone_is_taken(tmp_path: Path) -> None:
 
 
 def test_keys_that_do_not_fit_are_all_listed(tmp_path: Path) -> None:
-    """Missing, unknown and misshapen, in one message; nothing is loaded."""
+    """Missing keys, unknown keys and wrong shapes, in one message; nothing is loaded."""
     weights = small_backbone().state_dict()
     del weights["0.bias"]
     weights["0.weight"] = torch.zeros(4, 3, 3, 3)
@@ -99,7 +99,7 @@ def test_keys_that_do_not_fit_are_all_listed(tmp_path: Path) -> None:
 
 
 class Payload:
-    """Would write a file when unpickled."""
+    """Writes a file when unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -109,7 +109,7 @@ class Payload:
 
 
 def test_code_in_weights_is_not_run(tmp_path: Path) -> None:
-    """A .pth that is a hostile pickle, and an .npz of objects, are refused unread."""
+    """A hostile pickle as .pth and an .npz of objects are refused."""
     proof = tmp_path / "proof"
     torch.save({"conv1.weight": Payload(proof)}, tmp_path / "weights.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Payload(proof)))
@@ -122,13 +122,13 @@ def test_code_in_weights_is_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["absent.pth", "absent.npz", "absent.safetensors", "weights.h5"])
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
-    """Missing, or of a format that is none of the three."""
+    """Missing, or in an unsupported format."""
     with pytest.raises(CheckpointError, match=name):
         load_backbone(small_backbone(), tmp_path / name)
 
 
 def test_checkpoints_are_replaced_whole(tmp_path: Path) -> None:
-    """What is read back is what was written, and no temporary file stays."""
+    """The last state is read back, and no temporary file remains."""
     path = tmp_path / "run" / "checkpoint.pt"
     for iteration in (1, 2):
         save_checkpoint(path, {"iteration": iteration, "w": torch.ones(3)})
@@ -137,7 +137,7 @@ def test_checkpoints_are_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_a_foreign_file_is_no_checkpoint(tmp_path: Path) -> None:
-    """A file of bare weights says so when a run's checkpoint is wanted."""
+    """A weights file in place of a run's checkpoint is refused with the reason."""
     path = tmp_path / "weights.pt"
     torch.save({"conv1.weight": torch.ones(1)}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of a training run"):

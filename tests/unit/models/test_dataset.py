@@ -1,4 +1,4 @@
-"""VOC's layout is read as it is; what is wrong with it is named."""
+"""VOC's layout is read unchanged; errors name the file."""
 
 from pathlib import Path
 
@@ -7,14 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.dataset import (
-    DatasetError,
-    ResumableBatches,
-    TrainingSet,
-    hold_out,
-    read_split,
-    repeat_factors,
-)
+from models.dataset import DatasetError, hold_out, read_split
+from models.training_set import ResumableBatches, TrainingSet, repeat_factors
 from models.transforms import Augmentation
 from tests.voc_data import make_voc, write_mask
 
@@ -57,14 +51,14 @@ def test_vocs_own_mask_wins_over_sbds(voc: Path) -> None:
     ],
 )
 def test_a_missing_file_is_named(voc: Path, missing: str, named: str) -> None:
-    """Reading the split stops at the first file that is not there."""
+    """Reading the split stops at the first missing file."""
     (voc / missing).unlink()
     with pytest.raises(DatasetError, match=named):
         read_split(voc, "train")
 
 
 def test_a_folder_without_voc_is_named(tmp_path: Path) -> None:
-    """A wrong --data is said at once."""
+    """A wrong --data is reported at once."""
     with pytest.raises(DatasetError, match=str(tmp_path)):
         read_split(tmp_path, "train")
 
@@ -77,7 +71,7 @@ def test_a_size_mismatch_is_named(voc: Path) -> None:
 
 
 def test_a_label_beyond_the_classes_is_named(voc: Path) -> None:
-    """21 is no class and no void."""
+    """21 is neither a class nor void."""
     write_mask(voc / "SegmentationClass/2007_000000.png", np.full((96, 128), 21, np.uint8))
     with pytest.raises(DatasetError, match=r"2007_000000\.png: label 21"):
         read_split(voc, "train")[0].load()
@@ -94,14 +88,14 @@ def test_an_rgb_mask_is_refused(voc: Path) -> None:
     "folder", ["JPEGImages/2007_000000.jpg", "SegmentationClass/2007_000000.png"]
 )
 def test_an_unreadable_file_is_named(voc: Path, folder: str) -> None:
-    """A broken image or mask is an error of the data, not a crash."""
+    """A broken image or mask is a `DatasetError`."""
     (voc / folder).write_bytes(b"not an image")
     with pytest.raises(DatasetError, match="2007_000000"):
         read_split(voc, "train")[0].load()
 
 
 def test_held_out_images_are_vocs_own_and_stay_the_same(voc: Path) -> None:
-    """The slice has masks with void only, does not depend on order, and is not trained on."""
+    """Only masks with void are held out, in any list order, and they are not trained on."""
     samples = read_split(voc, "train")
     training, held_out = hold_out(samples, 3)
     assert {s.mask_path.parent.name for s in held_out} == {"SegmentationClass"}
@@ -126,7 +120,7 @@ def test_rare_classes_are_repeated(voc: Path) -> None:
 
 
 def test_batches_resume_where_they_stopped() -> None:
-    """Starting at iteration 7 gives what an uninterrupted run would have seen from there."""
+    """Starting at iteration 7 gives the same batches as an uninterrupted run."""
     factors = np.array([1.0, 2.5, 1.0, 1.3, 1.0])
     whole = list(ResumableBatches(factors, 4, start=0, stop=20, seed=3))
     assert list(ResumableBatches(factors, 4, start=7, stop=20, seed=3)) == whole[7:]
@@ -135,7 +129,7 @@ def test_batches_resume_where_they_stopped() -> None:
 
 
 def test_an_epoch_shows_every_image_and_each_crop_once() -> None:
-    """Repeats within an epoch are other crops of the same image."""
+    """Repeats within an epoch are different crops of the same image."""
     batches = ResumableBatches(np.array([1.0, 3.0]), 4, start=0, stop=5, seed=0)
     keys = [key for batch in batches for key in batch]
     assert len(set(keys)) == 20
@@ -149,7 +143,7 @@ def training_set(voc: Path) -> TrainingSet:
 
 
 def test_a_crop_depends_on_its_key_alone(voc: Path) -> None:
-    """The same key gives the same crop, whatever is beside it; another epoch another one."""
+    """The same key gives the same crop in any batch; another epoch gives another crop."""
     crops = training_set(voc)
     batch = crops.batch([(0, 5), (1, 5), (0, 2)])
     again = crops.batch([(0, 7), (0, 5)])

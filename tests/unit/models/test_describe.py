@@ -1,4 +1,4 @@
-"""What `describe` says of a network: sizes, costs and receptive fields, and how it shows them."""
+"""A network's sizes, costs and receptive fields, as table, JSON and picture."""
 
 import json
 from functools import cache
@@ -30,7 +30,7 @@ def stages(name: str) -> dict[str, Stage]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_totals_are_the_networks(name: str) -> None:
-    """Every parameter is in one stage and one layer; multiply-adds are PyTorch's own count."""
+    """Every parameter is in one stage and one layer; multiply-adds equal PyTorch's count."""
     with torch.device("meta"):
         network = build_network(name).eval()
         counter = FlopCounterMode(display=False)
@@ -53,9 +53,9 @@ def test_totals_are_the_networks(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "stage", "field"),
     [
-        # With the stride in a bottleneck's first 1x1 convolution it would be the often quoted 483.
+        # The often quoted 483 has the stride in a bottleneck's first 1x1 convolution.
         ("fcn_resnet50_32s", "backbone.layer4", 427),
-        # A dilated layer meets the same pixels as the one that it replaces.
+        # A dilated layer reads the same pixels as the strided one.
         ("atrous_fcn_resnet50_16s", "backbone.layer4", 427),
         ("fcn_vgg16_32s", "backbone.features.24..30", 212),
         ("fcn_vgg16_32s", "backbone.classifier.0..5", 404),
@@ -86,7 +86,7 @@ class Toy(Backbone):
 
 
 class ToyHead(nn.Module):
-    """Brings stride 8 back to 2, by interpolation or by a transposed convolution."""
+    """Upsamples from stride 8 to 2, by interpolation or by a transposed convolution."""
 
     def __init__(self, *, transposed: bool) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class ToyHead(nn.Module):
 
 
 def toy(*, transposed: bool) -> SegmentationNetwork:
-    """Of two channels, every weight positive, so that no two ways of a pixel cancel out."""
+    """Two channels and positive weights, so that no two paths of a pixel cancel out."""
     head = ToyHead(transposed=transposed)
     network = SegmentationNetwork(stride=2, backbone=Toy(), classifier=head).double()
     for parameter in network.parameters():
@@ -112,7 +112,7 @@ def toy(*, transposed: bool) -> SegmentationNetwork:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_receptive_fields_are_what_gradients_reach(transposed: bool) -> None:
-    """Strides, dilation, pooling, interpolation and transposed convolution, by brute force."""
+    """For strides, dilation, pooling, interpolation and transposed convolution."""
     torch.manual_seed(0)
     network = toy(transposed=transposed)
     with torch.device("meta"):
@@ -135,7 +135,7 @@ def test_receptive_fields_are_what_gradients_reach(transposed: bool) -> None:
 
 
 def test_a_stage_names_what_it_reads() -> None:
-    """Skips too: an encoder's stage and the stage before it."""
+    """Including skips: an encoder's stage and the previous stage."""
     context = stages("context_fcn_resnet50_8s")
     assert context["classifier.edge"].inputs == ("backbone.layer2",)
     assert context["classifier.join"].inputs == (
@@ -152,7 +152,7 @@ def test_a_stage_names_what_it_reads() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_stages_read_only_what_comes_before(name: str) -> None:
-    """And all but the last are read by some other."""
+    """And every stage but the last is read by another."""
     before = ["image"]
     for stage in structure(name).stages:
         assert stage.inputs
@@ -164,7 +164,7 @@ def test_stages_read_only_what_comes_before(name: str) -> None:
 
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command line finds the structures that were traced before."""
+    """The command line reuses structures that are already traced."""
     monkeypatch.setattr(describe, "describe", structure)
 
 
@@ -181,7 +181,7 @@ def test_the_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_tree_goes_down_to_the_layers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As JSON, printed or written: the layers are the network's own modules."""
+    """As JSON, printed or written; layers are called after the network's modules."""
     command = ["describe", "context_fcn_resnet50_16s", "--format", "json"]
     assert main(command) == 0
     tree = json.loads(capsys.readouterr().out)
@@ -198,7 +198,7 @@ def test_the_tree_goes_down_to_the_layers(
 
 
 def test_the_picture_is_svg_with_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Well-formed, named after the network, and the same each time."""
+    """Well-formed, named after the network, and reproducible."""
     monkeypatch.chdir(tmp_path)
     command = ["describe", "densenet_fcn", "--format", "svg"]
     assert main(command) == 0
@@ -213,7 +213,7 @@ def test_the_picture_is_svg_with_its_text(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_the_picture_is_png(tmp_path: Path) -> None:
-    """Large enough to be read on a page."""
+    """Large enough to read on a page."""
     path = tmp_path / "network.png"
     assert main(["describe", "fcn_vgg16_32s", "--format", "png", "--out", str(path)]) == 0
     with Image.open(path) as image:
@@ -223,7 +223,7 @@ def test_the_picture_is_png(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_picture_is_legible(name: str) -> None:
-    """No text covers another or leaves the page; everything that is read has its arrow."""
+    """No text overlaps another or leaves the page; every input has an arrow."""
     figure = describe.draw(name, structure(name))
     arrows = [patch for patch in figure.axes[0].patches if isinstance(patch, FancyArrowPatch)]
     assert len(arrows) == sum(len(stage.inputs) for stage in structure(name).stages)
@@ -237,7 +237,7 @@ def test_the_picture_is_legible(name: str) -> None:
 
 
 def test_an_unknown_network_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """As a wrong argument, with the names there are."""
+    """As a wrong argument; the message lists the names."""
     with pytest.raises(SystemExit) as stopped:
         main(["describe", "resnet"])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""What the evaluation reports of given confusion matrices."""
+"""The evaluation's report for given confusion matrices."""
 
 import argparse
 import json
@@ -8,12 +8,10 @@ import pytest
 from numpy.typing import NDArray
 
 from models.metrics import BAND_WIDTHS, confusion_by_ring
+from models.reports import caption, format_table, summarise_image
 from models.stages.evaluate import (
     EvaluationError,
     add_arguments,
-    caption,
-    describe_image,
-    format_table,
     open_predictor,
     summarise,
     worst_first,
@@ -25,7 +23,7 @@ CAT, DOG, SHEEP = (CLASSES.index(name) for name in ("cat", "dog", "sheep"))
 
 
 def counts_of(**pairs: int) -> NDArray[np.int64]:
-    """(21, 21): ``cat_dog=3`` is three pixels of cat taken for dog."""
+    """(21, 21): ``cat_dog=3`` is three pixels of cat predicted as dog."""
     counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     for pair, pixels in pairs.items():
         truth, prediction = pair.split("_")
@@ -34,12 +32,12 @@ def counts_of(**pairs: int) -> NDArray[np.int64]:
 
 
 def test_the_worst_image_comes_first() -> None:
-    """By the mean over the classes in truth or prediction; an all-void image has no place."""
+    """By mean IoU over the classes in truth or prediction; an all-void image is left out."""
     images = np.stack(
         [
             counts_of(cat_cat=100),
             counts_of(),
-            # As many right pixels as the next, but a class that is not there.
+            # As many correct pixels as the next, but one more wrong class.
             counts_of(cat_cat=90, cat_dog=5, cat_sheep=5),
             counts_of(cat_cat=90, cat_dog=10),
             counts_of(cat_dog=1),
@@ -49,30 +47,30 @@ def test_the_worst_image_comes_first() -> None:
 
 
 def test_confusions_are_named_by_their_pixels() -> None:
-    """The three most frequent, as fractions of the known pixels; what is right is none."""
+    """The three most frequent, as fractions of the known pixels; correct pixels are none."""
     counts = counts_of(cat_cat=50, cat_dog=30, background_cat=10, dog_dog=6, cat_sheep=3, dog_cat=1)
-    described = describe_image("2007_000001", counts)
-    assert described["confused"] == [
+    summarised = summarise_image("2007_000001", counts)
+    assert summarised["confused"] == [
         {"truth": "cat", "prediction": "dog", "fraction": 0.3},
         {"truth": "background", "prediction": "cat", "fraction": 0.1},
         {"truth": "cat", "prediction": "sheep", "fraction": 0.03},
     ]
-    assert described["miou"] == pytest.approx((0 + 50 / 94 + 6 / 37 + 0) / 4)
-    assert caption(described) == (
+    assert summarised["miou"] == pytest.approx((0 + 50 / 94 + 6 / 37 + 0) / 4)
+    assert caption(summarised) == (
         "2007_000001, mean IoU 0.17. "
         "Truth → prediction: cat → dog 30%, background → cat 10%, cat → sheep 3%"
     )
 
 
 def test_an_image_without_a_mistake_names_none() -> None:
-    """Nor does its caption."""
-    described = describe_image("2007_000001", counts_of(cat_cat=5))
-    assert described == {"name": "2007_000001", "miou": 1.0, "confused": []}
-    assert caption(described) == "2007_000001, mean IoU 1.00."
+    """Its caption names none either."""
+    summarised = summarise_image("2007_000001", counts_of(cat_cat=5))
+    assert summarised == {"name": "2007_000001", "miou": 1.0, "confused": []}
+    assert caption(summarised) == "2007_000001, mean IoU 1.00."
 
 
 def summary() -> dict[str, object]:
-    """Of two images: a cat on background, seen too wide, and background alone."""
+    """For two images: a cat on background, predicted too wide, and background alone."""
     truth = np.zeros((40, 100), dtype=np.uint8)
     truth[:, 50:] = CAT
     wide = np.where(np.arange(100) < 47, 0, CAT)[None].repeat(40, axis=0).astype(np.uint8)
@@ -81,7 +79,7 @@ def summary() -> dict[str, object]:
 
 
 def test_the_summary_is_json_and_the_manifests_accuracy() -> None:
-    """Classes that occur nowhere have neither IoU nor interval."""
+    """Classes that do not occur have neither IoU nor interval."""
     found = json.loads(json.dumps(summary(), allow_nan=False))
     accuracy = Accuracy.model_validate(found["metrics"])
     assert accuracy.per_class_iou["cat"] == pytest.approx(50 / 53)
@@ -92,7 +90,7 @@ def test_the_summary_is_json_and_the_manifests_accuracy() -> None:
 
 
 def test_the_summary_holds_the_boundary_curve() -> None:
-    """Three columns are wrong: less and less of a band that grows."""
+    """Three columns are wrong: a smaller share of a wider band."""
     found = summary()
     curve = found["boundary_miou_by_width"]
     assert isinstance(curve, dict)
@@ -102,7 +100,7 @@ def test_the_summary_holds_the_boundary_curve() -> None:
 
 
 def test_without_a_boundary_there_is_no_curve() -> None:
-    """Rather than a NaN, which JSON does not have."""
+    """None in place of NaN, which JSON does not have."""
     empty = np.zeros((4, 4), dtype=np.uint8)
     found = summarise(confusion_by_ring(empty, empty)[None])
     assert found["boundary_miou"] is None
@@ -125,7 +123,7 @@ def test_the_table_shows_interval_and_boundaries() -> None:
 
 @pytest.mark.parametrize("protocol", ["mmseg", "keras-fcn"])
 def test_a_service_has_its_own_protocol_only(protocol: str) -> None:
-    """What it was asked for is named, and what would do."""
+    """The message names the protocol and the options that support it."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     args = parser.parse_args(["--url", "http://x", "--data", "x", "--protocol", protocol])

@@ -1,4 +1,4 @@
-"""Public files: interrupted, moved or altered ones, and what becomes of the archives."""
+"""Downloads that are interrupted, moved or altered, and the unpacking of archives."""
 
 import hashlib
 import io
@@ -36,7 +36,7 @@ class Request(BaseHTTPRequestHandler):
     server: "Mirror"
 
     def do_GET(self) -> None:
-        """Answer as told, or else as a well-behaved server does."""
+        """Use the next of the server's answers; by default, behave well."""
         self.server.requests.append(self.headers)
         answer = self.server.answers.pop(0) if self.server.answers else well_behaved
         answer(self)
@@ -44,7 +44,7 @@ class Request(BaseHTTPRequestHandler):
     def send(
         self, status: int, content: bytes, *, promised: int | None = None, **headers: str
     ) -> None:
-        """Send an answer whose Content-Length may promise more than comes."""
+        """Send an answer whose Content-Length may be larger than its content."""
         self.send_response(status)
         self.send_header("Content-Length", str(len(content) if promised is None else promised))
         for name, value in headers.items():
@@ -53,14 +53,14 @@ class Request(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 Answer = Callable[[Request], None]
 
 
 class Mirror(ThreadingHTTPServer):
-    """A loopback server of one file, whose first answers can be told."""
+    """A loopback server of one file, whose first answers can be set."""
 
     daemon_threads = True
 
@@ -78,7 +78,7 @@ class Mirror(ThreadingHTTPServer):
 
 
 def well_behaved(request: Request) -> None:
-    """RFC 9110: Range, unless If-Range names another file; 416 where nothing is left."""
+    """RFC 9110: Range, unless If-Range names another file; 416 at the end of the file."""
     content, etag = request.server.content, request.server.etag
     asked = request.headers["Range"]
     if asked is None or request.headers.get("If-Range", etag) != etag:
@@ -94,13 +94,13 @@ def well_behaved(request: Request) -> None:
 
 
 def breaks_off(request: Request) -> None:
-    """Promise the whole and send a third of it."""
+    """Announce the whole file and send a third of it."""
     content = request.server.content
     request.send(200, content[: len(content) // 3], promised=len(content), ETag=request.server.etag)
 
 
 def breaks_off_in_a_chunk(request: Request) -> None:
-    """Promise a chunk of the whole file, without a Content-Length, and send a third of it."""
+    """Announce the whole file as one chunk, without a Content-Length, and send a third of it."""
     content = request.server.content
     request.send_response(200)
     request.send_header("Transfer-Encoding", "chunked")
@@ -109,14 +109,14 @@ def breaks_off_in_a_chunk(request: Request) -> None:
 
 
 def breaks_off_and_changes(request: Request) -> None:
-    """The same, and then the file is another one."""
+    """Break off, then replace the file by another one."""
     breaks_off(request)
     request.server.content = CONTENT[::-1]
     request.server.etag = '"second"'
 
 
 def ignores_range(request: Request) -> None:
-    """Send the whole whatever was asked for."""
+    """Send the whole file to every request."""
     request.send(200, request.server.content)
 
 
@@ -148,7 +148,7 @@ def mirror() -> Iterator[Mirror]:
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How long was waited between tries, without waiting; no proxy of the developer's is used."""
+    """Records the pauses between attempts without waiting; disables the developer's proxy."""
     waited: list[float] = []
     monkeypatch.setattr(fetch, "sleep", waited.append)
     monkeypatch.setenv("no_proxy", "*")
@@ -156,7 +156,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 class Weights:
-    """``fetch resnet50`` from a mirror of the test's."""
+    """``fetch resnet50`` from a test mirror."""
 
     def __init__(self, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.target = target
@@ -179,7 +179,7 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Weights:
 def test_a_file_is_fetched_and_its_sha256_printed(
     mirror: Mirror, weights: Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing but the file is left behind."""
+    """Only the file itself remains."""
     assert weights.fetch(mirror.url) == 0
     assert weights.target.read_bytes() == CONTENT
     assert list(weights.target.parent.iterdir()) == [weights.target]
@@ -199,7 +199,7 @@ def test_what_is_there_is_not_fetched_again(
 def test_after_a_break_the_rest_is_asked_for(
     mirror: Mirror, weights: Weights, waits: list[float]
 ) -> None:
-    """With If-Range, so that the rest is of the same file; and after a pause."""
+    """With If-Range, so that the rest is from the same file; after a pause."""
     mirror.answers = [breaks_off]
     assert weights.fetch(mirror.url) == 0
     assert weights.target.read_bytes() == CONTENT
@@ -216,7 +216,7 @@ def test_a_break_is_noticed_without_a_length(mirror: Mirror, weights: Weights) -
 
 
 def test_a_later_run_goes_on_where_the_last_one_stopped(mirror: Mirror, weights: Weights) -> None:
-    """What a killed run received is not asked for again."""
+    """Bytes that a killed run received are not requested again."""
     weights.part.parent.mkdir()
     weights.part.write_bytes(CONTENT[:200_000])
     assert weights.fetch(mirror.url) == 0
@@ -224,8 +224,8 @@ def test_a_later_run_goes_on_where_the_last_one_stopped(mirror: Mirror, weights:
     assert mirror.asked() == [("bytes=200000-", None)]
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(mirror: Mirror, weights: Weights) -> None:
-    """Another ETag: the first third is thrown away."""
+def test_a_file_that_changed_meanwhile_is_fetched_again(mirror: Mirror, weights: Weights) -> None:
+    """Another ETag: the first third is discarded."""
     mirror.answers = [breaks_off_and_changes]
     assert weights.fetch(mirror.url, content=CONTENT[::-1]) == 0
     assert weights.target.read_bytes() == CONTENT[::-1]
@@ -241,14 +241,14 @@ def test_a_weak_etag_is_no_promise(mirror: Mirror, weights: Weights) -> None:
 
 
 def test_a_server_without_ranges_starts_again(mirror: Mirror, weights: Weights) -> None:
-    """Its answer replaces what is there."""
+    """Its answer replaces the partial file."""
     mirror.answers = [breaks_off, ignores_range]
     assert weights.fetch(mirror.url) == 0
     assert weights.target.read_bytes() == CONTENT
 
 
 def test_nothing_left_to_fetch_is_complete(mirror: Mirror, weights: Weights) -> None:
-    """A run that was killed just before the end: 416 says that all bytes are there."""
+    """A run was killed just before the end: 416 means that the file is complete."""
     weights.part.parent.mkdir()
     weights.part.write_bytes(CONTENT)
     assert weights.fetch(mirror.url) == 0
@@ -257,7 +257,7 @@ def test_nothing_left_to_fetch_is_complete(mirror: Mirror, weights: Weights) -> 
 
 
 def test_more_than_the_file_is_thrown_away(mirror: Mirror, weights: Weights) -> None:
-    """416 for another length: what is there is not this file."""
+    """416 for another length: the partial file is another file."""
     weights.part.parent.mkdir()
     weights.part.write_bytes(CONTENT + b"more")
     assert weights.fetch(mirror.url) == 0
@@ -266,7 +266,7 @@ def test_more_than_the_file_is_thrown_away(mirror: Mirror, weights: Weights) -> 
 
 
 def test_a_busy_server_is_asked_again(mirror: Mirror, weights: Weights, waits: list[float]) -> None:
-    """With longer and longer pauses."""
+    """After increasing pauses."""
     mirror.answers = [says(503), says(503), says(429)]
     assert weights.fetch(mirror.url) == 0
     assert waits == [1.0, 2.0, 4.0]
@@ -275,7 +275,7 @@ def test_a_busy_server_is_asked_again(mirror: Mirror, weights: Weights, waits: l
 def test_a_server_that_stays_busy_is_given_up(
     mirror: Mirror, weights: Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After as many tries as there are pauses, and one."""
+    """After one attempt more than there are pauses."""
     mirror.answers = [says(503)] * 9
     assert weights.fetch(mirror.url) == 1
     assert len(mirror.requests) == 5
@@ -283,7 +283,7 @@ def test_a_server_that_stays_busy_is_given_up(
 
 
 def test_redirects_are_followed(mirror: Mirror, weights: Weights) -> None:
-    """Archives move; the range is asked for at the new place too."""
+    """Archives move; the range is requested at the new URL too."""
     mirror.answers = [redirects_to(f"{mirror.url}?moved"), breaks_off, redirects_to(mirror.url)]
     assert weights.fetch(mirror.url) == 0
     assert weights.target.read_bytes() == CONTENT
@@ -304,14 +304,14 @@ def test_only_http_is_followed(
     refusal: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A server cannot point at the user's own files."""
+    """A server cannot redirect to the user's own files."""
     mirror.answers = [redirects_to(url)] * 5
     assert weights.fetch(mirror.url) == 1
     assert refusal in last_line(capsys).lower()
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What a failed run says last; a traceback is nowhere in it."""
+    """The last line of a failed run's output, which has no traceback."""
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return said.splitlines()[-1]
@@ -320,7 +320,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_wrong_file_is_removed_and_named(
     mirror: Mirror, weights: Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The message holds both digests, so that the user can look for either."""
+    """The message has both digests, so that the user can look up either."""
     mirror.answers = [corrupts]
     assert weights.fetch(mirror.url) == 1
     assert list(weights.target.parent.iterdir()) == []
@@ -331,7 +331,7 @@ def test_a_wrong_file_is_removed_and_named(
 def test_another_file_in_its_place_is_left_alone(
     mirror: Mirror, weights: Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The user's own file is neither replaced nor taken."""
+    """The user's own file is neither replaced nor used."""
     weights.target.parent.mkdir()
     weights.target.write_bytes(b"mine")
     assert weights.fetch(mirror.url) == 1
@@ -346,7 +346,7 @@ def test_a_missing_file_is_one_line(
     waits: list[float],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """404 is not tried again; the message says where a file from elsewhere goes."""
+    """404 is not retried; the message says where to put a file from another source."""
     mirror.answers = [says(404)]
     assert weights.fetch(mirror.url) == 1
     assert waits == []
@@ -356,7 +356,7 @@ def test_a_missing_file_is_one_line(
 
 
 def test_the_next_mirror_is_asked(mirror: Mirror, weights: Weights) -> None:
-    """Whether the first lacks the file or has another one."""
+    """If the previous one lacks the file or has another one."""
     mirror.answers = [says(404), corrupts]
     assert weights.fetch(*[mirror.url] * 3) == 0
     assert weights.target.read_bytes() == CONTENT
@@ -365,7 +365,7 @@ def test_the_next_mirror_is_asked(mirror: Mirror, weights: Weights) -> None:
 def test_an_unknown_host_is_one_line(
     weights: Weights, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the resolver says is passed on."""
+    """The message includes the resolver's."""
 
     def fail(*args: object, **kwargs: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -389,16 +389,16 @@ def test_a_silent_server_is_one_line(
 def test_a_full_disk_is_one_line(
     mirror: Mirror, weights: Weights, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is no fault of the server's: it is not tried again."""
+    """It is not the server's fault: no retry."""
     weights.part.parent.mkdir()
     weights.part.symlink_to("/dev/full")
     assert weights.fetch(mirror.url) == 1
-    assert "the disk is full; make room" in last_line(capsys)
+    assert "the disk is full; free some space" in last_line(capsys)
     assert len(mirror.requests) == 1
 
 
 def test_the_user_can_demand_a_sha256(mirror: Mirror, weights: Weights) -> None:
-    """It is asked for in place of the documented one."""
+    """It replaces the documented one."""
     assert weights.fetch(mirror.url, options=("--sha256", OTHER)) == 1
     assert not weights.target.exists()
     assert weights.fetch(mirror.url, options=("--sha256", sha256(CONTENT).upper())) == 0
@@ -408,7 +408,7 @@ def test_the_user_can_demand_a_sha256(mirror: Mirror, weights: Weights) -> None:
 def test_wrong_arguments_are_refused(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is fetched, by argparse."""
+    """By argparse, before any download."""
     with pytest.raises(SystemExit, match="2"):
         main(["fetch", *arguments])
     assert "usage: python -m models fetch" in capsys.readouterr().err
@@ -422,7 +422,7 @@ def test_the_sources_are_what_their_names_say() -> None:
 
 
 class Archives:
-    """VOC and SBD in small: archives at hand in ``--data``, so that nothing is asked for."""
+    """Small VOC and SBD archives in ``--data``, so that nothing is downloaded."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.data = folder / "data"
@@ -440,7 +440,7 @@ class Archives:
         self._monkeypatch = monkeypatch
 
     def split(self, name: str, numbers: list[int]) -> None:
-        """Write a list of VOC's."""
+        """Write one of VOC's lists."""
         listing = self.voc / f"VOC2012/ImageSets/Segmentation/{name}.txt"
         listing.write_text("".join(f"2007_{number:06}\n" for number in numbers), encoding="utf-8")
 
@@ -465,7 +465,7 @@ class Archives:
         self.pack("voc2012", files | (more or {}))
 
     def pack_sbd(self) -> None:
-        """SBD's archive: two of VOC's train, one of its val, two that only SBD has a mask of."""
+        """SBD's archive: two photos of VOC's train, one of its val, two with masks in SBD only."""
         files = {}
         for number in (1, 2, 4, 10, 11):
             name = f"benchmark_RELEASE/dataset/{{}}/2007_{number:06}.{{}}"
@@ -494,7 +494,7 @@ def archives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Archives:
 
 @pytest.mark.parametrize("prefix", ["", "./"])
 def test_voc_is_unpacked_for_segmentation(archives: Archives, prefix: str) -> None:
-    """Both lists can be read and loaded; annotations of boxes stay in the archive."""
+    """Both lists can be loaded; box annotations are not unpacked."""
     archives.pack_voc(prefix)
     assert archives.fetch("voc2012") == 0
     samples = read_split(archives.data, "train") + read_split(archives.data, "val")
@@ -504,7 +504,7 @@ def test_voc_is_unpacked_for_segmentation(archives: Archives, prefix: str) -> No
 
 
 def test_sbds_masks_go_beside_vocs(archives: Archives) -> None:
-    """The list is VOC's train and SBD's both lists, once each and without VOC's val."""
+    """``trainaug`` is VOC's train and both of SBD's lists, without duplicates and VOC's val."""
     archives.pack_voc()
     archives.pack_sbd()
     assert archives.fetch("voc2012") == 0
@@ -519,7 +519,7 @@ def test_sbds_masks_go_beside_vocs(archives: Archives) -> None:
 
 
 def test_vocs_own_photos_stay(archives: Archives) -> None:
-    """SBD's photo is taken only where VOC has none."""
+    """SBD's photo is used only where VOC has none."""
     archives.pack_voc()
     archives.pack_sbd()
     archives.fetch("voc2012")
@@ -529,7 +529,7 @@ def test_vocs_own_photos_stay(archives: Archives) -> None:
 
 
 def test_sbds_masks_have_vocs_colours(archives: Archives) -> None:
-    """A viewer shows them as it shows VOC's."""
+    """They have VOC's palette."""
     archives.pack_voc()
     archives.pack_sbd()
     archives.fetch("voc2012")
@@ -544,7 +544,7 @@ def test_sbds_masks_have_vocs_colours(archives: Archives) -> None:
 def test_unpacked_archives_are_not_needed_again(
     archives: Archives, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They may be deleted: what is there is neither fetched nor unpacked."""
+    """They may be deleted: unpacked data is neither fetched nor unpacked again."""
     archives.pack_voc()
     archives.pack_sbd()
     for name in ("voc2012", "sbd"):
@@ -555,7 +555,7 @@ def test_unpacked_archives_are_not_needed_again(
 
 
 def test_unpacking_that_was_interrupted_is_done_again(archives: Archives) -> None:
-    """A listed file that is missing shows it."""
+    """It is detected by a missing file."""
     archives.pack_voc()
     archives.fetch("voc2012")
     mask = archives.data / "VOC2012/SegmentationClass/2007_000004.png"
@@ -565,7 +565,7 @@ def test_unpacking_that_was_interrupted_is_done_again(archives: Archives) -> Non
 
 
 def test_sbd_needs_voc(archives: Archives, capsys: pytest.CaptureFixture[str]) -> None:
-    """Said before 1.4 GB are fetched."""
+    """Reported before the download of 1.4 GB."""
     assert archives.fetch("sbd") == 1
     assert "fetch voc2012 first" in last_line(capsys)
 
@@ -573,7 +573,7 @@ def test_sbd_needs_voc(archives: Archives, capsys: pytest.CaptureFixture[str]) -
 def test_an_archive_cannot_write_elsewhere(
     archives: Archives, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A path out of the folder is refused, and no list says that the rest is complete."""
+    """A path outside the folder is refused, and no list is written."""
     archives.pack_voc(more={"VOCdevkit/../../evil": b""})
     assert archives.fetch("voc2012") == 1
     assert "evil" in last_line(capsys)
@@ -584,7 +584,7 @@ def test_an_archive_cannot_write_elsewhere(
 def test_what_is_no_archive_is_refused(
     archives: Archives, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which can only be with a sha256 of the user's own."""
+    """Only possible with the user's own sha256."""
     archives.pack_voc()
     (archives.data / "voc2012.tar").write_bytes(CONTENT)
     arguments = ["--data", str(archives.data), "--sha256", sha256(CONTENT)]

@@ -1,4 +1,4 @@
-"""The training losses."""
+"""The training loss."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ RNG = torch.Generator().manual_seed(0)
 
 
 def test_interpolate_is_a_part_of_the_full_upsampling() -> None:
-    """The same values as F.interpolate at the pixels asked for."""
+    """The same values as F.interpolate at the chosen pixels."""
     logits = torch.randn(2, 21, 5, 7, generator=RNG)
     full = F.interpolate(logits, size=(80, 112), mode="bilinear", align_corners=False)
     rows, columns = torch.tensor([0.0, 3, 40, 79]), torch.tensor([0.0, 8, 9, 111])
@@ -19,7 +19,7 @@ def test_interpolate_is_a_part_of_the_full_upsampling() -> None:
 
 
 def test_the_phases_together_are_the_loss_over_every_pixel() -> None:
-    """Sixteen grids in turn count each pixel once: their mean is the full cross-entropy."""
+    """Sixteen phases cover each pixel once: their mean is the full cross-entropy."""
     logits = torch.randn(2, 21, 4, 4, generator=RNG)
     target = torch.randint(0, 21, (2, 64, 64), generator=RNG).byte()
     phases = [cross_entropy(logits, target, phase).item() for phase in range(16)]
@@ -29,7 +29,7 @@ def test_the_phases_together_are_the_loss_over_every_pixel() -> None:
 
 
 def test_void_is_ignored() -> None:
-    """Only the labelled quarter counts, and it is right."""
+    """Only the labelled quarter counts, and it is correct."""
     logits = torch.zeros(1, 21, 2, 2)
     logits[:, 8] = 30
     target = torch.full((1, 8, 8), 255, dtype=torch.uint8)
@@ -44,7 +44,7 @@ def test_uniform_logits_cost_log_21() -> None:
 
 
 def test_all_void_is_zero_and_has_a_gradient() -> None:
-    """A crop of nothing but void must not poison the weights with NaN."""
+    """A crop of void only must not turn the weights into NaN."""
     logits = torch.randn(1, 21, 2, 2, requires_grad=True)
     loss = cross_entropy(logits, torch.full((1, 8, 8), 255, dtype=torch.uint8), 0)
     loss.backward()  # type: ignore[no-untyped-call]

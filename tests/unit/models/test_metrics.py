@@ -1,4 +1,4 @@
-"""The metrics against figures worked out by hand."""
+"""The metrics compared with figures computed by hand."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def matrix_of(truth: list[int], prediction: list[int]) -> ConfusionMatrix:
 
 
 def test_metrics_of_a_small_example() -> None:
-    """Truth 0,0,0,8,8; two background and one cat right."""
+    """Truth 0,0,0,8,8; two background pixels and one cat pixel correct."""
     matrix = matrix_of([0, 0, 0, 8, 8], [0, 0, 8, 8, 0])
     iou = matrix.iou()
     assert iou[0] == pytest.approx(2 / 4)
@@ -52,7 +52,7 @@ def test_void_pixels_do_not_count() -> None:
 
 
 def test_one_matrix_over_the_whole_set() -> None:
-    """Images add up; it is not a mean of per-image figures."""
+    """Pixels are summed over images; it is not a mean of per-image figures."""
     matrix = matrix_of([0, 8], [0, 8])
     matrix.update(np.full((1, 8), 8, np.uint8), np.zeros((1, 8), np.uint8))
     assert matrix.iou()[8] == pytest.approx(1 / 9)
@@ -66,22 +66,22 @@ def test_a_class_only_predicted_counts_as_zero() -> None:
 
 
 def test_shapes_and_ids_are_checked() -> None:
-    """A mask of another size, or holding void, is a mistake of the caller."""
+    """A mask of another size, or with void, is the caller's error."""
     with pytest.raises(ValueError, match="truth is"):
         ConfusionMatrix().update(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
-    with pytest.raises(ValueError, match="no class id"):
+    with pytest.raises(ValueError, match="not a class id"):
         matrix_of([0], [len(CLASSES)])
 
 
 def image_of(right: int, as_cat: int) -> NDArray[np.int64]:
-    """(21, 21): the confusion matrix of a background image, part of it taken for cat."""
+    """(21, 21): the confusion matrix of a background image, part of it predicted as cat."""
     counts = np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
     counts[0, 0], counts[0, 8] = right, as_cat
     return counts
 
 
 def test_equal_images_leave_nothing_to_chance() -> None:
-    """Whichever are drawn, the IoU is the same: no width, and no class that is not there."""
+    """Every resample has the same IoU: intervals of zero width, NaN for absent classes."""
     mean, per_class = bootstrap_intervals(np.stack([image_of(3, 1)] * 5))
     assert mean == pytest.approx(3 / 8)
     assert per_class[:, 0] == pytest.approx(3 / 4)
@@ -90,7 +90,7 @@ def test_equal_images_leave_nothing_to_chance() -> None:
 
 
 def test_the_interval_is_that_of_the_draws() -> None:
-    """60 of 100 one-pixel images are right: the sum is binomial, 60 +- 1.96 * sqrt(24)."""
+    """60 of 100 one-pixel images are correct: the sum is binomial, 60 +- 1.96 * sqrt(24)."""
     images = np.stack([image_of(1, 0)] * 60 + [image_of(0, 1)] * 40)
     mean, per_class = bootstrap_intervals(images)
     expected = (60 + np.array([-1, 1]) * 1.96 * np.sqrt(24)) / 100
@@ -99,7 +99,7 @@ def test_the_interval_is_that_of_the_draws() -> None:
 
 
 def test_the_interval_holds_the_estimate_and_stays_the_same() -> None:
-    """The seed is fixed: a report can be made again to the bit."""
+    """The seed is fixed: a report is reproducible to the bit."""
     images = np.random.default_rng(0).integers(0, 100, (30, len(CLASSES), len(CLASSES)))
     (low, high), _ = bootstrap_intervals(images)
     assert low < mean_iou(images.sum(axis=0)) < high
@@ -109,7 +109,7 @@ def test_the_interval_holds_the_estimate_and_stays_the_same() -> None:
 @settings(deadline=None)
 @given(MASKS)
 def test_rings_as_by_the_distance_to_another_label(truth: NDArray[np.uint8]) -> None:
-    """The larger of rows and columns to the nearest pixel of another label, void among them."""
+    """The Chebyshev distance to the nearest pixel of another label, void included."""
     rows, columns = np.indices(truth.shape).reshape(2, -1, 1)
     distance = np.maximum(abs(rows - rows.T), abs(columns - columns.T)).astype(float)
     distance[truth.reshape(-1, 1) == truth.reshape(-1)] = np.inf
@@ -121,7 +121,7 @@ def test_rings_as_by_the_distance_to_another_label(truth: NDArray[np.uint8]) -> 
 @settings(deadline=None)
 @given(MASKS, st.integers(0, len(CLASSES) - 1))
 def test_rings_add_up_to_the_image(truth: NDArray[np.uint8], predicted: int) -> None:
-    """Void pixels left out, every other pixel once."""
+    """Every pixel counts once, except void."""
     prediction = np.full_like(truth, predicted)
     matrix = ConfusionMatrix()
     matrix.update(truth, prediction)
@@ -129,7 +129,7 @@ def test_rings_add_up_to_the_image(truth: NDArray[np.uint8], predicted: int) -> 
 
 
 def test_bands_of_a_straight_edge() -> None:
-    """Cat beside a void line of 2: a band of w columns on either side, void in none of them."""
+    """Cat beside a void line of 2: a band of w columns on either side, without void."""
     truth = np.full((50, 102), 8, dtype=np.uint8)
     truth[:, :50], truth[:, 50:52] = 0, IGNORE_INDEX
     # Wrong in the 4 columns left of the line.
@@ -146,5 +146,5 @@ def test_shapes_and_ids_are_checked_by_ring_too() -> None:
     """As for the whole image."""
     with pytest.raises(ValueError, match="truth is"):
         confusion_by_ring(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
-    with pytest.raises(ValueError, match="no class id"):
+    with pytest.raises(ValueError, match="not a class id"):
         confusion_by_ring(np.zeros((1, 1), np.uint8), np.full((1, 1), 255, np.uint8))

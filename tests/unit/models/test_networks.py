@@ -55,7 +55,7 @@ def test_cost_is_what_the_docstring_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_have_the_networks_stride(name: str) -> None:
-    """(N, 21, h/stride, w/stride) for any multiple of 32; the stride is one that is served."""
+    """(N, 21, h/stride, w/stride) for any multiple of 32; the contract allows the stride."""
     with torch.device("meta"):
         network = build_network(name).eval()
         logits = network(torch.zeros(2, 3, 96, 160))
@@ -88,7 +88,7 @@ def test_dilation_replaces_the_last_stride() -> None:
 
 
 def test_vggs_keys_are_torchvisions() -> None:
-    """Dilated or not; the fully connected layers are convolutions under their old names."""
+    """Dilated or not; the fully connected layers are convolutions under the same names."""
     with torch.device("meta"):
         weights, dilated = VGG16(dilate=False).state_dict(), VGG16(dilate=True).state_dict()
     assert dilated.keys() == weights.keys()
@@ -101,7 +101,7 @@ def test_vggs_keys_are_torchvisions() -> None:
 
 
 def test_vggs_dilation_replaces_the_last_pooling() -> None:
-    """Its 7x7 layer reads every second cell of a map twice as fine."""
+    """Its 7x7 layer reads every second cell of a map with twice the resolution."""
     for dilate, poolings, dilation in ((False, 5, 1), (True, 4, 2)):
         with torch.device("meta"):
             vgg = VGG16(dilate=dilate)
@@ -139,7 +139,7 @@ def test_densenets_blocks_dilate_where_they_would_shrink() -> None:
 
 
 def test_a_dense_layer_reads_all_layers_before_it() -> None:
-    """A block puts out its input, where it keeps it, and what each layer adds, in order."""
+    """A block returns its input, where it keeps it, then each layer's output, in order."""
     torch.manual_seed(0)
     kept, dropped = DenseBlock(6, 3, 4).eval(), DenseBlock(6, 3, 4, keep_input=False).eval()
     dropped.load_state_dict(kept.state_dict())
@@ -153,7 +153,7 @@ def test_a_dense_layer_reads_all_layers_before_it() -> None:
 
 @pytest.mark.parametrize("name", ["fcn_resnet50_8s", "densenet_fcn", "atrous_densenet"])
 def test_the_leading_stages_can_be_computed_before(name: str) -> None:
-    """And give the logits of the whole."""
+    """And give the whole network's logits."""
     torch.manual_seed(0)
     network = build_network(name).eval()
     image = torch.rand(1, 3, 32, 64) * 255
@@ -175,7 +175,7 @@ def test_the_leading_stages_can_be_computed_before(name: str) -> None:
     ],
 )
 def test_a_training_step_lowers_the_loss(name: str, rate: float) -> None:
-    """On the batch that it was taken on, with the same layers dropped out."""
+    """On the same batch, with the same dropout."""
     torch.manual_seed(0)
     network = build_network(name)
     image = torch.rand(2, 3, 64, 64) * 255
@@ -208,7 +208,7 @@ class Misordered(Backbone):
 
 
 def test_a_batch_norm_that_was_not_folded_is_refused() -> None:
-    """The graph would compute what the convolution could have."""
+    """It would cost time in every run of the graph."""
     network = SegmentationNetwork(stride=8, backbone=Misordered(), classifier=LinearHead(64))
     for parameter in network.parameters():
         parameter.data = parameter.half().float()
@@ -226,6 +226,6 @@ def test_normalisation_is_imagenets() -> None:
 
 
 def test_an_unknown_network_is_named() -> None:
-    """With the list of those there are."""
+    """The message lists the known ones."""
     with pytest.raises(ValueError, match=r"'resnet'.*fcn_resnet50_32s"):
         build_network("resnet")

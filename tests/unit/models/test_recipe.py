@@ -25,7 +25,7 @@ def test_committed_recipes_are_valid(path: Path) -> None:
     ],
 )
 def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, named: str) -> None:
-    """Out of range, misspelt, missing, or no TOML at all."""
+    """Out of range, misspelt, missing, or not TOML."""
     text = (RECIPES / "cpu.toml").read_text(encoding="utf-8")
     assert old in text
     path = tmp_path / "wrong.toml"
@@ -47,7 +47,7 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
 
 
 def test_a_change_takes_the_place_of_the_files_value() -> None:
-    """As --set gives it: any line of TOML, checked like the rest."""
+    """As with --set: any line of TOML, checked like the file."""
     path = RECIPES / "cpu.toml"
     recipe = load_recipe(path, ["jitter=0.1", "scale_range = [0.75, 1.5]"])
     assert recipe.jitter == 0.1

@@ -1,4 +1,4 @@
-"""Schedule, parameter groups and what is frozen."""
+"""Schedule, parameter groups and frozen parts."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def network() -> nn.Module:
 
 
 def test_every_trainable_parameter_is_in_one_group(network: nn.Module) -> None:
-    """Frozen ones are in none."""
+    """Frozen parameters are in no group."""
     grouped = [p for group in parameter_groups(network, CPU) for p in group["params"]]
     trainable = {id(p) for p in network.parameters() if p.requires_grad}
     assert len(grouped) == len(trainable)
@@ -55,7 +55,7 @@ def test_the_head_learns_faster_and_vectors_are_not_decayed(network: nn.Module) 
 
 
 def test_frozen_means_no_gradient_and_no_new_statistics(network: nn.Module) -> None:
-    """The recipe's stages, and the backbone's BatchNorms; the head's BatchNorms do learn."""
+    """For the recipe's stages and the backbone's BatchNorms; the head's BatchNorms learn."""
     frozen = tuple(f"backbone.{name}." for name in ("conv1", "bn1", "layer1", "layer2"))
     for name, parameter in network.named_parameters():
         assert parameter.requires_grad is not name.startswith(frozen)
@@ -65,7 +65,7 @@ def test_frozen_means_no_gradient_and_no_new_statistics(network: nn.Module) -> N
 
 
 def test_statistics_shared_by_several_gpus_freeze_alike() -> None:
-    """Those that a run under torchrun has in the place of each BatchNorm."""
+    """SyncBatchNorm, which replaces BatchNorm under torchrun, freezes in the same way."""
     with torch.device("meta"):
         built = build_network("fcn_resnet50_32s")
         nn.SyncBatchNorm.convert_sync_batchnorm(built)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Image and mask go through the same geometry; labels are never blended."""
+"""Image and mask have the same geometry; labels are never blended."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def cat(height: int, width: int) -> NDArray[np.uint8]:
 @given(seed=st.integers(0, 10_000), height=st.integers(60, 300), width=st.integers(60, 300))
 @settings(max_examples=40, deadline=None)
 def test_image_and_mask_stay_paired(seed: int, height: int, width: int) -> None:
-    """Whatever is drawn, the label's colour lies under the label, and padding is void."""
+    """In every crop, each label is on its own colour, and padding is void."""
     augmentation = Augmentation(64, 128, (0.5, 2.0), jitter=0.0)
     labels = cat(height, width)
     crop = augmentation(painted(labels), np.random.default_rng(seed))
@@ -51,7 +51,7 @@ def test_image_and_mask_stay_paired(seed: int, height: int, width: int) -> None:
 
 
 def test_jitter_changes_colors_and_not_labels() -> None:
-    """Photometric changes leave the mask alone."""
+    """Photometric changes do not touch the mask."""
     photo = painted(cat(64, 64))
     plain = Augmentation(64, 64, (1.0, 1.0), 0.0)(photo, np.random.default_rng(1))
     vivid = Augmentation(64, 64, (1.0, 1.0), 0.5)(photo, np.random.default_rng(1))
@@ -62,7 +62,7 @@ def test_jitter_changes_colors_and_not_labels() -> None:
 
 
 def test_a_factor_of_one_changes_no_color() -> None:
-    """And brightness, contrast and saturation are Pillow's."""
+    """Brightness, contrast and saturation equal Pillow's."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy()).float()
@@ -132,7 +132,7 @@ def test_upsample_is_interpolate_where_nothing_is_padded(size: tuple[int, int]) 
 
 
 def test_upsample_reads_the_valid_region_only() -> None:
-    """Of a half-padded input, the photo's last column comes from the middle of the logits."""
+    """With a half-padded input, the photo's last column comes from the middle of the logits."""
     logits = torch.arange(8.0).expand(1, 4, 8)
     out = upsample(logits, Geometry((64, 64), (64, 64), (64, 128)), stride=16)
     assert out[0, 0, -1].item() == pytest.approx(63.5 / 16 - 0.5)

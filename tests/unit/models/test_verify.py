@@ -6,7 +6,7 @@ from models.stages.verify import passes
 
 
 def report(**changes: dict[str, float]) -> dict[str, Any]:
-    """What `compare_set` returns of networks that all give torch's masks."""
+    """The result of `compare_set` for networks that all give torch's masks."""
     same = {"fp32": 1.0, "fp16": 1.0, "int8": 1.0}
     iou = {"torch": 0.5, "fp32": 0.5, "fp16": 0.5, "int8": 0.5}
     return {
@@ -19,7 +19,7 @@ SHAPES = [{"pixel_agreement": 1.0}]
 
 
 def test_networks_that_agree_pass() -> None:
-    """So does a better mean IoU, and an artefact of one precision."""
+    """So do a better mean IoU and an artefact of one precision."""
     assert passes(SHAPES, report(mean_iou={"fp16": 0.6}))
     assert passes(SHAPES, {"pixel_agreement": {"fp32": 1.0}, "mean_iou": {"torch": 0, "fp32": 0}})
 
@@ -37,7 +37,7 @@ def test_networks_that_agree_pass() -> None:
     ],
 )
 def test_each_gate_can_fail(changes: dict[str, dict[str, float]]) -> None:
-    """One figure below its gate is enough, whatever the others are."""
+    """One figure below its gate is enough."""
     assert not passes(SHAPES, report(**changes))
 
 

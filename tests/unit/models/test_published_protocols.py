@@ -1,4 +1,4 @@
-"""Other projects' protocols against what they do, computed directly."""
+"""Other projects' protocols, compared with a direct computation."""
 
 import numpy as np
 import pytest
@@ -9,20 +9,20 @@ from PIL import Image
 from skimage import data
 from torch import Tensor
 
-from models.prediction import predict_as_keras_fcn, predict_as_mmseg
+from models.published_protocols import predict_as_keras_fcn, predict_as_mmseg
 from models.transforms import PADDING_COLOR
 
 STRIDE = 16
 
 
 class Network:
-    """Keeps its input and answers with noise of stride 16, always the same of one shape."""
+    """Keeps its input and returns noise of stride 16, the same for each shape."""
 
     def __init__(self) -> None:
         self.seen: NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
 
     def __call__(self, batch: NDArray[np.uint8]) -> Tensor:
-        """Logits of a batch of one."""
+        """Return logits for a batch of one."""
         (self.seen,) = batch
         height, width, _ = self.seen.shape
         cells = (1, 21, height // STRIDE, width // STRIDE)
@@ -58,7 +58,7 @@ def interpolated(logits: Tensor, height: int, width: int) -> Tensor:
 def test_mmseg_fits_photos_into_2048_by_512(
     size: tuple[int, int], inside: tuple[int, int], padded: tuple[int, int]
 ) -> None:
-    """The shorter side becomes 512, unless the longer would pass 2048: ``mmcv.rescale_size``."""
+    """The shorter side becomes 512, unless the longer would exceed 2048: ``mmcv.rescale_size``."""
     network, image = Network(), photo(*size)
     assert predict_as_mmseg(image, network, stride=STRIDE).shape == size
     height, width = inside
@@ -69,7 +69,7 @@ def test_mmseg_fits_photos_into_2048_by_512(
 
 
 def test_mmseg_interpolates_to_the_input_and_then_to_the_photo() -> None:
-    """Logits, not labels, and by two steps."""
+    """Logits, not labels, in two steps."""
     network, image = Network(), photo(375, 500)
     labels = predict_as_mmseg(image, network, stride=STRIDE)
     at_input = interpolated(network(network.seen[None]), 512, 704)[..., :683]
@@ -90,7 +90,7 @@ def test_mmseg_interpolates_to_the_input_and_then_to_the_photo() -> None:
 def test_keras_fcn_puts_photos_into_a_black_square(
     size: tuple[int, int], padded: tuple[int, int], corner: tuple[int, int]
 ) -> None:
-    """In the middle and not resized; what is predicted around the photo is cut off."""
+    """Centred and not resized; the prediction around the photo is cut off."""
     network, image = Network(), photo(*size)
     labels = predict_as_keras_fcn(image, network, stride=STRIDE)
     inside = np.s_[corner[0] : corner[0] + size[0], corner[1] : corner[1] + size[1]]
