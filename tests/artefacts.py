@@ -16,7 +16,7 @@ from PIL import Image
 
 from service.artefact import voc
 from service.artefact.contract import ModelContract, Precision
-from service.artefact.labels import LabelSet
+from service.artefact.labels import VOC_LABELS, LabelSet
 from service.artefact.manifest import FileEntry, Manifest, load_manifest
 
 STRIDE = 16
@@ -44,7 +44,7 @@ def make_contract(**changes: object) -> ModelContract:
 
 
 def build_network(
-    metadata: Mapping[str, str], stride: int = STRIDE, labels: LabelSet = voc.LABELS
+    metadata: Mapping[str, str], stride: int = STRIDE, labels: LabelSet = VOC_LABELS
 ) -> onnx.ModelProto:
     """A graph that labels each cell of stride x stride pixels with its nearest class colour.
 
@@ -90,7 +90,7 @@ def build_artefact(
     stride: int = STRIDE,
     name: str = "tiny",
     version: str = "1",
-    labels: LabelSet = voc.LABELS,
+    labels: LabelSet = VOC_LABELS,
 ) -> Path:
     """Write network and manifest; ``metadata`` and ``stride`` can make the two disagree."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def add_precision(folder: Path, precision: Precision) -> None:
 
 
 def paint(
-    ids: npt.NDArray[np.uint8], cell: int = STRIDE, labels: LabelSet = voc.LABELS
+    ids: npt.NDArray[np.uint8], cell: int = STRIDE, labels: LabelSet = VOC_LABELS
 ) -> npt.NDArray[np.uint8]:
     """Paint a ``(h, w)`` map of class ids as a ``(h*cell, w*cell, 3) uint8`` RGB photo."""
     big = ids.repeat(cell, axis=0).repeat(cell, axis=1)

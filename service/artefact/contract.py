@@ -24,7 +24,7 @@ from typing import Annotated, Final, Literal, Protocol, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from service.artefact import voc
-from service.artefact.labels import LabelSet
+from service.artefact.labels import VOC_LABELS, LabelSet
 from service.errors import ContractError
 
 SCHEMA_VERSION: Final = 2
@@ -73,7 +73,7 @@ class ModelContract(BaseModel):
     version: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._+-]+$")
     network: str = Field(min_length=1)
     stride: Literal[1, 2, 4, 8, 16, 32]
-    labels: LabelSet = voc.LABELS
+    labels: LabelSet = VOC_LABELS
     mean: tuple[UnitInterval, UnitInterval, UnitInterval]
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     color_order: Literal["RGB"] = "RGB"
@@ -181,7 +181,7 @@ def _upgraded(metadata: Mapping[str, str]) -> dict[str, str]:
     for index, (ours, vocs) in enumerate(zip(names, voc.CLASSES, strict=True)):
         if ours != vocs:
             raise ContractError(f"{key}: class {index} is {ours!r}, but VOC's is {vocs!r}")
-    upgraded[METADATA_PREFIX + "labels"] = voc.LABELS.model_dump_json()
+    upgraded[METADATA_PREFIX + "labels"] = VOC_LABELS.model_dump_json()
     return upgraded
 
 

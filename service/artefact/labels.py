@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from service.artefact import voc
 from service.errors import InvalidParameter
 
 MAX_CLASSES: Final = 255
@@ -88,25 +89,16 @@ class LabelSet(BaseModel):
 
         Rows that are no class have VOC's colours, which differ from each other.
         """
-        palette = color_map()
+        palette = voc.color_map()
         palette[self.ignore_index] = VOID_COLOR
         palette[: len(self.colors)] = self.colors
         palette.setflags(write=False)
         return palette
 
 
-def color_map(size: int = 256) -> npt.NDArray[np.uint8]:
-    """VOC's label colours: the bits of the id dealt out to R, G, B, most significant first.
-
-    Returns ``(size, 3) uint8`` RGB. Row 255 is (224, 224, 192), the cream of VOC's borders.
-    Source: ``VOClabelcolormap.m``. Raises ``ValueError`` if ``size`` is not in [1, 256].
-    """
-    if not 1 <= size <= 256:
-        raise ValueError(f"a palette has 1 to 256 colours, not {size}")
-    ids = np.arange(size, dtype=np.uint8)
-    colors = np.zeros((size, 3), dtype=np.uint8)
-    for level in range(8):
-        for channel in range(3):
-            colors[:, channel] |= ((ids >> channel) & 1) << (7 - level)
-        ids >>= 3
-    return colors
+VOC_LABELS: Final = LabelSet(
+    names=voc.CLASSES,
+    colors=[tuple(color) for color in voc.PALETTE.tolist()],
+    ignore_index=voc.IGNORE_INDEX,
+)
+"""The label set of a model that names no other."""

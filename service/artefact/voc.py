@@ -11,8 +11,6 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from service.artefact.labels import LabelSet, color_map
-
 CLASSES: Final[tuple[str, ...]] = (
     "background",
     "aeroplane",
@@ -43,15 +41,27 @@ NUM_CLASSES: Final[int] = len(CLASSES)
 IGNORE_INDEX: Final[int] = 255
 """Label of void pixels: object borders and difficult objects, left out of loss and metrics."""
 
-LABELS: Final = LabelSet(
-    names=CLASSES,
-    colors=[tuple(color) for color in color_map(NUM_CLASSES).tolist()],
-    ignore_index=IGNORE_INDEX,
-)
-"""VOC's classes as a label set: that of every artefact that names no other."""
 
-FULL_PALETTE: Final[npt.NDArray[np.uint8]] = LABELS.palette
+def color_map(size: int = 256) -> npt.NDArray[np.uint8]:
+    """VOC's label colours: the bits of the id dealt out to R, G, B, most significant first.
+
+    Returns ``(size, 3) uint8`` RGB. Row 255 is (224, 224, 192), the cream of VOC's borders.
+    Source: ``VOClabelcolormap.m``. Raises ``ValueError`` if ``size`` is not in [1, 256].
+    """
+    if not 1 <= size <= 256:
+        raise ValueError(f"a palette has 1 to 256 colours, not {size}")
+    ids = np.arange(size, dtype=np.uint8)
+    colors = np.zeros((size, 3), dtype=np.uint8)
+    for level in range(8):
+        for channel in range(3):
+            colors[:, channel] |= ((ids >> channel) & 1) << (7 - level)
+        ids >>= 3
+    return colors
+
+
+FULL_PALETTE: Final[npt.NDArray[np.uint8]] = color_map()
 """(256, 3) uint8 RGB, read-only: what an indexed PNG carries, void included."""
+FULL_PALETTE.setflags(write=False)
 
 PALETTE: Final[npt.NDArray[np.uint8]] = FULL_PALETTE[:NUM_CLASSES]
 """(21, 3) uint8 RGB, read-only: the colour of each class id."""

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from service.artefact import voc
 from service.artefact.files import write_atomically
-from service.artefact.labels import LabelSet
+from service.artefact.labels import VOC_LABELS, LabelSet
 from service.errors import SettingsError
 from service.schemas import Segmentation, SegmentedClass
 
@@ -122,8 +121,8 @@ class CocoFile:
     names: Mapping[Path, str]
     out: Path
     overwrite: bool = False
-    _labels: LabelSet = field(default=voc.LABELS, init=False)
-    _class_ids: Collection[int] = field(default=voc.LABELS.foreground, init=False)
+    _labels: LabelSet = field(default=VOC_LABELS, init=False)
+    _class_ids: Collection[int] = field(default=VOC_LABELS.foreground, init=False)
     _records: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 
 from service.artefact import voc
-from service.artefact.labels import LabelSet
+from service.artefact.labels import VOC_LABELS, LabelSet
 from service.cli.main import main
 from service.client import Client
 from service.settings import Settings
@@ -175,7 +175,7 @@ async def test_classes_are_chosen_by_the_models_names(client: InProcess, case: C
         )
         assert answer.status_code == status
         if status == 422:
-            labels = case.labels if model == "own" else voc.LABELS
+            labels = case.labels if model == "own" else VOC_LABELS
             assert f"there are {', '.join(labels.names)}" in answer.json()["detail"]
 
 

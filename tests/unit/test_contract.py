@@ -8,7 +8,7 @@ import pytest
 
 from service.artefact import voc
 from service.artefact.contract import ModelContract
-from service.artefact.labels import LabelSet
+from service.artefact.labels import VOC_LABELS, LabelSet
 from service.errors import ContractError
 from tests.artefacts import make_contract
 
@@ -81,7 +81,7 @@ def test_the_first_version_still_loads() -> None:
     """Its classes are VOC's, and so is its label set."""
     contract = ModelContract.from_metadata(first_version(voc.CLASSES))
     assert contract == make_contract()
-    assert contract.labels == voc.LABELS
+    assert contract.labels == VOC_LABELS
 
 
 SWAPPED = [*voc.CLASSES[:8], "dog", *voc.CLASSES[9:12], "cat", *voc.CLASSES[13:]]

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from service.artefact import voc
-from service.artefact.labels import MAX_CLASSES, LabelSet
+from service.artefact.labels import MAX_CLASSES, VOC_LABELS, LabelSet
 from service.errors import InvalidParameter
 
 NAMES = ("background", "chair", "dining table")
@@ -30,8 +29,8 @@ def test_the_palette_has_the_colors_of_the_classes() -> None:
     assert palette[254].tolist() == [224, 224, 192]
     with pytest.raises(ValueError, match="read-only"):
         palette[0] = 1
-    assert voc.LABELS.palette[255].tolist() == [224, 224, 192]
-    assert len(np.unique(voc.LABELS.palette, axis=0)) == 256
+    assert VOC_LABELS.palette[255].tolist() == [224, 224, 192]
+    assert len(np.unique(VOC_LABELS.palette, axis=0)) == 256
 
 
 def test_at_most_255_classes() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from service.artefact import voc
-from service.artefact.labels import color_map
+from service.artefact.labels import VOC_LABELS
 
 
 def test_palette_is_vocs() -> None:
@@ -13,7 +13,7 @@ def test_palette_is_vocs() -> None:
     palette = [tuple(color) for color in voc.FULL_PALETTE.tolist()]
     assert {index: palette[index] for index in expected} == expected
     assert palette[voc.IGNORE_INDEX] == (224, 224, 192)
-    assert list(voc.LABELS.colors) == palette[: voc.NUM_CLASSES]
+    assert list(VOC_LABELS.colors) == palette[: voc.NUM_CLASSES]
     assert voc.PALETTE.shape == (21, 3)
     assert voc.PALETTE.dtype == np.uint8
 
@@ -36,7 +36,7 @@ def test_classes_are_vocs() -> None:
 def test_a_palette_has_one_to_256_colors(size: int) -> None:
     """Another size is refused."""
     with pytest.raises(ValueError, match="1 to 256"):
-        color_map(size)
+        voc.color_map(size)
 
 
 def test_the_palettes_cannot_be_changed() -> None:
