@@ -38,27 +38,27 @@ class Settings(BaseSettings):
     models_memory_mb: int = Field(
         2048,
         ge=0,
-        description="memory for the models beside the default one in its parent folder, which are "
-        "loaded on demand, MiB; 0 serves the default alone",
+        description="memory for the models in the folders beside the default one, loaded on "
+        "demand, MiB; 0 serves the default alone",
     )
     device: str = Field(
         "auto",
-        description="where the network runs: auto, cpu, cuda or cuda:N, the GPU's number; "
-        "cuda stops the start if it is not there",
+        description="device of the network: auto, cpu, cuda or cuda:N (GPU number N); cuda without "
+        "that GPU stops the start",
     )
     gpus: str | None = Field(
         None,
-        description="numbers of the GPUs to serve on, such as 0,1: each gets its own process",
+        description="numbers of the GPUs to serve on, such as 0,1; each gets its own process",
     )
     processes: int = Field(
         1,
         ge=1,
         le=64,
-        description="serving processes for each device behind the one port, each with its own "
-        "queue, threads and /readyz",
+        description="serving processes per device behind the one port; each has its own queue, "
+        "threads and /readyz",
     )
     precision: Literal["auto", "fp32", "fp16", "int8"] = Field(
-        "auto", description="which of the artefact's networks runs; auto: the device's fastest"
+        "auto", description="network to run: auto (the fastest on the device), fp32, fp16 or int8"
     )
     threads: int | None = Field(
         None,
@@ -68,22 +68,24 @@ class Settings(BaseSettings):
         "between the processes)",
     )
     provider: Literal["cuda", "tensorrt"] = Field(
-        "cuda", description="what runs the network on a GPU; tensorrt needs its own packages"
+        "cuda",
+        description="ONNX Runtime provider on a GPU: cuda or tensorrt, which needs its own "
+        "packages",
     )
     cuda_graphs: bool = Field(
         True, description="replay the listed shapes as CUDA graphs, captured at the start"
     )
     gpu_memory_mb: int = Field(
-        0, ge=0, description="most GPU memory for the network's activations, MiB; 0: all there is"
+        0, ge=0, description="most GPU memory for the network's activations, MiB; 0: no limit"
     )
     cache_dir: Path | None = Field(
-        None, description="folder for TensorRT's engines (default: built anew at each start)"
+        None, description="folder for TensorRT engines (default: none, each start builds them)"
     )
     decode_workers: int | None = Field(
         None,
         ge=1,
         le=256,
-        description="threads that decode and encode (default: 2 on a CPU, all usable cores beside "
+        description="threads that decode and encode (default: 2 on a CPU, all usable cores with "
         "a GPU)",
     )
     max_bytes: int = Field(20 * 2**20, ge=1024, description="largest image file, bytes")
@@ -91,7 +93,9 @@ class Settings(BaseSettings):
         16, ge=1, le=1000, description="most images in one request to /segment/batch"
     )
     max_images_bytes: int = Field(
-        64 * 2**20, ge=1024, description="largest images of one such request together, bytes"
+        64 * 2**20,
+        ge=1024,
+        description="largest total of the images in one request to /segment/batch, bytes",
     )
     # Above this Pillow itself refuses to open an image.
     max_pixels: int = Field(
@@ -103,8 +107,8 @@ class Settings(BaseSettings):
     queue_size: int | None = Field(
         None,
         ge=1,
-        description="photos taken in at once; more are refused (default: 64 on a CPU, 256 on a "
-        "GPU)",
+        description="photos in progress at once; more are refused (default: 64 on a CPU, 256 on "
+        "a GPU)",
     )
     max_batch: int | None = Field(
         None,
@@ -113,59 +117,61 @@ class Settings(BaseSettings):
         description="most photos in one run of the network (default: 1 on a CPU, 16 on a GPU)",
     )
     max_wait_ms: float = Field(
-        10.0, ge=0, description="how long a photo may be passed over for fuller batches, ms"
+        10.0, ge=0, description="longest time that fuller batches may overtake a photo, ms"
     )
-    deadline_s: float = Field(30.0, gt=0, description="time to answer one request, seconds")
+    deadline_s: float = Field(30.0, gt=0, description="time limit for one photo, seconds")
     client_timeout_s: float = Field(
         20.0,
         gt=0,
-        description="how long a client may take for its next request's head, for each 64 KiB of a "
-        "body that it sends, and for each of an answer that it reads, seconds",
+        description="time limit for a client to send the head of a request, to send each 64 KiB "
+        "of its body and to read each 64 KiB of the answer, seconds",
     )
     max_connections: int = Field(
         1000,
         ge=1,
-        description="connections to each process; a quarter of them from one address, unless it "
-        "is a trusted proxy's",
+        description="most connections to each process; one address may have a quarter of them, a "
+        "trusted proxy all",
     )
     watchdog_s: float | None = Field(
         None,
         ge=1,
-        description="how long a batch may run, or the process not react, before it ends to be "
-        "started anew, seconds (default: twice the deadline, at least 60)",
+        description="time after which a batch, a decoder or the event loop counts as hanging and "
+        "the process ends, seconds (default: twice the deadline, at least 60)",
     )
     api_keys_file: Path | None = Field(
         None,
-        description="file of the API keys' hashes, by fcn-segment key; read again when it changes "
-        "(default: no key is asked for)",
+        description="file of API key hashes, made by fcn-segment key; read again when it changes "
+        "(default: no key needed)",
     )
     rate_limit: str | None = Field(
         None,
-        description="requests that each key, or without keys each address, may send to each "
-        "process, such as 60/minute or 5/second;1000/day (default: any number)",
+        description="requests per key, or per address without keys, to each process, such as "
+        "60/minute or 5/second;1000/day (default: no limit)",
     )
     trusted_proxies: str = Field(
         "127.0.0.1",
-        description="addresses and networks, such as 10.0.0.0/8, of the proxies whose "
-        "X-Forwarded-For is believed, comma-separated",
+        description="addresses and networks of proxies whose X-Forwarded-For is trusted, "
+        "comma-separated, such as 10.0.0.0/8",
     )
     cors_origins: str | None = Field(
         None,
-        description="origins whose web pages may call the service from a browser, such as "
-        "https://one.example,https://two.example; * for all (default: none)",
+        description="origins whose web pages may call the service, comma-separated, such as "
+        "https://one.example; * for all (default: none)",
     )
     label_studio_url: str | None = Field(
         None,
-        description="where Label Studio is, http://host:port: tasks' images are fetched from there "
-        "and from nowhere else (default: tasks bring them as data: URIs)",
+        description="the only Label Studio that task images are fetched from, http://host:port "
+        "(default: none, tasks carry images as data: URIs)",
     )
     label_studio_token: SecretStr | None = Field(
-        None, description="access token of that Label Studio, for fetching tasks' images"
+        None, description="access token for that Label Studio"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe log line that is written"
+        "info", description="lowest level that is logged: debug, info, warning or error"
     )
-    log_format: Literal["console", "json"] = Field("console", description="how log lines look")
+    log_format: Literal["console", "json"] = Field(
+        "console", description="format of log lines: console or json"
+    )
 
     @field_validator("device")
     @classmethod
