@@ -239,7 +239,7 @@ class RemoteQueue:
         return reply
 
 
-class Replicas:
+class ReplicaPeers:
     """`service.telemetry.metrics.Peers` that are replicas of both deployments."""
 
     label: Final = "replica"
@@ -276,18 +276,18 @@ class Ingress:
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
         self._device = device
-        self._replicas = Replicas(device)
+        self._peers = ReplicaPeers(device)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve, which also runs the lifespan."""
         open_engines = partial(_open_engines, self._device)
-        app = create_app(self._settings, open_engines=open_engines, peers=self._replicas)
+        app = create_app(self._settings, open_engines=open_engines, peers=self._peers)
         return _AsServeHasIt(app)
 
     async def families(self) -> tuple[str, Families]:
         """The replica's name and metrics."""
-        assert self._replicas.families is not None, "the lifespan has begun"  # noqa: S101
-        return _replica(), await self._replicas.families()
+        assert self._peers.families is not None, "the lifespan has begun"  # noqa: S101
+        return _replica(), await self._peers.families()
 
 
 class _AsServeHasIt:

@@ -21,7 +21,7 @@ from service.telemetry.metrics import Families
 _PATIENCE_S: Final = 3.0
 
 
-class Siblings:
+class WorkerPeers:
     """`service.telemetry.metrics.Peers` that are processes of one supervisor.
 
     ``folder``: only its owner may enter it; ``number``: this process's own.

@@ -25,7 +25,7 @@ from service.errors import SettingsError
 from service.http.dependencies import LifespanState
 from service.inference.engines import Engines
 from service.server.connections import Clients, Connection
-from service.server.peers import Siblings
+from service.server.peers import WorkerPeers
 from service.server.watchdog import Watchdog
 from service.server.worker import Parent
 from service.settings import Settings
@@ -68,7 +68,7 @@ async def _answer(
     The lifespan runs here and not in uvicorn, which would wrap a start's one-line error into a
     traceback and three lines of its own.
     """
-    peers = Siblings(parent.folder, parent.number) if parent is not None else None
+    peers = WorkerPeers(parent.folder, parent.number) if parent is not None else None
     app = create_app(settings, peers=peers)
     # Left last: the end may hang too.
     with contextlib.ExitStack() as watched:

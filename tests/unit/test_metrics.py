@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.server.peers import Siblings
+from service.server.peers import WorkerPeers
 from service.telemetry.metrics import (
     STAGES,
     EngineFacts,
@@ -172,20 +172,20 @@ async def counted(number: int) -> Families:
 
 
 @pytest.fixture
-async def two_siblings(folder: Path) -> AsyncIterator[AsyncExitStack]:
+async def two_peers(folder: Path) -> AsyncIterator[AsyncExitStack]:
     """Numbers 0 and 1 answer, until the stack is closed."""
     async with AsyncExitStack() as stack:
         for number in (0, 1):
-            siblings = Siblings(folder, number)
-            await stack.enter_async_context(siblings.answering(partial(counted, number)))
+            peers = WorkerPeers(folder, number)
+            await stack.enter_async_context(peers.answering(partial(counted, number)))
         yield stack
 
 
 @pytest.mark.anyio
-async def test_siblings_are_asked(folder: Path, two_siblings: AsyncExitStack) -> None:
+async def test_peers_are_asked(folder: Path, two_peers: AsyncExitStack) -> None:
     """Any of them tells of all, every value as it was."""
     for number in (0, 1):
-        told = await Siblings(folder, number).gather()
+        told = await WorkerPeers(folder, number).gather()
         assert list(told) == ["0", "1"]
         found = samples(merge("worker", told))
         assert sample(found, "fcn_photo_pixels_count", worker="0") == 0
@@ -194,19 +194,19 @@ async def test_siblings_are_asked(folder: Path, two_siblings: AsyncExitStack) ->
 
 
 @pytest.mark.anyio
-async def test_a_dead_sibling_is_told_of(folder: Path, two_siblings: AsyncExitStack) -> None:
+async def test_a_dead_peer_is_reported(folder: Path, two_peers: AsyncExitStack) -> None:
     """Its socket is still there, nobody listens; one of its number that comes back takes it."""
-    await two_siblings.aclose()
-    async with Siblings(folder, 1).answering(partial(counted, 3)):
-        told = await Siblings(folder, 1).gather()
+    await two_peers.aclose()
+    async with WorkerPeers(folder, 1).answering(partial(counted, 3)):
+        told = await WorkerPeers(folder, 1).gather()
         assert sample(samples(merge("worker", told)), "fcn_worker_up", worker="1") == 1
     (folder / "1.sock").touch()
-    assert set((await Siblings(folder, 1).gather()).values()) == {None}
+    assert set((await WorkerPeers(folder, 1).gather()).values()) == {None}
 
 
 @pytest.mark.anyio
-async def test_a_sibling_that_hangs_is_not_waited_for(
-    folder: Path, two_siblings: AsyncExitStack
+async def test_a_peer_that_hangs_is_not_waited_for(
+    folder: Path, two_peers: AsyncExitStack
 ) -> None:
     """The others are told all the same.
 
@@ -218,6 +218,6 @@ async def test_a_sibling_that_hangs_is_not_waited_for(
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with Siblings(folder, 2).answering(never):
-        told = await Siblings(folder, 0).gather()
+    async with WorkerPeers(folder, 2).answering(never):
+        told = await WorkerPeers(folder, 0).gather()
     assert [name for name, families in told.items() if families is None] == ["2"]
