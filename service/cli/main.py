@@ -183,7 +183,7 @@ def _work(listener_fd: int, parent_fd: int) -> int:
         with socket.socket(fileno=listener_fd) as listener:
             answer(listener, settings, hangup, parent)
     except SegmentError as exc:
-        parent.tell_error(str(exc))
+        parent.report_error(str(exc))
         return _status(exc)
     finally:
         parent.tidy_up()

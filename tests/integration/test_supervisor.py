@@ -160,4 +160,4 @@ def test_the_workers_command_is_not_for_people() -> None:
     """Nor does it hang without a supervisor."""
     status, stderr = fails("worker", "0", "1")
     assert status == 2
-    assert stderr == "fcn-segment: worker: only `serve` starts one\n"
+    assert stderr == "fcn-segment: worker: only `serve` starts it\n"

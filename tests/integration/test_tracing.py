@@ -22,7 +22,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from service.errors import SettingsError
 from service.settings import Settings
 from service.telemetry.metrics import STAGES
-from service.telemetry.tracing import SparingHandler
+from service.telemetry.tracing import ThrottlingHandler
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, fails, in_process
 from tests.processes import PATIENCE_S, logged
@@ -264,7 +264,7 @@ def test_a_collector_that_is_not_there_is_told_once(
 
 def test_a_line_a_minute() -> None:
     """The first is handed on, others within the minute are not, then one again."""
-    sparing = SparingHandler(iter((100.0, 159.0, 161.0)).__next__)
+    sparing = ThrottlingHandler(iter((100.0, 159.0, 161.0)).__next__)
     seen: list[str] = []
 
     class Root(logging.Handler):
@@ -284,7 +284,7 @@ def test_a_line_a_minute() -> None:
 @pytest.mark.parametrize(
     ("variable", "word", "reason"),
     [
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "only http/protobuf is spoken here"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "only http/protobuf is supported"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "0", "max_queue_size must be a positive integer"),
     ],
 )

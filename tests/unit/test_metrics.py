@@ -205,9 +205,7 @@ async def test_a_dead_peer_is_reported(folder: Path, two_peers: AsyncExitStack) 
 
 
 @pytest.mark.anyio
-async def test_a_peer_that_hangs_is_not_waited_for(
-    folder: Path, two_peers: AsyncExitStack
-) -> None:
+async def test_a_peer_that_hangs_is_not_waited_for(folder: Path, two_peers: AsyncExitStack) -> None:
     """The others are told all the same.
 
     With the patience that the service has: one shortened for the test's sake runs out for the

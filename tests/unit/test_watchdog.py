@@ -87,7 +87,7 @@ async def test_a_photo_that_hangs_its_decoder_ends_the_process(
         await hung
     assert service.segmenter.working_s == pytest.approx(0, abs=LIMIT_S)
     last = [line for line in lines if line["log_level"] == "critical"]
-    assert last[0]["reason"].startswith("a photo has been worked on for")
+    assert last[0]["reason"].startswith("a photo has been processed for")
 
 
 async def test_a_loop_that_hangs_ends_the_process(service: Service) -> None:
