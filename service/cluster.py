@@ -1,9 +1,9 @@
 """The same app on Ray Serve, for more than one machine.
 
-There are two deployments. `Ingress` replicas run the whole app, including decoding and encoding, but
-use a remote engine. `Device` replicas each have a model, on a GPU, a part of one, or CPU cores, with
-the same batcher as a single machine. Ingresses send the network's input; devices return its logits
-or masks.
+There are two deployments. `Ingress` replicas run the whole app, including decoding and encoding,
+but use a remote engine. `Device` replicas each have a model, on a GPU, a part of one, or CPU cores,
+with the same batcher as a single machine. Ingresses send the network's input; devices return its
+logits or masks.
 
 No request is lost when a device dies: the ingress asks another one. Devices load a new model one
 after the other (``reconfigure``). Each uses the old model until the new one is warm, so no request

@@ -258,7 +258,7 @@ def test_a_collector_that_is_not_there_is_told_once(
                     assert client.get("/classes").status_code == 200
             service.process.terminate()
             assert service.wait() == 0
-    (line,) = service.told_by("opentelemetry")
+    (line,) = service.lines_of("opentelemetry")
     assert "Connection refused" in line["event"]
 
 
