@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import pytest
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from service.server.connections import Clients
+from service.server.connections import Clients, Connection, _overrides
 from service.settings import Settings
 
 
@@ -41,3 +42,14 @@ def test_few_connections_are_still_one_for_each(make_settings: Callable[..., Set
     """A quarter of two is rounded up to one; clients without an address share one entry."""
     clients = Clients(make_settings(max_connections=2))
     assert [clients.enter(None), clients.enter(None)] == [True, False]
+
+
+def test_a_uvicorn_without_an_overridden_method_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error names the method; without it the guard would silently not run."""
+    method = Connection._start_asgi_task
+    assert _overrides(method) is method
+    monkeypatch.delattr(HttpToolsProtocol, "_start_asgi_task")
+    with pytest.raises(ImportError, match=r"uvicorn .* is not supported: .*_start_asgi_task"):
+        _overrides(method)
