@@ -1,4 +1,4 @@
-"""Who may ask, and how often: API keys known by their hashes, and rate limits. No HTTP here."""
+"""API keys, stored as hashes, and rate limits. No HTTP here."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from limits.strategies import FixedWindowRateLimiter
 from service.errors import RateLimited, SettingsError
 
 KEY_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-"""What a key may be called: it stands in the file and in the log."""
+"""Valid names of a key. They appear in the file and in the log."""
 
 MAX_CLIENTS: Final = 65_536
-"""Clients whose requests are counted; beyond them the ones seen longest ago are forgotten."""
+"""Most clients whose requests are counted; beyond that the least recent ones are dropped."""
 
-# Recognised by scanners that look for leaked secrets, and by people.
+# So that people, and scanners for leaked secrets, recognise a key.
 _KEY_PREFIX: Final = "fcn_"
 _KEY_BYTES: Final = 32
 _LINE: Final = re.compile(rf"(?P<name>{KEY_NAME.pattern}):(?P<sha256>[0-9a-f]{{64}})")
@@ -36,11 +36,11 @@ _log: Any = structlog.get_logger("service.keys")
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A fresh random key, and the line for the file of keys: ``name:sha256-hex``.
+    """Return a new random key, and its line for the file of keys: ``name:sha256-hex``.
 
-    A plain hash, because a key is 256 random bits and no password: nobody can try them all,
-    however fast the hash. Source: NIST SP 800-63B-3, section 5.1.2.2, which wants an approved
-    one-way function for secrets of at least 112 bits, and salt and a slow hash only below that.
+    A fast hash without salt suffices: a key has 256 random bits, so it cannot be guessed. Source:
+    NIST SP 800-63B-3, section 5.1.2.2, which requires an approved one-way function for secrets of
+    at least 112 bits, and salt and a slow hash only below that.
     """
     key = _KEY_PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     return key, f"{name}:{_digest(key).hex()}"
@@ -49,10 +49,11 @@ def new_key(name: str) -> tuple[str, str]:
 class ApiKeys:
     """The keys of a file, by their hashes.
 
-    Each line is ``name:sha256-hex``; empty ones and those that begin with ``#`` are left out. Two
-    keys may have one name, so that a client can go over from the old one to the new one. Whenever
-    the file changes it is read again, at most once a second; one that cannot be read or has a
-    wrong line changes nothing but the log. Raises `SettingsError` if that is so at the start.
+    Each line is ``name:sha256-hex``; empty lines and lines that begin with ``#`` are ignored. Two
+    keys may share a name, so that a client can change from an old key to a new one. The file is
+    read again when it changes; this is checked at most once a second. If it is then unreadable or
+    has an invalid line, an error is logged and the old keys stay. At the start the same raises
+    `SettingsError`.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
@@ -63,11 +64,11 @@ class ApiKeys:
         self._look_again_at = clock() + _LOOK_EVERY_S
 
     def name_of(self, key: str) -> str | None:
-        """The name of a key, or None if it is nobody's."""
+        """The name of a key, or None if the key is unknown."""
         self._refresh()
         digest = _digest(key)
         name = None
-        # All are compared, each in constant time: how long it takes tells nothing of any.
+        # Compares all keys, each in constant time, so that timing reveals nothing.
         for known, its_name in self._names.items():
             if hmac.compare_digest(known, digest):
                 name = its_name
@@ -90,7 +91,7 @@ class ApiKeys:
             _log.info("API keys read", keys=len(self._names))
 
     def _look(self) -> tuple[int, ...] | None:
-        """What changes whenever the file does; None if it is not there."""
+        """A value that changes whenever the file does; None if there is no file."""
         try:
             found = self._path.stat()
         except OSError:
@@ -115,26 +116,26 @@ def _read(path: Path) -> Mapping[bytes, str]:
             continue
         found = _LINE.fullmatch(line)
         if found is None:
-            # Not what stands there: it may be a key that somebody put in as it is.
+            # Does not quote the line: it may contain a key in plain text.
             raise SettingsError(f"API keys: {path}, line {number}: should be name:sha256-hex")
         names[bytes.fromhex(found["sha256"])] = found["name"]
     return names
 
 
 def parse_rate_limits(text: str) -> Sequence[RateLimitItem]:
-    """``60/minute``, or several such as ``5/second;1000/day``. Raises ValueError."""
+    """Parse ``60/minute``, or several limits: ``5/second;1000/day``. Raises ValueError."""
     items = parse_many(text)
     if any(item.amount < 1 for item in items):
-        raise ValueError("a limit below 1 lets nobody in")
+        raise ValueError("a limit below 1 would refuse every request")
     return items
 
 
 class RateLimits:
-    """Requests that one client may send.
+    """Limits the requests of each client.
 
-    A window begins with a client's first request; once it has sent as many as it may, the rest
-    are refused until the window's end. So a client may send twice as many around that end. Each
-    process counts for itself.
+    A window begins with a client's first request. Requests beyond the limit are refused until the
+    window ends, so a client may send twice the limit in a short time around that end. Each process
+    counts separately.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class RateLimits:
         self._windows = FixedWindowRateLimiter(_Windows(max_clients * len(limits), clock))
 
     def count(self, client: str) -> None:
-        """Count a request of ``client``. Raises `RateLimited` if it was one too many."""
+        """Count a request of ``client``. Raises `RateLimited` if it exceeds a limit."""
         exceeded = [one for one in self._limits if not self._windows.hit(one, client)]
         if exceeded:
             stats = [self._windows.get_window_stats(one, client) for one in exceeded]
@@ -157,10 +158,10 @@ class RateLimits:
 
 
 class _Windows(Storage):
-    """`limits`' storage for this process, bounded, and on the monotonic clock.
+    """A storage for `limits` in this process, bounded, on the monotonic clock.
 
-    The library's own goes by the wall clock, keeps all keys that it was ever asked about within a
-    window, and looks through them all from a new thread for every few requests.
+    The library's own storage uses the wall clock, keeps every key within a window, and scans all of
+    them from a new thread every few requests.
     """
 
     STORAGE_SCHEME = None
@@ -173,11 +174,11 @@ class _Windows(Storage):
 
     @property
     def base_exceptions(self) -> tuple[type[Exception], ...]:
-        """Nothing that goes wrong here is to be wrapped."""
+        """No error is wrapped."""
         return ()
 
     def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Count in a key's window, which is begun if there is none; returns its count."""
+        """Count in a key's window, starting one if there is none; returns the count."""
         count, ends_at = self._window(key)
         if count == 0:
             ends_at = self._clock() + expiry
@@ -196,7 +197,7 @@ class _Windows(Storage):
         return self._window(key)[1]
 
     def check(self) -> bool:
-        """It is always there."""
+        """Always available."""
         return True
 
     def reset(self) -> int:
@@ -216,9 +217,9 @@ class _Windows(Storage):
 
 
 def client_address(host: str | None) -> str:
-    """What a client's requests are counted by: its IPv4 address, or its IPv6 network.
+    """The address that a client's requests are counted by: its IPv4 address, or its IPv6 network.
 
-    Whoever has one IPv6 address has the 2**64 of its network too. Source: RFC 6177, RFC 7421.
+    A client with one IPv6 address has all 2**64 of its network. Source: RFC 6177, RFC 7421.
     """
     try:
         address = ipaddress.ip_address(host or "")

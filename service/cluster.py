@@ -1,16 +1,17 @@
 """The same app on Ray Serve, for more than one machine.
 
-Two deployments. `Ingress` replicas are the app as it is, decoding and encoding, but their engine is
-elsewhere; `Device` replicas have a model each, on a GPU, a part of one, or CPU cores, with the
-batcher that a single machine has too. Between them go the network's input and its logits or masks.
+There are two deployments. `Ingress` replicas run the whole app, including decoding and encoding,
+but use a remote engine. `Device` replicas each have a model, on a GPU, a part of one, or CPU cores,
+with the same batcher as a single machine. Ingresses send the network's input; devices return its
+logits or masks.
 
-A device that dies takes no request with it: whoever waits for it asks another one. A new model is
-taken up by the devices one after the other (``reconfigure``), each answering with the old one until
-the new one is warm, so nothing is refused meanwhile.
+No request is lost when a device dies: the ingress asks another one. Devices load a new model one
+after the other (``reconfigure``). Each uses the old model until the new one is warm, so no request
+is refused.
 
-How many replicas, on what, and by which load they grow is said in a Serve config file, such as
-``docker/cluster.yaml``; see there for the commands. This module is its ``import_path``. Needs the
-extra ``cluster``.
+A Serve config file sets the number of replicas, their resources and their scaling; see
+``docker/cluster.yaml``, which also has the commands. Its ``import_path`` is this module. Requires
+the extra ``cluster``.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ from service.telemetry.metrics import Families, Metrics
 _log: Any = structlog.get_logger("service.cluster")
 
 ATTEMPTS: Final = 3
-"""Devices that one photo may be lost with: more, and it is the photo that kills them."""
+"""Devices that one photo may lose. After that, the photo is assumed to kill them."""
 
 FAILURES: Final = 3
-"""Failed batches without one that succeeds, after which a device is started again."""
+"""Consecutive failures after which a device is restarted."""
 
 _PATIENCE_S: Final = 3.0
 
@@ -64,8 +65,8 @@ _PATIENCE_S: Final = 3.0
 class Arguments(BaseModel):
     """The ``args`` of the Serve config file.
 
-    ``settings``: ``FCN_*`` by their names without the prefix, for all replicas. The model is not
-    among them: it is the devices' ``user_config``, ``{"model": "artefact folder"}``.
+    ``settings``: ``FCN_*`` settings by their names without the prefix, for all replicas. The
+    devices' model is set by their ``user_config`` instead: ``{"model": "artefact folder"}``.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -75,7 +76,7 @@ class Arguments(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class RemoteModel:
-    """`service.inference.engine.ServedModel` of a model that is in a device's process."""
+    """`service.inference.engine.ServedModel` of a model in a device's process."""
 
     contract: ModelContract
     manifest: Manifest
@@ -86,7 +87,7 @@ class RemoteModel:
 
     @classmethod
     def of(cls, engine: Engine) -> Self:
-        """What a device tells of its engine."""
+        """Describe a device's engine."""
         model = engine.model
         return cls(
             model.contract,
@@ -98,13 +99,13 @@ class RemoteModel:
 
     @property
     def sha256(self) -> str:
-        """Of the network file: two models are the same where this is."""
+        """The sha256 of the network file, which identifies the model."""
         return self.manifest.files[self.file_name].sha256
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A device's answer, or why it has none; ``model`` where another one was expected."""
+    """A device's answer or error. ``model``: the device's, if the sender expected another one."""
 
     answer: BatchResult[Output] | SegmentError
     model: RemoteModel | None
@@ -121,9 +122,9 @@ class Device:
         self._failures = 0
 
     async def reconfigure(self, user_config: Mapping[str, str]) -> None:
-        """Take up a model. The one before, if any, answers until the new one is warm.
+        """Load a model. The previous one, if any, serves until the new one is warm.
 
-        Raises what loading raises; then Serve starts the replica anew, and stops rolling out.
+        Raises what loading raises; Serve then restarts the replica and stops the rollout.
         """
         engine = await open_engine(self._settings, self._metrics, Path(user_config["model"]))
         previous, self._engine = self._engine, engine
@@ -131,7 +132,7 @@ class Device:
             await previous.batcher.close()
 
     async def check_health(self) -> None:
-        """Raise if nothing succeeds any more: a GPU that has failed stays so for its process."""
+        """Raise if every photo fails or a batch hangs: a failed GPU needs a new process."""
         if self._failures >= FAILURES:
             raise InferenceFailed(f"{self._failures} photos in a row failed")
         if (
@@ -141,13 +142,13 @@ class Device:
             raise InferenceFailed("a batch hangs")
 
     async def describe(self) -> RemoteModel:
-        """Tell what it runs."""
+        """Describe the model that this device runs."""
         return RemoteModel.of(self._ready())
 
     async def infer(self, task: DeviceTask, expected: str) -> Reply:
-        """Run the network on a photo; ``expected``: the sha256 of the model that its sender knows.
+        """Run the network on a photo. ``expected``: sha256 of the model that the sender expects.
 
-        Errors of the service come as values: Ray would wrap them, and log each with its traceback.
+        The service's errors are returned, not raised: Ray would wrap each and log its traceback.
         """
         engine = self._ready()
         answer: BatchResult[Output] | SegmentError
@@ -161,7 +162,7 @@ class Device:
         return Reply(answer, None if model.sha256 == expected else model)
 
     async def families(self) -> tuple[str, Families]:
-        """The replica's name and metrics."""
+        """This replica's name and metrics."""
         deadline_s = self._settings.deadline_s
         self._metrics.look_at_service(ready=True, in_flight=0, limit=0, deadline_s=deadline_s)
         return _replica(), await engine_families(self._metrics, [self._ready()])
@@ -172,7 +173,7 @@ class Device:
 
 
 class RemoteQueue:
-    """`service.inference.engine.Queue` whose devices are `Device` replicas behind a handle."""
+    """`service.inference.engine.Queue` in front of `Device` replicas."""
 
     def __init__(self, device: DeploymentHandle, model: RemoteModel) -> None:
         self._device = device
@@ -181,25 +182,25 @@ class RemoteQueue:
 
     @property
     def waiting(self) -> int:
-        """None in this process: the devices count theirs."""
+        """0: the devices count their own queues."""
         return 0
 
     @property
     def capacity(self) -> int:
-        """What one device works on at once; how many there are changes."""
+        """Items that one device works on at once; the number of devices varies."""
         return self._expected.capacity
 
     @property
     def running_s(self) -> float:
-        """Nothing runs in this process: the devices watch their own batches."""
+        """0: the devices watch their own batches."""
         return 0.0
 
     def retry_after_s(self, ahead: int) -> float:
-        """A second: how fast the devices are is not known here."""
+        """A second: this process does not know how fast the devices are."""
         return 1.0
 
     async def submit(self, item: DeviceTask, key: object) -> BatchResult[Output]:
-        """Have some device run the network; when it dies meanwhile, another one.
+        """Run the network on a device. If the device dies, use another one.
 
         Raises what a batcher raises, or `ModelUnavailable` if no device can be started.
         """
@@ -210,9 +211,11 @@ class RemoteQueue:
                 _log.warning("device lost", reason=type(exc).__name__)
                 continue
             except BackPressureError as exc:
-                raise Overloaded("the devices' queues are full", self.retry_after_s(1)) from exc
+                raise Overloaded(
+                    "the queues of all devices are full", self.retry_after_s(1)
+                ) from exc
             except DeploymentUnavailableError as exc:
-                raise ModelUnavailable("no device can be started") from exc
+                raise ModelUnavailable("no device could be started") from exc
             except RayTaskError as exc:
                 raise InferenceFailed(f"the device failed: {type(exc.cause).__name__}") from exc
             if reply.model is not None and reply.model != self._expected:
@@ -221,13 +224,13 @@ class RemoteQueue:
             if isinstance(reply.answer, SegmentError):
                 raise reply.answer
             return reply.answer
-        raise InferenceFailed(f"{ATTEMPTS} devices were lost one after the other")
+        raise InferenceFailed(f"{ATTEMPTS} devices in a row died")
 
     def abandon(self) -> None:
-        """Nothing is this process's own."""
+        """Do nothing: the devices own the work."""
 
     async def close(self) -> None:
-        """Nothing is this process's own."""
+        """Do nothing: the devices own the work."""
 
     async def _ask(self, item: DeviceTask) -> Reply:
         response = self._device.infer.remote(item, self._expected.sha256)
@@ -239,8 +242,8 @@ class RemoteQueue:
         return reply
 
 
-class Replicas:
-    """`service.telemetry.metrics.Peers` that are replicas of both deployments."""
+class ReplicaPeers:
+    """`service.telemetry.metrics.Peers` that are the replicas of both deployments."""
 
     label: Final = "replica"
 
@@ -250,12 +253,12 @@ class Replicas:
 
     @contextlib.asynccontextmanager
     async def answering(self, families: Callable[[], Awaitable[Families]]) -> AsyncIterator[None]:
-        """Keep what `Ingress.families` answers with."""
+        """Store ``families``, which `Ingress.families` returns."""
         self.families = families
         yield
 
     async def gather(self) -> Mapping[str, Families | None]:
-        """Ask all that Serve knows of; one that does not answer is left out."""
+        """Ask all replicas that Serve knows; one that does not answer is left out."""
         context = serve.get_replica_context()
         ingress = serve.get_deployment_handle(context.deployment, context.app_name)
         asked = [
@@ -265,35 +268,36 @@ class Replicas:
             for handle in (ingress, self._device)
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        told = [one for each in answers if isinstance(each, list) for one in each]
-        return dict(sorted(one for one in told if isinstance(one, tuple)))
+        received = [one for each in answers if isinstance(each, list) for one in each]
+        return dict(sorted(one for one in received if isinstance(one, tuple)))
 
 
 class Ingress:
-    """The app, with its engine elsewhere."""
+    """The app, with a remote engine."""
 
     def __init__(self, settings: Settings, device: DeploymentHandle) -> None:
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
         self._device = device
-        self._replicas = Replicas(device)
+        self._peers = ReplicaPeers(device)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """Called by Serve, which also runs the lifespan."""
+        """Build the app. Serve calls this, then runs the app's lifespan."""
         open_engines = partial(_open_engines, self._device)
-        app = create_app(self._settings, open_engines=open_engines, peers=self._replicas)
-        return _AsServeHasIt(app)
+        app = create_app(self._settings, open_engines=open_engines, peers=self._peers)
+        return _ServeAdapter(app)
 
     async def families(self) -> tuple[str, Families]:
-        """The replica's name and metrics."""
-        assert self._replicas.families is not None, "the lifespan has begun"  # noqa: S101
-        return _replica(), await self._replicas.families()
+        """This replica's name and metrics."""
+        assert self._peers.families is not None, "the lifespan has begun"  # noqa: S101
+        return _replica(), await self._peers.families()
 
 
-class _AsServeHasIt:
-    """What a server does with an app's lifespan state, and Serve does not.
+class _ServeAdapter:
+    """Adapts the app to Serve.
 
-    The request id is left to Serve, which puts it into both heads itself.
+    Serve does not pass an app's lifespan state to its requests. It adds its own request id to each
+    response, so the app's is removed.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -314,7 +318,7 @@ class _AsServeHasIt:
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """The application that a Serve config file names; ``arguments`` are `Arguments`.
+    """Build the application that a Serve config file names. ``arguments``: see `Arguments`.
 
     Raises `SettingsError`, or pydantic's `ValidationError`.
     """
@@ -329,7 +333,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
-        # Above what the app takes in at once, so that it is the app that refuses.
+        # Above the app's own limit, so that the app refuses requests, not Serve.
         max_ongoing_requests=512,
         health_check_period_s=5,
         graceful_shutdown_timeout_s=settings.deadline_s + 10,
@@ -338,7 +342,7 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
 
 async def _open_engines(device: DeploymentHandle, settings: Settings, metrics: Metrics) -> Engines:
-    """The engine of an ingress; waits for the first device."""
+    """Open the engine of an ingress. Waits for the first device."""
     model: RemoteModel = await device.describe.remote()
     engine = RemoteQueue(device, model).engine
     load = partial(open_engine, settings, metrics)

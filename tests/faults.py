@@ -1,4 +1,4 @@
-"""Networks that fail in ONNX Runtime, artefacts to spoil while served, and a clock that jumps."""
+"""Networks that fail in ONNX Runtime, artefacts to damage in use, and a clock that jumps."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from tests.host_device import cpp_compiler
 Fault = Literal["hang", "error", "memory"]
 
 FAULTS: Final[tuple[Fault, ...]] = ("hang", "error", "memory")
-"""A photo with a pixel that is 255 in red, green or blue brings about the first, second, third."""
+"""A pixel of 255 in red, green or blue triggers the first, second or third fault."""
 
-_FOR_EVER: Final = 2**62
+_ENDLESS: Final = 2**62
 _NOWHERE: Final = 1
 _TOO_MUCH: Final = 2**44
 
 
 def build_faulty_artefact(folder: Path) -> Path:
-    """`build_artefact`, whose logits are only there once the faults were not."""
+    """`build_artefact` with a network that has the `FAULTS`."""
     path = build_artefact(folder) / "network.onnx"
     network = onnx.load(path)
     _add_faults(network.graph)
@@ -39,16 +39,16 @@ def build_faulty_artefact(folder: Path) -> Path:
 
 
 def faulty_photo(fault: Fault) -> npt.NDArray[np.uint8]:
-    """(64, 96, 3) uint8: a photo like any other, but for one pixel."""
+    """(64, 96, 3) uint8: `two_class_photo` with one pixel that triggers a fault."""
     photo = two_class_photo()
     photo[0, 0, FAULTS.index(fault)] = 255
     return photo
 
 
 def build_artefact_in_two_files(folder: Path) -> Path:
-    """`build_artefact`, and an int8 network that refers to the other's weights.
+    """`build_artefact` with an int8 network that refers to the other's weights.
 
-    Of the bias ONNX Runtime makes no copy: with a file's path it reads it from there at each run.
+    ONNX Runtime does not copy the bias: given a file's path, it reads the bias there at each run.
     """
     path = build_artefact(folder) / "network.onnx"
     add_precision(folder, "int8")
@@ -75,7 +75,7 @@ def build_artefact_in_two_files(folder: Path) -> Path:
 
 
 def build_heavy_artefact(folder: Path, weights_bytes: int) -> Path:
-    """`build_artefact` with so many more bytes of weights, of which each run reads some."""
+    """`build_artefact` with ``weights_bytes`` of additional weights; each run reads some."""
     path = build_artefact(folder) / "network.onnx"
     network = onnx.load(path)
     graph = network.graph
@@ -87,7 +87,7 @@ def build_heavy_artefact(folder: Path, weights_bytes: int) -> Path:
             numpy_helper.from_array(np.arange(4, dtype=np.int64), "axes"),
         ]
     )
-    # Which of them is read depends on the photo, so that they cannot be folded into a constant.
+    # The photo determines which weight is read, so that none can be folded into a constant.
     graph.node.extend(
         [
             helper.make_node("Cast", ["image"], ["wide"], to=TensorProto.INT32),
@@ -110,7 +110,7 @@ def _add_faults(graph: onnx.GraphProto) -> None:
             "axes": [0, 1, 2],
             "white": 255,
             "one": [1],
-            "faults": [_FOR_EVER, _NOWHERE, _TOO_MUCH],
+            "faults": [_ENDLESS, _NOWHERE, _TOO_MUCH],
         }.items()
     )
     graph.initializer.extend(
@@ -124,8 +124,8 @@ def _add_faults(graph: onnx.GraphProto) -> None:
             helper.make_node("Cast", ["image"], ["wide"], to=TensorProto.INT32),
             helper.make_node("ReduceMax", ["wide", "axes"], ["brightest"], keepdims=0),
             helper.make_node("Cast", ["brightest"], ["levels"], to=TensorProto.INT64),
-            helper.make_node("Equal", ["levels", "white"], ["told"]),
-            helper.make_node("Cast", ["told"], ["switches"], to=TensorProto.INT64),
+            helper.make_node("Equal", ["levels", "white"], ["matched"]),
+            helper.make_node("Cast", ["matched"], ["switches"], to=TensorProto.INT64),
             helper.make_node("Mul", ["switches", "faults"], ["amounts"]),
             helper.make_node("Split", ["amounts"], ["turns", "index", "size"], num_outputs=3),
             helper.make_node("Loop", ["turns", "true", "zero"], ["late"], body=_turn()),
@@ -139,7 +139,7 @@ def _add_faults(graph: onnx.GraphProto) -> None:
 
 
 def _turn() -> onnx.GraphProto:
-    """The loop's body: what comes in goes out."""
+    """The loop's body: an identity."""
     return helper.make_graph(
         [helper.make_node("Identity", [name], [f"{name}_out"]) for name in ("condition", "value")],
         "turn",
@@ -191,7 +191,7 @@ extern "C" time_t time(time_t* told) noexcept {
 
 
 class WallClock:
-    """The clock on the wall as processes see it that are started with ``environment``."""
+    """The wall clock of processes that are started with ``environment``."""
 
     def __init__(self, folder: Path) -> None:
         source, library = folder / "clock.cpp", folder / "clock.so"
@@ -204,6 +204,6 @@ class WallClock:
         self.environment = {"LD_PRELOAD": str(library), "TEST_CLOCK": str(self._jump)}
 
     def jump(self, seconds: int) -> None:
-        """Set it so far ahead of the true one."""
+        """Set it ``seconds`` ahead of the true time."""
         with self._jump.open("r+b") as file:  # in place: it is mapped
             file.write(seconds.to_bytes(8, sys.byteorder, signed=True))

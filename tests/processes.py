@@ -1,4 +1,4 @@
-"""A running ``fcn-segment serve`` whose log a test waits for, and clients that load it."""
+"""A running ``fcn-segment serve`` whose log lines tests wait for, and clients that load it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import httpx
 from tests.clients import address_of, command_line, environment, receive_until, under_load
 
 PATIENCE_S = 60.0
-"""What nothing takes, however busy the machine is."""
+"""A time limit that is never reached, even on a busy machine."""
 
 
 class Logged:
-    """A process and all that it, and its workers, have logged."""
+    """A process and everything that it and its workers have logged."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
@@ -36,7 +36,7 @@ class Logged:
         self.reader.start()
 
     def seen(self, event: str, count: int = 1, **values: object) -> dict[str, Any]:
-        """The line number ``count`` of an event with these values, once it has been logged."""
+        """Wait for line number ``count`` of an event with these values; returns the line."""
 
         def matching() -> list[dict[str, Any]]:
             return self.lines(event, **values)
@@ -47,23 +47,23 @@ class Logged:
             return matching()[count - 1]
 
     def lines(self, event: str, **values: object) -> list[dict[str, Any]]:
-        """The lines of an event with these values, so far."""
+        """The lines so far of an event with these values."""
         wanted = {"event": event, **values}
         return [line for line in self._lines if wanted.items() <= line.items()]
 
-    def told_by(self, logger: str) -> list[dict[str, Any]]:
-        """The lines so far of a logger, and of those below it."""
+    def lines_of(self, logger: str) -> list[dict[str, Any]]:
+        """The lines so far of a logger and the loggers below it."""
         return [line for line in self._lines if f"{line['logger']}.".startswith(f"{logger}.")]
 
     def wait(self) -> int:
-        """Wait for its end, and for all of its log; the exit status."""
+        """Wait for its exit and the rest of its log; returns the exit status."""
         status = self.process.wait(PATIENCE_S)
         self.reader.join(PATIENCE_S)
         return status
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """Where it serves."""
         return str(self.seen("listening")["url"])
 
     @property
@@ -72,7 +72,7 @@ class Logged:
         return address_of(self.url)
 
     def connect(self, worker: int) -> socket.socket:
-        """A connection that this worker has accepted; it has to come to the others' too."""
+        """Open connections until this worker accepts one; returns that one."""
         for _ in range(1000):
             connection = socket.create_connection(self.address, PATIENCE_S)
             request_id = next(self._ids)
@@ -101,7 +101,7 @@ class Logged:
 
 @contextlib.contextmanager
 def logged(model: Path, **variables: object) -> Iterator[Logged]:
-    """Start ``serve`` on a free port; kill it at the end, if it is still there."""
+    """Start ``serve`` on a free port; stop it at the end, and kill it if it hangs."""
     fixed = {"model": model, "port": 0, "device": "cpu", "log_format": "json", "log_level": "debug"}
     process = subprocess.Popen(
         command_line("serve"),
@@ -113,7 +113,7 @@ def logged(model: Path, **variables: object) -> Iterator[Logged]:
     try:
         yield running
     finally:
-        # In order, so that its workers go too; whatever it is stuck in, it gets no second chance.
+        # Gracefully first, so that its workers stop too.
         process.terminate()
         try:
             process.wait(PATIENCE_S)
@@ -127,7 +127,7 @@ def logged(model: Path, **variables: object) -> Iterator[Logged]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request: its status and answer, or why there is none."""
+    """The outcome of a request: its status and response, or its error."""
 
     request_id: str
     status: int | None
@@ -138,7 +138,7 @@ class Outcome:
 
 @contextlib.contextmanager
 def load(url: str, clients: int, photo: bytes) -> Iterator[list[Outcome]]:
-    """A photo again and again from clients that keep their connections; what became of each."""
+    """Send a photo repeatedly from clients with persistent connections; yields the outcomes."""
     ids = map("load-{}".format, itertools.count())
     free: queue.SimpleQueue[httpx.Client] = queue.SimpleQueue()
 

@@ -28,7 +28,7 @@ def run(parsed: argparse.Namespace) -> int:
         with socket.socket(fileno=parsed.listener_fd) as listener:
             answer(listener, settings, hangup, parent)
     except SegmentError as exc:
-        parent.tell_error(str(exc))
+        parent.report_error(str(exc))
         raise
     finally:
         parent.tidy_up()

@@ -1,8 +1,8 @@
-"""Keys and rate limits before an endpoint does anything, its body not even read.
+"""Checks API keys and rate limits before an endpoint runs and before the body is read.
 
-A key is ``Authorization: Bearer KEY``, ``X-API-Key: KEY``, or the password of HTTP's basic
-authentication, the only one that Label Studio has. A key in an address is not one: addresses end
-up in logs and histories.
+A key is sent as ``Authorization: Bearer KEY``, as ``X-API-Key: KEY``, or as the password of HTTP
+basic authentication, the only scheme that Label Studio supports. A key in the URL is not accepted:
+URLs end up in logs and histories.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ BasicDep = Annotated[HTTPBasicCredentials | None, Security(_BASIC)]
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the endpoints that are not for everybody depend on; None where it is not configured."""
+    """Access checks of the protected endpoints. A check that is not configured is None."""
 
     keys: ApiKeys | None
     rates: RateLimits | None
 
     @classmethod
     def configured(cls, settings: Settings) -> Self:
-        """As the settings say. Raises `SettingsError` for a file of keys that cannot be taken."""
+        """Create from the settings. Raises `SettingsError` for an invalid file of keys."""
         path, limits = settings.api_keys_file, settings.rate_limit
         return cls(
             None if path is None else ApiKeys(path),
@@ -52,21 +52,21 @@ class Access:
 
     @property
     def dependencies(self) -> Sequence[Dependency]:
-        """For `include_router`; with keys the OpenAPI description says how they are sent."""
+        """For `include_router`. With keys, the OpenAPI description documents how to send them."""
         if self.keys is not None:
             return [Depends(self._with_key)]
         return [] if self.rates is None else [Depends(self._without_key)]
 
     @property
     def statuses(self) -> tuple[int, ...]:
-        """What they may answer."""
+        """Statuses of their refusals."""
         configured = {401: self.keys, 429: self.rates}
         return tuple(status for status, one in configured.items() if one is not None)
 
     async def _with_key(
         self, request: Request, bearer: BearerDep, header: HeaderDep, basic: BasicDep
     ) -> None:
-        key = header  # before the others, which a proxy in front may have for itself
+        key = header  # takes precedence: a proxy may use the other two itself
         if key is None and bearer is not None:
             key = bearer.credentials
         if key is None and basic is not None:
@@ -77,10 +77,9 @@ class Access:
         self._admit(request, None)
 
     def _admit(self, request: Request, key: str | None) -> None:
-        """Raises `Unauthorized` or `RateLimited`.
+        """Admit a request, or raise `Unauthorized` or `RateLimited`.
 
-        A key's requests are counted by its name, wherever they come from; all others, those with
-        a wrong key too, by their address.
+        Requests with a valid key are counted by the key's name; all others by their address.
         """
         name = None if self.keys is None or key is None else self.keys.name_of(key)
         if name is not None:

@@ -1,4 +1,4 @@
-"""Work for a client that hangs up is work for nobody."""
+"""Cancels the work for a client that disconnects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Await ``work``, but cancel it when the client hangs up: its place is somebody else's.
+    """Await ``work``, but cancel it if the client disconnects, to free its place in the queue.
 
     The request's body must have been read. Raises `ClientDisconnect`.
     """

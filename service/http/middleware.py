@@ -1,4 +1,4 @@
-"""Around every request: what is told of it, its id and headers, the answer of last resort."""
+"""Wraps every request: its id, log line, metrics and headers, and the fallback 500 response."""
 
 from __future__ import annotations
 
@@ -22,20 +22,17 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""What every answer says unless its endpoint says otherwise.
+"""Headers of every response, unless its endpoint sets them.
 
-Source: OWASP's REST Security Cheat Sheet. Strict-Transport-Security is for whoever has TLS, the
-proxy in front.
+Source: OWASP's REST Security Cheat Sheet. Strict-Transport-Security is set by the proxy that
+terminates TLS.
 """
 
 _log: Any = structlog.get_logger("service.access")
 
 
 class RequestContext:
-    """ASGI middleware: headers, an `Observation` told to ``metrics`` and log, and 500 for the rest.
-
-    The rest is what nobody expected.
-    """
+    """ASGI middleware: `HEADERS`, an `Observation`, and 500 for an unexpected error."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, flags: RouteFlags) -> None:
         self.app = app
@@ -43,7 +40,7 @@ class RequestContext:
         self._flags = flags
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; other scopes pass through."""
+        """Handle one request. Scopes of other types pass through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -67,7 +64,7 @@ class RequestContext:
                 await app(scope, seen.receiving(receive), counted)
             except ClientDisconnect:
                 _log.debug("the client went away", path=logs.shortened(scope["path"]))
-            # The last boundary: whatever it was, the caller gets an answer and the log the cause.
+            # The last boundary: the client gets a response, the log gets the cause.
             except Exception:  # noqa: BLE001
                 _log.exception("unforeseen error", path=logs.shortened(scope["path"]))
                 if seen.answering:

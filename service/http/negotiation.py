@@ -11,10 +11,10 @@ MediaTypeT = TypeVar("MediaTypeT", bound=str)
 
 
 def negotiate(accept: str | None, available: Sequence[MediaTypeT]) -> MediaTypeT:
-    """The media type of ``available`` (the default first) that ``accept`` likes best.
+    """Choose the media type of ``available`` (the default first) that ``accept`` prefers.
 
-    The most specific range that matches a type gives its quality; among equals the earlier of
-    ``available`` wins. No header at all accepts anything. Raises `NotAcceptable`.
+    The most specific matching range gives a type its quality. Among equal qualities, the earliest
+    in ``available`` wins. Without the header, any type is acceptable. Raises `NotAcceptable`.
     """
     if accept is None or not accept.strip():
         return available[0]
@@ -28,7 +28,7 @@ def negotiate(accept: str | None, available: Sequence[MediaTypeT]) -> MediaTypeT
 
 
 def _parse(accept: str) -> list[tuple[str, float]]:
-    """Media ranges with their qualities; parameters other than ``q`` do not matter here."""
+    """Media ranges with their qualities. Parameters other than ``q`` are ignored."""
     ranges = []
     for part in accept.split(","):
         media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))

@@ -1,4 +1,4 @@
-"""What is told of each request when it has ended: a line in the log, its metrics, its spans."""
+"""Observes each request; when it ends, writes its log line, metrics and spans."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from service.telemetry.timings import of_request
 REQUEST_ID_HEADER: Final = "X-Request-ID"
 
 CLIENT_GONE: Final = 499
-"""nginx's number for a client that went away before it had the answer. Nobody is sent it."""
+"""nginx's status for a client that disconnects before it has the response. Never sent."""
 
 ANSWERED: Final = "answered"
 REFUSED: Final = "refused"
 GONE: Final = "client-gone"
 CANCELLED: Final = "cancelled"
-"""How requests end, beside the problems that they are answered with."""
+"""Outcomes of requests, besides the types of problems."""
 
 _TRACE_CONTEXT: Final = TraceContextTextMapPropagator()
 
@@ -39,11 +39,11 @@ _log: Any = structlog.get_logger("service.access")
 
 
 class Observation:
-    """One request, seen from its head to its end.
+    """A context manager around one request.
 
-    Within it each line of the log carries the request's ids, and the service lists it among those
-    that it answers. Leaving it counts the request in ``metrics`` and tells of it, however it ended.
-    ``answering``: the answer has begun.
+    Inside it, each log line has the request's ids, and the request is in the service's list.
+    Leaving it records the request in ``metrics``, log and traces, however it ended. ``answering``:
+    whether the response has begun.
     """
 
     def __init__(self, scope: Scope, metrics: Metrics) -> None:
@@ -67,7 +67,7 @@ class Observation:
         return self
 
     def receiving(self, receive: Receive) -> Receive:
-        """``receive``, with the body's bytes counted and the time until its end noted."""
+        """Wrap ``receive`` to count the body's bytes and time its arrival."""
 
         async def counted() -> Message:
             message = await receive()
@@ -82,7 +82,7 @@ class Observation:
         return counted
 
     def sending(self, send: Send) -> Send:
-        """``send``, with the answer's bytes counted."""
+        """Wrap ``send`` to count the response's bytes."""
 
         async def counted(message: Message) -> None:
             await send(message)
@@ -97,7 +97,7 @@ class Observation:
         return counted
 
     def crashed(self) -> None:
-        """Something unforeseen broke off an answer that had begun."""
+        """Record that an unexpected error cut off a response that had begun."""
         if self._outcome is None:
             self._status = INTERNAL.status
             self._scope["state"]["problem"] = self._outcome = INTERNAL.reason
@@ -110,11 +110,11 @@ class Observation:
     ) -> None:
         self._service.requests.remove(self.request_id)
         if self._outcome is None and isinstance(raised, asyncio.CancelledError):
-            # Only a stop that takes too long does that: our doing, whatever was sent so far.
+            # Only a stop that takes too long cancels: our fault, whatever has been sent.
             self._status, self._outcome = INTERNAL.status, CANCELLED
         elif self._outcome is None:
             self._status, self._outcome = CLIENT_GONE, GONE
-        # Set by the router, with placeholders in place of what varies.
+        # Set by the router: the path template.
         route = getattr(self._scope.get("route"), "path", None)
         seconds = time.perf_counter() - self._started_s
         self._metrics.request(
@@ -130,7 +130,7 @@ class Observation:
         self._entered.close()
 
     def _answer(self) -> str:
-        """The outcome of an answer that is whole."""
+        """The outcome of a complete response."""
         refused = REFUSED if self._status >= HTTPStatus.BAD_REQUEST else ANSWERED
         outcome: str = self._scope["state"].get("problem", refused)
         return outcome
@@ -160,7 +160,7 @@ class Observation:
 
 
 def _trace_id(scope: Scope) -> dict[str, str]:
-    """The trace that a request is part of: that of its span, else that of its client.
+    """The trace that a request belongs to, from its span or else from its ``traceparent`` header.
 
     Source: W3C Trace Context, section 3.2.
     """

@@ -1,7 +1,7 @@
 """Reading a request's image: a multipart field or the raw body.
 
-Never more bytes than the cap, nor more than a process can hold of all that arrive at once, and not
-from a client that takes for ever. No place among the photos in flight is taken meanwhile.
+Limits the bytes of one request, the bytes of all requests that arrive at once, and the time that a
+client may take. A request takes no place among the photos in flight until its body is complete.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from service.runtime import Service
 
 FIELD: Final = "image"
 FIELDS: Final = ("image", "images")
-"""The fields that hold the files of a form of several; either name, repeated."""
+"""The fields for the files of a form with several images; either name, repeated."""
 MULTIPART: Final = "multipart/form-data"
 
 PROGRESS_BYTES: Final = 65_536
-"""What a client has to send, or to read, in each `Settings.client_timeout_s`."""
+"""Bytes that a client must send or read within each `Settings.client_timeout_s`."""
 
-# Of the largest requests, so many may be read at once: they are in memory, or on the disk.
+# Requests of the largest size that may be read at once, into memory or onto the disk.
 _LARGEST_AT_ONCE: Final = 8
 
 # Boundaries, part headers and a few small fields around the file of a multipart body.
@@ -38,17 +38,16 @@ _MAX_FIELD_BYTES: Final = 1024
 
 
 async def read_image(request: Request, max_bytes: int) -> bytes:
-    """The bytes of the image that a request carries.
+    """Read the bytes of a request's image.
 
-    The body is the image itself, whatever its Content-Type (curl's ``--data-binary`` claims a
-    form), unless that is ``multipart/form-data``: then it is the file in the field ``image``.
+    For ``multipart/form-data`` the image is the file in the field ``image``. For any other
+    Content-Type it is the body (curl's ``--data-binary`` sends a form's type).
 
-    Raises `NoImage` or, as soon as the bytes exceed the cap, announced or not, `BodyTooLarge`;
-    `RequestTimeout` if they come too slowly, `Overloaded` if too many others come or, before the
-    first of them is read, while there is no place for a photo.
+    Raises `NoImage`; `BodyTooLarge` as soon as the bytes, or their announced length, exceed the
+    cap; `RequestTimeout` if they arrive too slowly; `Overloaded` if too many bytes of other
+    requests are arriving or, before the first byte is read, if there is no place for a photo.
     """
-    content_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if content_type == MULTIPART:
+    if _media_type(request) == MULTIPART:
         data = await _read_form(request, max_bytes)
     else:
         data = await read_body(request, max_bytes)
@@ -60,9 +59,9 @@ async def read_image(request: Request, max_bytes: int) -> bytes:
 
 
 async def read_body(request: Request, max_bytes: int, envelope_bytes: int = 0) -> bytes:
-    """A body that carries an image of at most ``max_bytes`` in an envelope, whole.
+    """Read a whole body that contains an image of at most ``max_bytes`` in an envelope.
 
-    ``envelope_bytes``: what the body may have beyond that. Raises as `read_image` does.
+    ``envelope_bytes``: size limit of the envelope. Raises as `read_image` does.
     """
     with _capped(request, max_bytes + envelope_bytes, max_bytes) as capped:
         return await capped.body()
@@ -70,13 +69,13 @@ async def read_body(request: Request, max_bytes: int, envelope_bytes: int = 0) -
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One file of a form; large ones lie on the disk until they are read."""
+    """One file of a form. A large one stays on the disk until it is read."""
 
     name: str
     file: UploadFile
 
     async def read(self, max_bytes: int) -> bytes:
-        """Its bytes. Raises `NoImage` or `BodyTooLarge`."""
+        """Read its bytes. Raises `NoImage` or `BodyTooLarge`."""
         if not self.file.size:
             raise NoImage("the file is empty")
         if self.file.size > max_bytes:
@@ -88,13 +87,12 @@ class Upload:
 async def open_images(
     request: Request, max_images: int, max_bytes: int
 ) -> AsyncIterator[list[Upload]]:
-    """The images in a form's fields `image` or `images`, in their order; open until the end.
+    """Open the images in a form's fields `image` or `images`, in order, until the context ends.
 
-    ``max_bytes`` is for all of them together. Raises as `read_image` does; more than ``max_images``
-    files are a malformed request.
+    ``max_bytes``: limit for all of them together. Raises as `read_image` does. More than
+    ``max_images`` files are a malformed request.
     """
-    content_type = request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-    if content_type != MULTIPART:
+    if _media_type(request) != MULTIPART:
         raise NoImage(f"send {MULTIPART} with the files as {FIELD!r}, once for each")
     overhead = _MULTIPART_OVERHEAD_BYTES + max_images * _PART_OVERHEAD_BYTES
     with _capped(request, max_bytes + overhead, max_bytes, "the images of one request") as capped:
@@ -109,6 +107,11 @@ async def open_images(
             if not uploads:
                 raise NoImage(f"the form has no file in a field {FIELD!r}")
             yield uploads
+
+
+def _media_type(request: Request) -> str:
+    """A request's Content-Type in lower case, without parameters."""
+    return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
 async def _read_form(request: Request, max_bytes: int) -> bytes:
@@ -131,9 +134,9 @@ async def _read_form(request: Request, max_bytes: int) -> bytes:
 def _capped(
     request: Request, limit_bytes: int, max_bytes: int, what: str = "an image"
 ) -> Iterator[Request]:
-    """The same request, to read its body from, which raises as `read_image` does.
+    """Wrap a request so that reading its body raises as `read_image` does.
 
-    ``limit_bytes``: most that the body may have; ``max_bytes``: most that it may have of ``what``.
+    ``limit_bytes``: limit of the body; ``max_bytes``: limit of ``what``, named in the error.
     """
     announced = request.headers.get("Content-Length", "")
     if announced.isdecimal() and int(announced) > limit_bytes:
@@ -148,7 +151,7 @@ def _capped(
 
 
 class _Body:
-    """A body on its way; ``received``: how much of it is there, in bytes."""
+    """A body that is arriving. ``received``: bytes so far."""
 
     def __init__(
         self, request: Request, service: Service, limit_bytes: int, too_large: BodyTooLarge
@@ -159,28 +162,28 @@ class _Body:
         self._limit_bytes = limit_bytes
         self._too_large = too_large
         self._clock = asyncio.get_running_loop().time
-        self._go_on()
+        self._restart_timer()
 
     async def receive(self) -> Message:
-        """The next piece, as ASGI has it."""
+        """Receive the next ASGI message."""
         try:
             async with asyncio.timeout_at(self._due):
                 message = await self._request.receive()
         except TimeoutError as exc:
-            raise RequestTimeout("the body came too slowly") from exc
+            raise RequestTimeout("the body arrived too slowly") from exc
         size = len(message.get("body", b""))
         self.received += size
         self._service.body_bytes += size
         if self.received > self._limit_bytes:
             raise self._too_large
         if self._service.body_bytes > (_LARGEST_AT_ONCE * self._service.settings.max_images_bytes):
-            raise Overloaded("too many bytes are being sent at once", 1.0)
+            raise Overloaded("too many bytes are arriving at once", 1.0)
         if self.received >= self._progress:
-            self._go_on()
+            self._restart_timer()
         return message
 
-    def _go_on(self) -> None:
-        """Wait anew from here."""
+    def _restart_timer(self) -> None:
+        """Give the client `Settings.client_timeout_s` for the next `PROGRESS_BYTES`."""
         self._progress = self.received + PROGRESS_BYTES
         self._due = self._clock() + self._service.settings.client_timeout_s
 

@@ -1,7 +1,7 @@
-"""The other processes behind this one's port, found through a folder that their supervisor made.
+"""The workers that share one port, found through a folder that their supervisor creates.
 
-Each answers on a Unix socket in it, named after its number: whoever connects is told its metrics,
-as JSON, and nothing else. What cannot be reached is a process that is not there now.
+Each worker listens on a Unix socket in that folder, named after its number. It sends its metrics
+as JSON to every connection. A socket that does not answer belongs to a worker that is down.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from prometheus_client.metrics_core import Metric
 
 from service.telemetry.metrics import Families
 
-# Far above what it takes, and below Prometheus's own ten seconds for a scrape.
+# Far above the usual time, and below Prometheus's timeout of ten seconds for a scrape.
 _PATIENCE_S: Final = 3.0
 
 
-class Siblings:
-    """`service.telemetry.metrics.Peers` that are processes of one supervisor.
+class WorkerPeers:
+    """`service.telemetry.metrics.Peers` that are workers of one supervisor.
 
-    ``folder``: only its owner may enter it; ``number``: this process's own.
+    ``folder``: where the sockets are, accessible to its owner only; ``number``: this worker's own.
     """
 
     label: Final = "worker"
@@ -35,21 +35,21 @@ class Siblings:
 
     @contextlib.asynccontextmanager
     async def answering(self, families: Callable[[], Awaitable[Families]]) -> AsyncIterator[None]:
-        """Tell the others this process's ``families`` whenever they ask."""
+        """Send this worker's ``families`` to each peer that asks."""
 
-        async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def send(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             with contextlib.closing(writer), contextlib.suppress(ConnectionError):
                 writer.write(json.dumps(_to_json(await families())).encode())
                 await writer.drain()
 
-        # A socket that a process of this number left behind is replaced.
+        # Replaces the socket of an earlier worker with this number.
         path = self._folder / f"{self._number}.sock"
-        server = await asyncio.start_unix_server(tell, path)
+        server = await asyncio.start_unix_server(send, path)
         async with server:
             yield
 
     async def gather(self) -> Mapping[str, Families | None]:
-        """Ask all of them, this one too, at once."""
+        """Ask all workers concurrently, this one included."""
         paths = sorted(self._folder.glob("*.sock"), key=lambda path: int(path.stem))
         answers = await asyncio.gather(*map(_ask, paths))
         return {path.stem: answer for path, answer in zip(paths, answers, strict=True)}

@@ -1,6 +1,6 @@
-"""Serving in this process: the server, its signals, and who looks whether it hangs.
+"""Serving in this process: the server, its signals and its watchdog.
 
-SIGTERM and SIGINT stop it in order, SIGHUP reloads the models.
+SIGTERM and SIGINT shut it down gracefully; SIGHUP reloads the models.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from service.errors import SettingsError
 from service.http.dependencies import LifespanState
 from service.inference.engines import Engines
 from service.server.connections import Clients, Connection
-from service.server.peers import Siblings
+from service.server.peers import WorkerPeers
 from service.server.watchdog import Watchdog
 from service.server.worker import Parent
 from service.settings import Settings
 
-# Longer than a request is on its way to a connection that its client believes to be open.
+# Longer than a request travels to a connection that its client believes to be open.
 _LINGER_S: Final = 0.5
 
 _log: Any = structlog.get_logger("service.serving")
 
 
 def keep_hangups() -> threading.Event:
-    """An event that SIGHUP sets, which would end a process that has nothing to reload yet."""
+    """Return an event that SIGHUP sets. By default the signal would end the process."""
     came = threading.Event()
     signal.signal(signal.SIGHUP, lambda *_: came.set())
     return came
@@ -51,10 +51,10 @@ def answer(
 ) -> None:
     """Serve on ``listener`` until SIGTERM or SIGINT.
 
-    ``hangup`` says whether SIGHUP came so far, by `keep_hangups`; ``parent`` is the supervisor, if
+    ``hangup``: by `keep_hangups`, set if SIGHUP has arrived already; ``parent``: the supervisor, if
     there is one. Raises what opening the service raises.
     """
-    # So that a crash in a library's native code tells where it was.
+    # A crash in a library's native code then prints where it happened.
     faulthandler.enable()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_answer(listener, settings, hangup, parent))
@@ -63,21 +63,21 @@ def answer(
 async def _answer(
     listener: socket.socket, settings: Settings, hangup: threading.Event, parent: Parent | None
 ) -> None:
-    """Serve until SIGTERM or SIGINT, and finish what is in flight.
+    """Serve until SIGTERM or SIGINT, then finish the requests in flight.
 
-    The lifespan runs here and not in uvicorn, which would wrap a start's one-line error into a
-    traceback and three lines of its own.
+    The lifespan runs here, not in uvicorn: uvicorn would wrap the one-line error of a failed start
+    in a traceback and three lines of its own.
     """
-    peers = Siblings(parent.folder, parent.number) if parent is not None else None
+    peers = WorkerPeers(parent.folder, parent.number) if parent is not None else None
     app = create_app(settings, peers=peers)
-    # Left last: the end may hang too.
+    # Left last: closing the service may hang too.
     with contextlib.ExitStack() as watched:
         async with app.router.lifespan_context(app) as lifespan_state:
             state: LifespanState = lifespan_state  # type: ignore[assignment]
             service = state["service"]
             if parent is not None:
                 service.metrics.restarted(parent.restarts)
-            on_turn = parent.tell_alive if parent is not None else lambda: None
+            on_turn = parent.report_alive if parent is not None else lambda: None
             watched.enter_context(Watchdog(service, settings.hung_after_s, on_turn))
             config = uvicorn.Config(
                 with_state(app, state),
@@ -94,9 +94,9 @@ async def _answer(
             url = _listen(listener, config.backlog)
 
             def on_start() -> None:
-                # First: whoever reads the log may take this worker for one that is watched.
+                # First: readers of the log expect a listening worker to be watched.
                 if parent is not None:
-                    parent.tell_ready()
+                    parent.report_ready()
                 _log.info("listening", url=url)
 
             server = _Server(config, on_start=on_start, on_stop=service.begin_draining)
@@ -106,10 +106,10 @@ async def _answer(
 
 
 def _listen(listener: socket.socket, backlog: int) -> str:
-    """Listen; returns the URL."""
+    """Start listening; returns the URL. Raises `SettingsError`."""
     host, port = listener.getsockname()[:2]
     try:
-        # Two starting at once may both have bound the port; only one may listen.
+        # Two processes may have bound the port at the same time; only one can listen.
         listener.listen(backlog)
     except OSError as exc:
         raise SettingsError(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
@@ -118,7 +118,7 @@ def _listen(listener: socket.socket, backlog: int) -> str:
 
 @contextlib.asynccontextmanager
 async def _reloading(engines: Engines, hangup: threading.Event) -> AsyncIterator[None]:
-    """Reload the models whenever SIGHUP comes, and if it came; one time after the other."""
+    """Reload the models on each SIGHUP, one reload at a time; at once if one has arrived."""
     loop = asyncio.get_running_loop()
     wanted = asyncio.Event()
 
@@ -128,7 +128,7 @@ async def _reloading(engines: Engines, hangup: threading.Event) -> AsyncIterator
             wanted.clear()
             try:
                 await engines.reload()
-            # The next one has to find somebody who waits for it.
+            # This task must survive, to handle the next signal.
             except Exception:  # noqa: BLE001
                 _log.exception("reload failed")
                 engines.on_reload(False)
@@ -146,7 +146,11 @@ async def _reloading(engines: Engines, hangup: threading.Event) -> AsyncIterator
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, telling when it answers, and of a stop before it waits for what is in flight."""
+    """uvicorn's server, with callbacks.
+
+    ``on_start`` is called when it accepts connections; ``on_stop`` when a stop begins, before it
+    waits for the requests in flight.
+    """
 
     def __init__(
         self, config: uvicorn.Config, on_start: Callable[[], None], on_stop: Callable[[], None]
@@ -156,16 +160,16 @@ class _Server(uvicorn.Server):
         self._on_stop = on_stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start as uvicorn does, then say so: from here on signals stop it in order."""
+        """Start as uvicorn does, then call ``on_start``."""
         await super().startup(sockets)
         self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop as uvicorn does, but reset no connection that somebody sends a request on.
+        """Stop as uvicorn does, but reset no connection that has a request on its way.
 
-        uvicorn closes the listening socket with what waits in its queue, and every connection that
-        is idle, whatever is under way on it. Here all of these are answered first, and told to go
-        elsewhere.
+        uvicorn closes the listening socket with the connections in its queue, and every idle
+        connection even if a request is arriving. Here those requests get a response first, with
+        ``Connection: close``.
         """
         for listener in sockets or ():
             await self._accept_all(listener)
@@ -182,7 +186,7 @@ class _Server(uvicorn.Server):
                 await loop.connect_accepted_socket(self._protocol, connection)
 
     def _protocol(self) -> asyncio.Protocol:
-        """What uvicorn makes for each connection."""
+        """Make the protocol of a connection as uvicorn does."""
         made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
@@ -192,8 +196,8 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Stop on SIGTERM and SIGINT.
 
-        uvicorn raises the signal again once it has stopped, which would end the process before
-        the lifespan took down what it owns.
+        uvicorn raises the signal again once it has stopped. That would end the process before the
+        lifespan closes its resources.
         """
 
         def stop(number: int, frame: FrameType | None) -> None:

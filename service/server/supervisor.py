@@ -1,8 +1,8 @@
-"""Several serving processes behind one port: started, watched, started again, stopped.
+"""Several workers behind one port: starts, watches, restarts and stops them.
 
-The supervisor binds the port and never accepts. Each worker is a process of its own, started anew
-and not forked, because neither CUDA nor threads survive a fork. All inherit one listening socket,
-so connections wait in its one queue while a worker loads its model or is started again.
+The supervisor binds the port and never accepts connections. Each worker is a fresh process, not a
+fork, because neither CUDA nor threads survive a fork. All workers inherit one listening socket, so
+connections wait in its queue while a worker loads its model or restarts.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from service.server.worker import WorkerProcess
 from service.settings import Settings
 from service.telemetry.metrics import DIED, HUNG
 
-# What a process that could not do what it was told exits with; anything else is a crash.
+# Exit statuses of a process that refuses to start; any other is a crash.
 _REFUSALS: Final = {1: SegmentError, 2: SettingsError}
 
-# Past its deadline and uvicorn's own limit for what is in flight, a worker hangs.
+# Beyond the deadline and uvicorn's own limit for requests in flight, a worker hangs.
 _GRACE_S: Final = 10.0
 
 _FIRST_DELAY_S: Final = 0.5
 _LONGEST_DELAY_S: Final = 30.0
 _STEADY_S: Final = 10.0
 
-# A worker ends itself when it hangs, and tells why; one that does not is past that.
+# A worker that hangs ends itself and logs why. The supervisor waits longer than that.
 _PATIENCE: Final = 1.5
 _LOOKS: Final = 10
 
@@ -45,9 +45,9 @@ _log: Any = structlog.get_logger("service.supervisor")
 
 
 def plan(settings: Settings) -> list[dict[str, Any]]:
-    """What each process sets for itself, in the order of their numbers.
+    """Return each worker's own settings, in the order of their numbers.
 
-    Several share the cores evenly where the settings leave that open.
+    Several workers share the cores evenly unless the settings say otherwise.
     """
     devices = [f"cuda:{number}" for number in settings.gpu_numbers] or [settings.device]
     count = len(devices) * settings.processes
@@ -55,7 +55,7 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
     if count > 1:
         cores = max(1, available_cores() // count)
         own["threads"] = settings.threads or cores
-        # Beside a GPU a process would decode on all of them.
+        # By default a process with a GPU decodes on all cores.
         if devices[0].startswith("cuda"):
             own["decode_workers"] = settings.decode_workers or cores
     return [{**own, "device": device} for device in devices for _ in range(settings.processes)]
@@ -66,11 +66,11 @@ def supervise(
 ) -> int:
     """Serve on ``listener`` with one process for each of ``workers`` until SIGTERM or SIGINT.
 
-    ``workers`` are the overrides that each gives to `load_settings`. SIGHUP makes all of them
-    reload their models. Returns the exit status: 0 if all stopped in order. Raises `SegmentError`
-    or `SettingsError` if one cannot start.
+    ``workers``: each worker's overrides for `load_settings`. SIGHUP makes all workers reload their
+    models. Returns the exit status: 0 if all stopped cleanly. Raises `SegmentError` or
+    `SettingsError` if a worker cannot start.
     """
-    # Where the workers find each other, and nobody else does.
+    # For the workers' sockets; accessible to their user only.
     with tempfile.TemporaryDirectory(prefix="fcn-segment-") as folder:
 
         async def start(index: int, restarts: Mapping[str, int]) -> WorkerProcess:
@@ -89,27 +89,28 @@ def supervise(
 
 
 class Backoff:
-    """How long to wait before a worker is started again."""
+    """How long to wait before a worker is restarted."""
 
     def __init__(self) -> None:
         self._deaths = 0
 
     def next_s(self, served_s: float) -> float:
-        """Seconds to wait, after a worker died that had been ready for ``served_s``.
+        """Seconds to wait after the exit of a worker that had been ready for ``served_s`` seconds.
 
-        None after a steady time; then half a second, doubling up to half a minute.
+        0 at first, and after `_STEADY_S` of service; then half a second, doubling up to half a
+        minute.
         """
         if served_s >= _STEADY_S:
             self._deaths = 0
         self._deaths += 1
         if self._deaths == 1:
             return 0.0
-        # The exponent's cap only keeps the number small.
+        # The exponent is capped to avoid an overflow.
         return min(_FIRST_DELAY_S * 2.0 ** min(self._deaths - 2, 16), _LONGEST_DELAY_S)
 
 
 class Worker(Protocol):
-    """What the supervisor knows of a worker; tests pass their own."""
+    """What the supervisor needs of a worker; tests pass their own."""
 
     pid: int
     ready: bool
@@ -121,22 +122,22 @@ class Worker(Protocol):
         """Seconds since it became ready; 0 before."""
 
     async def ended(self) -> int:
-        """Wait for its end; returns the exit status, or minus the signal that killed it."""
+        """Wait until it exits; returns the exit status, or minus the signal that killed it."""
 
     def reload(self) -> None:
         """Have it reload its models."""
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it still runs."""
+        """Send it a signal, if it is still running."""
 
 
 class Supervisor:
-    """Keeps ``count`` workers alive until it is told to stop.
+    """Keeps ``count`` workers alive until it is stopped.
 
-    ``start`` starts the worker of a number, whose restarts so far, by their causes `DIED` and
-    `HUNG`, are for its metrics; ``on_stop`` is called once when stopping begins; workers that
-    still run ``grace_s`` later are killed. So is one that serves and has given no sign
-    of life for ``patience_s``.
+    ``start`` starts the worker of a number; its second argument is the worker's restarts so far by
+    cause, `DIED` or `HUNG`, for its metrics. ``on_stop`` is called once when a stop begins. Workers
+    that are still running ``grace_s`` seconds later are killed. So is a ready worker that gives no
+    sign of life for ``patience_s`` seconds.
     """
 
     def __init__(
@@ -156,10 +157,10 @@ class Supervisor:
         self._workers: dict[int, Worker] = {}
         self._stopping = asyncio.Event()
         self._refusal: SegmentError | None = None
-        self._in_order = True
+        self._clean = True
 
     async def run(self) -> int:
-        """Returns the exit status; raises what a worker said that could not start at first."""
+        """Run until stopped; returns the exit status. Raises the error of a failed first start."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop, number)
@@ -170,16 +171,16 @@ class Supervisor:
         if self._refusal is not None:
             raise self._refusal
         _log.info("all workers stopped")
-        return 0 if self._in_order else 1
+        return 0 if self._clean else 1
 
     def stop(self, number: int = signal.SIGTERM) -> None:
-        """Pass a signal on to the workers, which drain, and start none again."""
+        """Forward a signal to the workers, which drain, and restart none of them."""
         if not self._stopping.is_set():
             self._stopping.set()
             self._on_stop()
             asyncio.get_running_loop().call_later(self._grace_s, self._kill)
         for worker in self._workers.values():
-            # One that still starts knows no order; SIGINT would make it print a traceback.
+            # A starting worker has no handlers yet; SIGINT would make it print a traceback.
             worker.send_signal(number if worker.ready else signal.SIGTERM)
 
     def reload(self) -> None:
@@ -193,7 +194,7 @@ class Supervisor:
             worker.send_signal(signal.SIGKILL)
 
     async def _keep(self, index: int) -> None:
-        """Start a worker again whenever it dies; stop them all if it cannot even start once."""
+        """Restart a worker whenever it exits; stop all workers if its first start fails."""
         backoff = Backoff()
         restarts = Counter({DIED: 0, HUNG: 0})
         first = True
@@ -202,10 +203,10 @@ class Supervisor:
             log = _log.bind(worker=index, **end.facts())
             if self._stopping.is_set():
                 log.info("worker exited")
-                self._in_order &= end.in_order
+                self._clean &= end.clean
             elif first and end.status in _REFUSALS:
-                words = end.reason or f"worker {index} ended with status {end.status}"
-                self._refusal = _REFUSALS[end.status](words)
+                reason = end.reason or f"worker {index} exited with status {end.status}"
+                self._refusal = _REFUSALS[end.status](reason)
                 self.stop()
             else:
                 restarts[HUNG if end.hung else DIED] += 1
@@ -218,15 +219,15 @@ class Supervisor:
     async def _run_once(self, index: int, restarts: Mapping[str, int]) -> _End:
         try:
             worker = await self._start(index, restarts)
-        except OSError as exc:  # no memory or no process left: as if it had died
+        except OSError as exc:  # out of memory or processes: handled as an exit
             return _End(None, 1, f"cannot start worker {index}: {exc.strerror or exc}")
         self._workers[index] = worker
         _log.info("worker started", worker=index, pid=worker.pid)
-        if self._stopping.is_set():  # the signal came while it was being started
+        if self._stopping.is_set():  # the signal arrived while the worker was starting
             worker.send_signal(signal.SIGTERM)
         watch = asyncio.create_task(self._watch(index, worker))
         status = await worker.ended()
-        # Its watch ends by itself only where it killed it.
+        # The watch finishes only if it has killed the worker.
         hung = watch.done() or status == EXIT_STATUS
         watch.cancel()
         del self._workers[index]
@@ -235,8 +236,8 @@ class Supervisor:
     async def _watch(self, index: int, worker: Worker) -> None:
         """Kill a worker that gives no sign of life.
 
-        Looks are counted and not seconds: where all processes are stopped for a while, nobody has
-        missed anything.
+        This counts looks, not seconds: if all processes are suspended for a while, no sign of life
+        is missed.
         """
         missed = 0
         while missed < _LOOKS:
@@ -249,7 +250,7 @@ class Supervisor:
 
 @dataclass(frozen=True, slots=True)
 class _End:
-    """How a worker ended. ``status``: its exit status, or minus the signal that killed it."""
+    """How a worker exited. ``status``: its exit status, or minus the signal that killed it."""
 
     pid: int | None
     status: int
@@ -258,12 +259,12 @@ class _End:
     hung: bool = False
 
     @property
-    def in_order(self) -> bool:
-        """Of a worker that was told to stop: SIGTERM kills it only before it serves or after."""
+    def clean(self) -> bool:
+        """Whether a stopped worker shut down cleanly. SIGTERM kills one that does not serve."""
         return self.status in (0, -signal.SIGTERM)
 
     def facts(self) -> dict[str, Any]:
-        """What the log says of it."""
+        """Values for the log."""
         facts: dict[str, Any] = {"pid": self.pid, "status": self.status}
         if self.status < 0:
             facts = {"pid": self.pid, "signal": signal.strsignal(-self.status)}

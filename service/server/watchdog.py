@@ -1,10 +1,9 @@
-"""Ends this process when it hangs, so that whoever started it starts a new one.
+"""Ends this process when it hangs, so that its supervisor or orchestrator starts a new one.
 
-A thread that is stuck in a runtime or a driver cannot be stopped, and what it holds cannot be
-taken from it: only a new process helps. A thread of its own looks for three things: batches that
-run for too long, photos that are decoded or encoded for too long, and an event loop that takes no
-turns any more. Of the last it counts its own turns and not seconds, so that a process that was
-stopped for a while is not taken for one that hangs.
+A thread that is stuck in a runtime or a driver cannot be stopped, nor its resources freed: only a
+new process helps. The watchdog's thread looks for three things: a batch that runs too long, a photo
+whose decoding or encoding takes too long, and an event loop that no longer runs. For the event loop
+it counts its own turns, not seconds, so that a process that was suspended does not seem to hang.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from service.runtime import Service
 
 EXIT_STATUS: Final = os.EX_SOFTWARE
 
-# For the answers to those who wait, and for all that is left to do before the end.
+# For the responses to waiting requests, and for everything before the process ends.
 _ANSWERS_S: Final = 2.0
-_FAREWELL_S: Final = 3.0
+_REPORT_S: Final = 3.0
 
 _LOOKS: Final = 100
 
@@ -34,12 +33,12 @@ _log: Any = structlog.get_logger("service.watchdog")
 
 
 class Watchdog:
-    """Watches ``service`` from entering to leaving it, both in its event loop.
+    """A context manager that watches ``service``; enter and leave it in the event loop.
 
-    What takes ``limit_s`` seconds hangs. Then the service turns unready, whoever waits for the
-    device is answered, the log has the requests and every thread's stack, and ``end`` is called
-    with `EXIT_STATUS`. ``on_turn`` is called in the event loop, at least once a second and ten
-    times in ``limit_s``.
+    Whatever takes ``limit_s`` seconds counts as hanging. The service then turns unready, requests
+    that wait for the device get a response, the requests and every thread's stack are logged, and
+    ``end`` is called with `EXIT_STATUS`. ``on_turn`` is called in the event loop, at least once a
+    second and ten times in ``limit_s``.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class Watchdog:
         self._silent_s = self._running_s = self._working_s = 0.0
 
     def __enter__(self) -> Self:
-        # A daemon: it must not keep alive what it is to end.
+        # A daemon: it must not keep the process alive.
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -73,9 +72,9 @@ class Watchdog:
             if self._running_s >= self._limit_s:
                 self._give_up(f"a batch has been running for {self._running_s:.0f} s")
             elif self._working_s >= self._limit_s:
-                self._give_up(f"a photo has been worked on for {self._working_s:.0f} s")
+                self._give_up(f"a photo has been processed for {self._working_s:.0f} s")
             elif self._silent_s >= self._limit_s:
-                self._give_up(f"the event loop has taken no turn for {self._silent_s:.0f} s")
+                self._give_up(f"the event loop has not run for {self._silent_s:.0f} s")
 
     def _turn(self) -> None:
         self._silent_s = 0.0
@@ -84,14 +83,14 @@ class Watchdog:
         self._on_turn()
 
     def _give_up(self, reason: str) -> None:
-        # In a thread, because even the log may be what hangs.
-        farewell = threading.Thread(target=self._say_farewell, args=(reason,), daemon=True)
-        farewell.start()
-        farewell.join(_FAREWELL_S)
+        # In a thread, because the log itself may hang.
+        reporter = threading.Thread(target=self._report_and_answer, args=(reason,), daemon=True)
+        reporter.start()
+        reporter.join(_REPORT_S)
         self._left.set()
         self._end(EXIT_STATUS)
 
-    def _say_farewell(self, reason: str) -> None:
+    def _report_and_answer(self, reason: str) -> None:
         requests = self._service.requests
         hit = [*requests]
         self._loop.call_soon_threadsafe(self._answer_all)

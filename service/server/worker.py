@@ -1,9 +1,9 @@
-"""One of several serving processes: as its supervisor sees it, and as it sees its supervisor.
+"""Both ends of the link between a supervisor and one of its workers.
 
-A socket pair joins the two. Down it go the worker's settings, in a line of JSON, and later an empty
-line whenever it is to reload its models. Up come ``{"ready": true}`` or ``{"error": "why it cannot
-start"}``, and from then on empty lines, which say that the worker is alive. Its end tells a worker
-that its supervisor has died, however that happened, and then the worker stops too.
+The link is a socket pair. The supervisor sends the worker's settings as a line of JSON, and later
+an empty line for each reload of the models. The worker sends ``{"ready": true}`` or
+``{"error": "why it cannot start"}``, then an empty line as each sign of life. When the supervisor
+dies, for whatever reason, the socket closes and the worker stops.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class WorkerProcess:
         folder: Path,
         restarts: Mapping[str, int],
     ) -> WorkerProcess:
-        """Start one as this process was started, so that it finds the same package."""
+        """Start a worker the way this process was started, so that it finds the same package."""
         own_arguments = len(sys.argv) - 1
         command = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - own_arguments]]
         ours, theirs = socket.socketpair()
@@ -87,8 +87,8 @@ class WorkerProcess:
         return time.monotonic() - self._ready_at if self.ready else 0.0
 
     async def ended(self) -> int:
-        """Hear what it says until its end; returns the status, or minus the signal."""
-        # One that dies before it has read its settings resets the connection.
+        """Read the worker's messages until it exits; returns the status, or minus the signal."""
+        # A worker that dies before it has read its settings resets the connection.
         with contextlib.suppress(ConnectionError):
             async for line in self._reader:
                 self.signs_of_life += 1
@@ -101,24 +101,24 @@ class WorkerProcess:
         return status
 
     def reload(self) -> None:
-        """Have it reload its models; one that still starts does so as soon as it serves."""
+        """Have the worker reload its models; one that is starting does so once it serves."""
         self._writer.write(b"\n")
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal, if it still runs."""
-        # Not asyncio's own: that polls first, and may take the status from whoever waits for it.
+        """Send the worker a signal, if it is still running."""
+        # Not asyncio's method: it polls first, and may take the exit status that `ended` awaits.
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
 class Parent:
-    """A worker's supervisor, as the worker sees it: what it says, and whether it lives.
+    """A worker's supervisor, as the worker sees it.
 
-    ``number`` is the worker's own, ``overrides`` are for `load_settings`, in ``folder`` it meets
-    the others, ``restarts`` are how often it was started anew so far, by cause. From here
-    on this process gets SIGHUP when it is to reload its models, and SIGTERM when the supervisor
-    dies. Raises `SettingsError` if there is none.
+    ``number``: the worker's own; ``overrides``: for `load_settings`; ``folder``: where it finds its
+    peers; ``restarts``: its restarts so far, by cause. Once this object exists, the process gets
+    SIGHUP for each reload of the models, and SIGTERM when the supervisor dies. Raises
+    `SettingsError` if there is no supervisor.
     """
 
     def __init__(self, fd: int) -> None:
@@ -127,38 +127,38 @@ class Parent:
             self._lines = self._connection.makefile("rb")
             message = json.loads(self._lines.readline())
         except (OSError, ValueError) as exc:
-            raise SettingsError(f"{WORKER_COMMAND}: only `serve` starts one") from exc
+            raise SettingsError(f"{WORKER_COMMAND}: only `serve` starts it") from exc
         self.number: int = message["worker"]
         self.overrides: dict[str, Any] = message["settings"]
         self.folder = Path(message["folder"])
         self.restarts: dict[str, int] = message["restarts"]
         self._died = False
-        # A thread, because this must work while a model is loading too.
-        threading.Thread(target=self._obey, name="parent", daemon=True).start()
+        # A thread, because this must also work while a model is loading.
+        threading.Thread(target=self._follow, name="parent", daemon=True).start()
 
-    def tell_ready(self) -> None:
-        """This worker answers requests, and stops in order when it is told to."""
-        self._tell(ready=True)
+    def report_ready(self) -> None:
+        """Report that this worker serves requests, and shuts down gracefully on a signal."""
+        self._report(ready=True)
 
-    def tell_alive(self) -> None:
-        """This worker's event loop takes its turns. Never waits."""
-        with contextlib.suppress(OSError):  # it died, or hangs itself
+    def report_alive(self) -> None:
+        """Report that this worker's event loop is running. Never blocks."""
+        with contextlib.suppress(OSError):  # the supervisor has died, or hangs
             self._connection.send(b"\n", socket.MSG_DONTWAIT)
 
-    def tell_error(self, line: str) -> None:
-        """This worker cannot start."""
-        self._tell(error=line)
+    def report_error(self, line: str) -> None:
+        """Report why this worker cannot start."""
+        self._report(error=line)
 
-    def _tell(self, **message: object) -> None:
-        with contextlib.suppress(OSError):  # it died: the thread sees to that
+    def _report(self, **message: object) -> None:
+        with contextlib.suppress(OSError):  # the supervisor has died: the thread handles that
             self._connection.sendall(json.dumps(message).encode() + b"\n")
 
     def tidy_up(self) -> None:
-        """Remove what a supervisor that was killed could not remove itself."""
+        """Remove the folder that a killed supervisor left behind."""
         if self._died:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _obey(self) -> None:
+    def _follow(self) -> None:
         with contextlib.suppress(OSError):
             for _ in self._lines:
                 os.kill(os.getpid(), signal.SIGHUP)

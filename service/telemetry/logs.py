@@ -1,11 +1,11 @@
-"""Structured logs: one event a line, for people (console) or machines (JSON), on stderr.
+"""Structured logs on stderr: one event a line, as text (console) or JSON.
 
-Every line that is written while a request is handled carries its ``request_id``, and its
-``trace_id`` if it is part of a trace, through structlog's context variables. uvicorn's own lines
-take the same way out.
+Every line that is logged while a request is handled has its ``request_id``, and its ``trace_id`` if
+it belongs to a trace, through structlog's context variables. Lines of uvicorn and other libraries
+take the same path.
 
-Whatever a stranger sent stays within its line and its value: JSON escapes it, and for people all
-that does not print is escaped before.
+Untrusted text cannot forge a line or a value: JSON escapes it, and the console format escapes
+unprintable characters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Final, Literal, TextIO
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor
 
-# Fits every common tracing id, and nothing that could forge a log line or a header.
+# Matches every common tracing id, and nothing that could forge a log line or a header.
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 _LONGEST_TEXT: Final = 256
@@ -30,10 +30,10 @@ _LONGEST_TEXT: Final = 256
 def configure(
     level: str, log_format: Literal["console", "json"], worker: int | None = None
 ) -> None:
-    """Set up structlog and the standard library's logging for a whole process.
+    """Set up structlog and the standard library's logging for this process.
 
-    ``level``: ``debug``, ``info``, ``warning`` or ``error``. Every line carries the number of the
-    ``worker`` whose process this is, if there are several.
+    ``level``: ``debug``, ``info``, ``warning`` or ``error``; ``worker``: this worker's number under
+    a supervisor, added to every line.
     """
 
     def add_worker(_logger: object, _method: str, event: EventDict) -> EventDict:
@@ -77,41 +77,41 @@ def configure(
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    # Pillow tells each tag of each photo at debug.
+    # At debug level Pillow logs each tag of each photo.
     logging.getLogger("PIL").setLevel(logging.INFO)
-    # A log that cannot be written (a full disk, a pipe that nobody reads) is no reason to fail.
+    # An unwritable log (a full disk, a broken pipe) must not fail a request.
     logging.raiseExceptions = False
-    # Pillow warns about oddities of photos; they belong into the log, not raw onto stderr.
+    # Pillow warns about unusual photos; these warnings belong in the log, not on stderr.
     logging.captureWarnings(True)
 
 
 def request_id(incoming: str | None) -> str:
-    """The caller's own request id where it is sane, else a fresh one of 32 hex digits."""
+    """The caller's own request id if it is safe to log, else a new one of 32 hex digits."""
     if incoming is not None and _SANE_REQUEST_ID.fullmatch(incoming):
         return incoming
     return uuid.uuid4().hex
 
 
 def shortened(text: str) -> str:
-    """What a stranger sent, cut where nobody reads on."""
+    """Untrusted text, truncated for the log."""
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
 
 
 def _write_traceback(out: TextIO, exc_info: ExcInfo) -> None:
-    """Where it broke, on lines that nobody takes for lines of the log.
+    """Write a traceback, indented so that it cannot pass for log lines.
 
-    structlog's default shows local variables where `rich` is installed: requests, with keys.
+    structlog's default shows local variables if `rich` is installed; they may contain API keys.
     """
     for line in "".join(traceback.format_exception(*exc_info)).splitlines():
         out.write(f"\n  {_escaped(line)}")
 
 
 def _escape_unprintable(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Line breaks, terminals' escape sequences and the like as Python writes them."""
+    """Escape line breaks, terminal escape sequences and the like as Python does."""
     return {name: _escaped(value) for name, value in event.items()}
 
 
 def _escaped(value: object) -> object:
     if not isinstance(value, str) or value.isprintable():
-        return value  # what is no string is shown as Python writes it
+        return value  # the renderer applies repr to other types
     return "".join(one if one.isprintable() else repr(one)[1:-1] for one in value)

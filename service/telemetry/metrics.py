@@ -1,14 +1,14 @@
-"""What the service counts and measures, for Prometheus.
+"""The service's metrics, for Prometheus.
 
-A `Metrics` owns its registry: nothing here is global, so several apps can live in one process.
-While a request is handled, numbers are only added up; whatever can be looked at instead (queues,
-loaded models, a GPU's memory) is looked at when somebody asks.
+A `Metrics` owns its registry: nothing here is global, so several apps can share one process.
+Requests only increment counters and histograms. Everything that can be read instead (queues, loaded
+models, a GPU's memory) is read when Prometheus scrapes.
 
 Several processes behind one port have a registry each, and a scrape reaches any one of them. That
-one gathers the others' families and tells them apart by a label (`Peers`). prometheus_client's own
-way, files that all processes map into memory, was not taken: it has no process metrics, its gauges
-are only as fresh as their last change, a dead process's numbers stay, and each observation costs
-twice as much.
+process gathers the families of its peers and adds a label to tell them apart (`Peers`).
+prometheus_client's multiprocess mode, with files that all processes map into memory, was rejected:
+it has no process metrics, its gauges are only as fresh as their last change, a dead process's
+numbers stay, and each observation costs twice as much.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Families = list[Metric]
 """Metric families with their samples, as registries collect them."""
 
 OTHER: Final = "other"
-"""The label of what nobody listed: a path that is no route, a method of the caller's invention."""
+"""Label value for a path without a route, or an unknown method."""
 
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
@@ -40,9 +40,9 @@ STAGES: Final = ("read", "decode", "preprocess", "queue", "infer", "upsample", "
 
 DIED: Final = "died"
 HUNG: Final = "hung"
-"""Why a worker was started anew."""
+"""Why a worker was restarted."""
 
-# From what a stage of a small photo takes to the default deadline.
+# From the time of one stage of a small photo up to the default deadline.
 SECONDS: Final = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
@@ -54,9 +54,10 @@ _BYTES: Final = (1e4, 5e4, 1e5, 2.5e5, 5e5, 1e6, 2.5e6, 5e6, 1e7, 2e7)
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What is told of a loaded model.
+    """Facts reported about a loaded model.
 
-    ``memory``: used and total bytes of its GPU, whose number is ``gpu``; both None on a CPU.
+    ``waiting``: photos in its queue; ``gpu``: its GPU's number; ``memory``: used and total bytes of
+    that GPU. Both are None on a CPU.
     """
 
     name: str
@@ -71,8 +72,8 @@ class EngineFacts:
 class Metrics:
     """Every metric of one app, in a registry of its own.
 
-    ``reasons``: those of refusals that can come, told as 0 from the start on, because the first of
-    each has to be an increase.
+    ``reasons``: all possible reasons of refusals. Their counters start at 0, so that the first
+    refusal is visible as an increase.
     """
 
     def __init__(self, reasons: Iterable[str] = ()) -> None:
@@ -84,7 +85,7 @@ class Metrics:
         )
         self._refusals = Counter(
             "fcn_refusals",
-            "Problems answered, of requests and of single photos in them, by their type.",
+            "Problems in responses, of requests and of single photos in them, by type.",
             ["reason"],
             registry=registry,
         )
@@ -92,14 +93,14 @@ class Metrics:
             self._refusals.labels(reason)
         self._request_seconds = Histogram(
             "fcn_request_seconds",
-            "Time from a request's head to the end of its answer.",
+            "Time from a request's head to the end of its response.",
             ["route"],
             buckets=SECONDS,
             registry=registry,
         )
         stage_seconds = Histogram(
             "fcn_stage_seconds",
-            "Time of one stage of one photo; `read`: until a request's body was there.",
+            "Time of one stage of one photo; `read`: until the request's body has arrived.",
             ["stage"],
             buckets=SECONDS,
             registry=registry,
@@ -119,7 +120,7 @@ class Metrics:
         )
         reloads = Counter(
             "fcn_reloads",
-            "Models that were to be loaded anew, by what became of it.",
+            "Attempts to reload a model, by outcome.",
             ["outcome"],
             registry=registry,
         )
@@ -128,52 +129,54 @@ class Metrics:
         }
         self._restarts = Counter(
             "fcn_worker_restarts",
-            "Times that this worker was started anew, by what became of the one before.",
+            "Restarts of this worker, by how the one before it ended.",
             ["cause"],
             registry=registry,
         )
         for cause in (DIED, HUNG):
             self._restarts.labels(cause)
-        self._ready = Gauge("fcn_ready", "1 if requests are taken, else 0.", registry=registry)
-        self._in_flight = Gauge("fcn_in_flight", "Photos that are worked on.", registry=registry)
+        self._ready = Gauge(
+            "fcn_ready", "1 if the service accepts photos, else 0.", registry=registry
+        )
+        self._in_flight = Gauge("fcn_in_flight", "Photos in progress.", registry=registry)
         self._in_flight_limit = Gauge(
             "fcn_in_flight_limit",
-            "Photos in flight from which on more are refused.",
+            "Photos in flight at which more are refused.",
             registry=registry,
         )
         self._deadline = Gauge(
-            "fcn_deadline_seconds", "Time that one photo may take.", registry=registry
+            "fcn_deadline_seconds", "Longest time that one photo may take.", registry=registry
         )
         self._memory_limit = Gauge(
             "fcn_memory_limit_bytes",
-            "Memory that all processes of this container, or without one of the machine, may take.",
+            "Memory limit of this container, or of the machine without one.",
             registry=registry,
         )
         self._queue_depth = Gauge(
-            "fcn_queue_depth", "Photos that wait for the device.", ["model"], registry=registry
+            "fcn_queue_depth", "Photos waiting for the device.", ["model"], registry=registry
         )
         self._model_info = Gauge(
             "fcn_model_info",
-            "1 for every model that is loaded.",
+            "1 for each loaded model.",
             ["model", "version", "precision", "provider"],
             registry=registry,
         )
         self._gpu_used = Gauge(
             "fcn_gpu_memory_used_bytes",
-            "Memory of a GPU in use by all.",
+            "Memory of a GPU in use by all processes.",
             ["gpu"],
             registry=registry,
         )
         self._gpu_total = Gauge(
-            "fcn_gpu_memory_total_bytes", "Memory that a GPU has.", ["gpu"], registry=registry
+            "fcn_gpu_memory_total_bytes", "Total memory of a GPU.", ["gpu"], registry=registry
         )
-        # `labels` costs more than adding up; what is in here is bounded by the routes.
+        # A cache: `labels` costs more than an increment. Its size is bounded by the routes.
         self._by_request: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
 
     def request(
         self, route: str, method: str, status: int, seconds: float, reason: str | None
     ) -> None:
-        """Count a request. ``route``: its template, never its path; ``reason``: of a refusal."""
+        """Count a request. ``route``: its path template; ``reason``: of its refusal, if any."""
         key = (route, method, status)
         found = self._by_request.get(key)
         if found is None:
@@ -190,15 +193,15 @@ class Metrics:
             self.refusal(reason)
 
     def refusal(self, reason: str) -> None:
-        """Count a problem of a request, or of one of the photos in it."""
+        """Count a problem of a request, or of one photo in it."""
         self._refusals.labels(reason).inc()
 
     def read(self, seconds: float) -> None:
-        """Count the time from a request's head to its body's end."""
+        """Record the time from a request's head to the end of its body."""
         self._stages["read"].observe(seconds)
 
     def photo(self, pixels: int, file_bytes: int | None, timing_ms: Mapping[str, float]) -> None:
-        """Count a photo that was answered, its file if any, and the milliseconds of its stages."""
+        """Record a segmented photo: pixels, bytes of its file if any, ms of its stages."""
         self._photo_pixels.observe(pixels)
         if file_bytes is not None:
             self._photo_bytes.observe(file_bytes)
@@ -206,22 +209,22 @@ class Metrics:
             self._stages[stage].observe(value / 1000)
 
     def batch(self, size: int) -> None:
-        """Count a run of the network."""
+        """Record a run of the network."""
         self._batch_size.observe(size)
 
     def reload(self, taken: bool) -> None:
-        """Count a model that was to be loaded anew, and was taken or refused."""
+        """Count an attempt to reload a model: taken or refused."""
         self._reloads[taken].inc()
 
     def restarted(self, times: Mapping[str, int]) -> None:
-        """Count how often this process's worker was started anew, by cause; once at its start."""
+        """Set this worker's restarts so far, by cause. Call once, at its start."""
         for cause, count in times.items():
             self._restarts.labels(cause).inc(count)
 
     def look_at_service(
         self, *, ready: bool, in_flight: int, limit: int, deadline_s: float
     ) -> None:
-        """Take down how a service is."""
+        """Record the service's state."""
         self._deadline.set(deadline_s)
         self._memory_limit.set(memory_limit_bytes())
         self._ready.set(ready)
@@ -229,7 +232,7 @@ class Metrics:
         self._in_flight_limit.set(limit)
 
     def look_at_engines(self, engines: Iterable[EngineFacts]) -> None:
-        """Take down which models are loaded, and how their devices are."""
+        """Record the loaded models and the state of their devices."""
         for gauge in (self._queue_depth, self._model_info, self._gpu_used, self._gpu_total):
             gauge.clear()
         for one in engines:
@@ -241,7 +244,7 @@ class Metrics:
                 self._gpu_total.labels(one.gpu).set(total)
 
     def families(self) -> Families:
-        """All of it, as it is now; without the times at which series began."""
+        """Collect all metrics, without the ``_created`` samples."""
         families = list(self.registry.collect())
         for family in families:
             family.samples = [
@@ -251,43 +254,40 @@ class Metrics:
 
 
 def memory_limit_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the processes of this container may take, or what the machine has if that is less.
+    """The memory limit of this container, or the machine's memory if that is less.
 
-    Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst; a container
-    sees its own group as ``root``.
+    ``root``: where a container sees its own control group. Source: Linux,
+    Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
     """
     limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int((root / name).read_text(encoding="ascii")))
     return min(limits)
 
 
 class Peers(Protocol):
-    """The processes behind one address, this one among them.
-
-    ``label`` names what tells them apart.
-    """
+    """The processes behind one address, this one included."""
 
     @property
     def label(self) -> str:
-        """Such as ``worker``."""
+        """The label that tells them apart, for example ``worker``."""
 
     def answering(
         self, families: Callable[[], Awaitable[Families]]
     ) -> AbstractAsyncContextManager[None]:
-        """Tell the others this process's ``families`` whenever they ask."""
+        """Send this process's ``families`` to each peer that asks."""
 
     async def gather(self) -> Mapping[str, Families | None]:
-        """The families of each, by its name; None of one that does not answer."""
+        """The families of each process by its name; None for one that does not answer."""
 
 
 def merge(label: str, groups: Mapping[str, Families | None]) -> Families:
-    """Families of several processes as those of one, each sample with its process's label.
+    """Merge the families of several processes; each sample gets its process's label.
 
-    Before them comes ``fcn_<label>_up``: 1 for a process that told its metrics, else 0.
+    The first family is ``fcn_<label>_up``: 1 for a process that answered, else 0.
     """
-    up = Metric(f"fcn_{label}_up", "1 if it told its metrics, else 0.", "gauge")
+    up = Metric(f"fcn_{label}_up", "1 if the process sent its metrics, else 0.", "gauge")
     merged = {up.name: up}
     for name, families in groups.items():
         up.add_sample(up.name, {label: name}, families is not None)
@@ -300,9 +300,9 @@ def merge(label: str, groups: Mapping[str, Families | None]) -> Families:
 
 
 def encode(families: Families, accept: str) -> tuple[bytes, str]:
-    """The text that Prometheus reads, and its media type.
+    """Encode metrics for Prometheus; returns the text and its media type.
 
-    OpenMetrics where ``accept`` asks for it, else Prometheus's own older format.
+    ``accept``: the Accept header. OpenMetrics if it asks for that, else Prometheus's text format.
     """
     encoder, media_type = choose_encoder(accept)
     return encoder(_Collected(families)), media_type

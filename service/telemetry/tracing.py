@@ -1,7 +1,7 @@
-"""OpenTelemetry traces: FastAPI's span for each request, and in it one for each of its stages.
+"""OpenTelemetry traces: FastAPI's span for each request, with a child span for each stage.
 
-They go to an OTLP endpoint, in protobuf over HTTP. The SDK reads all it needs from variables of its
-own: ``OTEL_EXPORTER_OTLP_*``, ``OTEL_SERVICE_NAME``, ``OTEL_RESOURCE_ATTRIBUTES``,
+Spans are sent to an OTLP endpoint as protobuf over HTTP. The SDK reads its own variables:
+``OTEL_EXPORTER_OTLP_*``, ``OTEL_SERVICE_NAME``, ``OTEL_RESOURCE_ATTRIBUTES``,
 ``OTEL_TRACES_SAMPLER``, ``OTEL_BSP_*``.
 """
 
@@ -40,7 +40,7 @@ except ImportError as exc:
 NAME: Final = "fcn-segment"
 
 LONGEST_FLUSH_S: Final = 3.0
-"""How long the end waits for spans to be sent; within what supervisors give a process to stop."""
+"""How long a stop waits for spans to be sent; below the time that supervisors allow for a stop."""
 
 _PROTOCOL: Final = "http/protobuf"
 _QUIET_S: Final = 60.0
@@ -49,14 +49,14 @@ _QUIET_S: Final = 60.0
 class Traces:
     """The spans of one app.
 
-    ``exclude``: which requests have none. Raises `SettingsError` for a protocol that is not spoken.
+    ``exclude``: which requests get no span. Raises `SettingsError` for an unsupported protocol.
     """
 
     def __init__(self, exclude: Callable[[Scope], bool]) -> None:
         for variable in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
             if os.environ.get(variable, _PROTOCOL) != _PROTOCOL:
-                raise SettingsError(f"{variable}: only {_PROTOCOL} is spoken here")
-        # Not shut down at exit, which may wait for half a minute.
+                raise SettingsError(f"{variable}: only {_PROTOCOL} is supported")
+        # Its own shutdown at exit may take half a minute.
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
         self._tracer = self._provider.get_tracer(NAME, __version__)
         self.telemetry: TelemetryConfig = {
@@ -71,12 +71,12 @@ class Traces:
 
     @asynccontextmanager
     async def sent(self) -> AsyncIterator[None]:
-        """Send what there is until the end, and at most a moment longer.
+        """Send spans from a thread until the context ends, then at most `LONGEST_FLUSH_S` longer.
 
-        A thread does that. An endpoint that is not there, or hangs, costs spans and a line in the
-        log now and then. Raises `SettingsError` for a configuration that cannot be.
+        If the endpoint is missing or hangs, spans are lost and a line is logged once a minute.
+        Raises `SettingsError` for an invalid configuration.
         """
-        with _sparing_the_log():
+        with _throttled_log():
             try:
                 self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
             except ValueError as exc:
@@ -84,16 +84,16 @@ class Traces:
             try:
                 yield
             finally:
-                # A daemon: what it is stuck in must not keep the process.
+                # A daemon: if it is stuck, it must not keep the process alive.
                 flush = threading.Thread(target=self._provider.shutdown, daemon=True)
                 flush.start()
                 await asyncio.to_thread(flush.join, LONGEST_FLUSH_S)
 
     def tell(self, stages: Sequence[Stage]) -> None:
-        """Make spans of what a request's stages were, within its own span if it has one."""
+        """Create a span for each stage of a request, below its own span if it has one."""
         if not trace.get_current_span().get_span_context().is_valid:
             return
-        # Stages are timed by a clock that has no date.
+        # Stages are timed by a clock without a date.
         epoch_ns = time.time_ns() - time.perf_counter_ns()
         for stage in stages:
             started_ns = epoch_ns + int(stage.started_s * 1e9)
@@ -102,27 +102,27 @@ class Traces:
 
 
 def _resource() -> Resource:
-    """What sends the spans; the operator's own words for it come first."""
-    told = OTELResourceDetector().detect().attributes
-    return Resource.create({SERVICE_NAME: NAME, SERVICE_VERSION: __version__, **told})
+    """Describe this service; the operator's own variables take precedence."""
+    configured = OTELResourceDetector().detect().attributes
+    return Resource.create({SERVICE_NAME: NAME, SERVICE_VERSION: __version__, **configured})
 
 
 @contextmanager
-def _sparing_the_log() -> Iterator[None]:
-    """One line a minute of OpenTelemetry's own: it has several for each batch that is lost."""
+def _throttled_log() -> Iterator[None]:
+    """Log at most one line a minute of OpenTelemetry: it logs several for each lost batch."""
     logger = logging.getLogger("opentelemetry")
-    sparing = SparingHandler()
-    logger.addHandler(sparing)
+    handler = ThrottlingHandler()
+    logger.addHandler(handler)
     logger.propagate = False
     try:
         yield
     finally:
         logger.propagate = True
-        logger.removeHandler(sparing)
+        logger.removeHandler(handler)
 
 
-class SparingHandler(logging.Handler):
-    """Hands a line on to the root logger, and drops those that come within a minute of it."""
+class ThrottlingHandler(logging.Handler):
+    """Forwards a line to the root logger, and drops other lines within a minute of it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class SparingHandler(logging.Handler):
         self._quiet_until = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand it on, or drop it."""
+        """Forward the line, or drop it."""
         now = self._clock()
         if now >= self._quiet_until:
             self._quiet_until = now + _QUIET_S

@@ -1,4 +1,4 @@
-"""Keys, rate limits, browsers' rules and headers: over ASGI, and by a server process."""
+"""API keys, rate limits, CORS and security headers: over ASGI, and with a server process."""
 
 import base64
 import contextlib
@@ -41,7 +41,7 @@ OPEN = {
     "/v2/health/ready",
     "/label-studio/health",
 }
-"""What is described and needs no key."""
+"""Documented paths that need no key."""
 
 PAGES = ("/", "/docs", "/openapi.json", "/static/style.css")
 
@@ -60,7 +60,7 @@ class Keys:
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
-    """One that stays as it is."""
+    """A file that does not change."""
     file = tmp_path_factory.mktemp("keys") / "api_keys"
     key, line = new_key("alice")
     file.write_text(line + "\n")
@@ -80,7 +80,7 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def basic(key: str) -> dict[str, str]:
-    """As Label Studio has it."""
+    """The header that Label Studio sends."""
     return {"Authorization": f"Basic {base64.b64encode(f'any:{key}'.encode()).decode()}"}
 
 
@@ -91,7 +91,7 @@ def basic(key: str) -> dict[str, str]:
 async def test_every_operation_but_those_listed_needs_a_key(
     client: InProcess, make_settings: Callable[..., Settings]
 ) -> None:
-    """A new one is protected, or is listed here on purpose."""
+    """A new operation is protected unless it is listed here."""
     paths = create_app(make_settings()).openapi()["paths"]
     assert set(paths) > OPEN
     for path, methods in paths.items():
@@ -102,14 +102,14 @@ async def test_every_operation_but_those_listed_needs_a_key(
 
 @pytest.mark.anyio
 async def test_pages_need_no_key(client: InProcess) -> None:
-    """They ask for it themselves."""
+    """The pages ask for the key themselves."""
     for path in PAGES:
         assert (await client.http.get(path)).status_code == 200
 
 
 @pytest.mark.anyio
 async def test_without_a_key(client: InProcess) -> None:
-    """401 says what is wanted; in their own form to the clients of other protocols."""
+    """401 names the missing key; other protocols get it in their own format."""
     response = await client.http.post("/segment", content=PHOTO)
     assert assert_problem(response, 401, "unauthorized")["detail"] == "send an API key"
     assert response.headers["WWW-Authenticate"] == "Bearer"
@@ -121,7 +121,7 @@ async def test_without_a_key(client: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_a_key_is_sent_in_one_of_three_ways(client: InProcess, keys: Keys) -> None:
-    """Each opens every door."""
+    """Each way works for every endpoint."""
     for headers in (bearer(keys.alice), {"X-API-Key": keys.alice}, basic(keys.alice)):
         response = await client.http.post("/segment", content=PHOTO, headers=headers)
         assert response.status_code == 200
@@ -130,7 +130,7 @@ async def test_a_key_is_sent_in_one_of_three_ways(client: InProcess, keys: Keys)
 
 @pytest.mark.anyio
 async def test_a_proxys_own_authorization_beside_the_key(client: InProcess, keys: Keys) -> None:
-    """X-API-Key is meant for the service."""
+    """X-API-Key takes precedence over Authorization."""
     for other in (bearer("a proxy's"), basic("a proxy's")):
         response = await client.http.get("/model", headers={**other, "X-API-Key": keys.alice})
         assert response.status_code == 200
@@ -138,7 +138,7 @@ async def test_a_proxys_own_authorization_beside_the_key(client: InProcess, keys
 
 @pytest.mark.anyio
 async def test_a_wrong_key(client: InProcess, keys: Keys) -> None:
-    """Any but the one; an address never carries it, and a hash is none."""
+    """Any other text is refused: a hash too, and a key in the URL."""
     digest = keys.file.read_text().split(":")[1].strip()
     for headers in (
         bearer("fcn_wrong"),
@@ -163,7 +163,7 @@ async def test_a_wrong_key(client: InProcess, keys: Keys) -> None:
 
 @pytest.mark.anyio
 async def test_the_body_of_a_stranger_is_not_read(client: InProcess) -> None:
-    """Nor are its parameters judged."""
+    """Nor are its parameters validated."""
     read = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -179,7 +179,7 @@ async def test_the_body_of_a_stranger_is_not_read(client: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_without_a_file_no_key_is_asked_for(make_settings: Callable[..., Settings]) -> None:
-    """As it was."""
+    """Every request is admitted."""
     async with in_process(make_settings()) as running:
         response = await running.http.post("/segment", content=PHOTO, headers=bearer("any"))
         assert response.status_code == 200
@@ -187,7 +187,7 @@ async def test_without_a_file_no_key_is_asked_for(make_settings: Callable[..., S
 
 @pytest.mark.anyio
 async def test_refusals_are_counted(client: InProcess) -> None:
-    """By their reason, and by the route that was asked for."""
+    """By reason, and by route."""
     await client.http.get("/model", headers=bearer("fcn_wrong"))
     text = (await client.http.get("/metrics")).text
     assert 'fcn_refusals_total{reason="unauthorized"} 1.0' in text
@@ -198,7 +198,7 @@ async def test_refusals_are_counted(client: InProcess) -> None:
 def test_the_description_says_what_can_occur(
     make_settings: Callable[..., Settings], keys: Keys, configured: dict[str, Any]
 ) -> None:
-    """401 and 429 where they can be answered, and how a key is sent, only if one is asked for."""
+    """401 and 429 where they can occur; how a key is sent, if keys are configured."""
     asks = "keys" in configured
     settings = make_settings(api_keys_file=keys.file) if asks else make_settings(**configured)
     description = create_app(settings).openapi()
@@ -221,7 +221,7 @@ def test_the_description_says_what_can_occur(
 
 @pytest.mark.anyio
 async def test_a_rate_limit(make_settings: Callable[..., Settings]) -> None:
-    """The rest is 429 with a true Retry-After, whatever it asks for; probes are not counted."""
+    """Further requests get 429 with the exact Retry-After; probes are not counted."""
     async with in_process(make_settings(rate_limit="2/hour")) as running:
         for path in ("/model", "/classes"):
             assert (await running.http.get(path)).status_code == 200
@@ -240,7 +240,7 @@ async def test_a_rate_limit(make_settings: Callable[..., Settings]) -> None:
 async def test_each_key_has_its_own_rate(
     make_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    """By its name; guesses are counted by their address, and then not even judged."""
+    """Keys are counted by name; wrong keys by address, and soon not even checked."""
     (alice, alices), (again, alices_too), (bob, bobs) = map(new_key, ("alice", "alice", "bob"))
     file = tmp_path / "api_keys"
     file.write_text("\n".join((alices, alices_too, bobs)))
@@ -257,7 +257,7 @@ async def test_each_key_has_its_own_rate(
 
 @pytest.mark.parametrize(("trusted", "believed"), [("127.0.0.1", True), ("192.0.2.0/24", False)])
 def test_the_address_behind_a_proxy(tiny_artefact: Path, trusted: str, believed: bool) -> None:
-    """As a trusted proxy tells it; what clients wrote there before is not believed."""
+    """A trusted proxy's X-Forwarded-For counts; what clients put into it does not."""
 
     def ask(forwarded: str) -> int:
         headers = {"X-Forwarded-For": forwarded}
@@ -278,7 +278,7 @@ ORIGIN = "https://one.example"
 
 @pytest.mark.anyio
 async def test_other_origins_are_not_let_in_unless_said(client: InProcess) -> None:
-    """No header allows anything."""
+    """No response has a CORS header."""
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     for response in (
         await client.http.get("/healthz", headers={"Origin": ORIGIN}),
@@ -289,7 +289,7 @@ async def test_other_origins_are_not_let_in_unless_said(client: InProcess) -> No
 
 @pytest.mark.anyio
 async def test_origins_that_are_let_in(make_settings: Callable[..., Settings], keys: Keys) -> None:
-    """Those named and no other, with a key, and before one is sent; they see every header."""
+    """Only the configured origins, with or without a key; every header is exposed."""
     settings = make_settings(api_keys_file=keys.file, cors_origins=f"{ORIGIN},https://two.example")
     preflight = {
         "Access-Control-Request-Method": "POST",
@@ -315,7 +315,7 @@ async def test_origins_that_are_let_in(make_settings: Callable[..., Settings], k
 async def test_every_answer_has_its_security_headers(
     make_settings: Callable[..., Settings], keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it is; pages have a policy of their own, which lets nobody frame them either."""
+    """Every response has them; pages have their own policy, which forbids framing too."""
     settings = make_settings(api_keys_file=keys.file, cors_origins=ORIGIN)
     preflight = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
     async with in_process(settings) as running:
@@ -355,7 +355,7 @@ async def test_every_answer_has_its_security_headers(
 
 @contextlib.contextmanager
 def reading(server: Server) -> Iterator[list[str]]:
-    """The lines of its log as they come; all of them once the server has ended."""
+    """The lines of its log so far; all of them once the server has exited."""
     lines: list[str] = []
     assert server.process.stderr is not None
     reader = threading.Thread(target=lines.extend, args=(server.process.stderr,))
@@ -366,14 +366,14 @@ def reading(server: Server) -> Iterator[list[str]]:
 
 
 def until(is_so: Callable[[], bool]) -> None:
-    """Ask again and again, for a minute at most; a server looks at the file once a second."""
+    """Repeat for at most a minute; a server checks the file once a second."""
     deadline = time.monotonic() + 60
     while not is_so():
         assert time.monotonic() < deadline
 
 
 def replace(file: Path, *lines: str) -> None:
-    """Put a file with these lines in its place, whole."""
+    """Replace a file atomically with these lines."""
     fresh = file.with_name("fresh")
     fresh.write_text("\n".join(lines))
     fresh.replace(file)
@@ -381,20 +381,20 @@ def replace(file: Path, *lines: str) -> None:
 
 @pytest.fixture(scope="module")
 def server(tiny_artefact: Path, keys: Keys) -> Iterator[Server]:
-    """A server that asks for keys."""
+    """A server with API keys."""
     with serving(tiny_artefact, api_keys_file=keys.file) as running, reading(running):
         yield running
 
 
 def test_keys_are_replaced_while_it_runs(tiny_artefact: Path, tmp_path: Path) -> None:
-    """By two processes behind one port; who has the new key is not kept waiting by the old."""
+    """Both of two workers accept a new key and refuse a removed one."""
     file = tmp_path / "api_keys"
     (old, its_line), (new, new_line) = new_key("alice"), new_key("alice")
     file.write_text(its_line)
     with serving(tiny_artefact, api_keys_file=file, processes=2) as server, reading(server):
 
         def statuses(key: str) -> set[int]:
-            """Of so many fresh connections that one process alone hardly takes them all."""
+            """The statuses on enough new connections to reach both workers."""
             return {
                 httpx.get(f"{server.url}/classes", headers=bearer(key)).status_code
                 for _ in range(20)
@@ -408,7 +408,7 @@ def test_keys_are_replaced_while_it_runs(tiny_artefact: Path, tmp_path: Path) ->
 
 
 def test_no_log_line_shows_a_key(tiny_artefact: Path, tmp_path: Path) -> None:
-    """However it was sent, right or wrong; its name is there. At the most talkative level."""
+    """No valid or wrong key is logged, even at debug level; a key's name is."""
     (alice, line), (wrong, _), (pasted, _) = map(new_key, ("alice", "nobody", "bob"))
     file = tmp_path / "api_keys"
     file.write_text(line)
@@ -444,14 +444,14 @@ def test_no_log_line_shows_a_key(tiny_artefact: Path, tmp_path: Path) -> None:
 
 
 def malformed(server: Server, *headers: str) -> bytes:
-    """What comes back for a request that is no HTTP."""
+    """The response to malformed HTTP."""
     with socket.create_connection(server.address, 30) as connection:
         connection.sendall("\r\n".join(["GET / HTTP/1.1", *headers, "no header", "", ""]).encode())
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 def test_no_answer_tells_what_software_it_is(server: Server, keys: Keys) -> None:
-    """Neither a server's name nor a version, in headers, errors or the description."""
+    """Headers, errors and description contain no server name and no version."""
     paths = ("/", "/healthz", "/nowhere", "/openapi.json", "/docs")
     answers = [httpx.get(f"{server.url}{path}") for path in paths]
     answers.append(httpx.post(f"{server.url}/segment", headers=bearer(keys.alice)))
@@ -469,7 +469,7 @@ def test_no_answer_tells_what_software_it_is(server: Server, keys: Keys) -> None
 def test_a_bad_file_of_keys_is_one_line(
     tiny_artefact: Path, tmp_path: Path, processes: int
 ) -> None:
-    """Whichever process is the first to find it."""
+    """Regardless of the number of workers."""
     file = tmp_path / "api_keys"
     file.write_text("alice\n")
     status, stderr = fails(
@@ -486,7 +486,7 @@ def test_a_bad_file_of_keys_is_one_line(
 def test_the_client_sends_its_key(
     server: Server, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Given, or the environment's; the given one comes first."""
+    """An explicit key takes precedence over the environment's."""
     with Client(server.url, api_key=keys.alice) as client:
         assert client.mask(PHOTO).shape == (64, 96)
     with Client(server.url) as client, pytest.raises(RequestRefused) as caught:
@@ -502,7 +502,7 @@ def test_the_client_sends_its_key(
 def test_the_command_line_sends_the_environments_key(
     server: Server, keys: Keys, tmp_path: Path
 ) -> None:
-    """To the service that --url names; without it the reason is one line."""
+    """To the service at --url; without a key the error is one line."""
     (tmp_path / "photo.png").write_bytes(PHOTO)
     command = command_line(
         "predict", tmp_path / "photo.png", "--out", tmp_path, "--url", server.url

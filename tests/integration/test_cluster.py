@@ -39,7 +39,7 @@ PATIENCE_S = 120.0
 
 @dataclass
 class Cluster:
-    """A running ``serve run``; ``output`` is what it and its replicas said so far."""
+    """A running ``serve run``. ``output``: its log and its replicas' so far."""
 
     process: subprocess.Popen[str]
     environment: dict[str, str]
@@ -49,11 +49,11 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """Where it serves."""
         return f"http://127.0.0.1:{self.config['http_options']['port']}"
 
     def said(self, pattern: str, count: int = 1) -> re.Match[str]:
-        """A match of this in the output, once there are ``count``."""
+        """Wait for ``count`` matches in the output; returns that match."""
         found: list[re.Match[str]] = []
 
         def look() -> bool:
@@ -64,15 +64,15 @@ class Cluster:
         return found[count - 1]
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        """Wait until it holds."""
+        """Wait until the condition is true."""
         patience = time.monotonic() + PATIENCE_S
         while not condition():
             assert self.process.poll() is None, "".join(self.output)
             assert time.monotonic() < patience, "".join(self.output)
-            time.sleep(0.1)  # other processes: there is nothing to wait for but their answers
+            time.sleep(0.1)  # other processes: polling is the only way
 
     def deploy(self, model: Path) -> None:
-        """Roll out another model; returns before that is done."""
+        """Start to roll out another model."""
         (config,) = self.config["applications"]
         for deployment in config["deployments"]:
             if "user_config" in deployment:
@@ -91,7 +91,7 @@ class Cluster:
         assert done.returncode == 0, done.stderr
 
     def model(self) -> str:
-        """The model that answered last, as one of the ingresses says."""
+        """The model that an ingress reports."""
         return str(httpx.get(f"{self.url}/model", timeout=PATIENCE_S).json()["name"])
 
     def metrics(self, name: str) -> dict[str, float]:
@@ -114,8 +114,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """The committed config on a free port; its own Ray, whatever else runs here."""
-    # Not pytest's folder: the names of Ray's sockets must not get longer than 107 bytes.
+    """The committed config on a free port, in its own Ray cluster."""
+    # A short path: the names of Ray's sockets have at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     config = yaml.safe_load((ROOT / "docker" / "cluster.yaml").read_text())
     config["http_options"]["port"] = free_port()
@@ -126,7 +126,7 @@ def cluster() -> Iterator[Cluster]:
         "PYTHONPATH": str(ROOT),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(16),
-        # Else it drops the second of two devices' equal lines.
+        # By default Ray drops equal lines of two devices.
         "RAY_DEDUP_LOGS": "0",
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -134,7 +134,7 @@ def cluster() -> Iterator[Cluster]:
         "NO_COLOR": "1",
     }
     process = subprocess.Popen(
-        # A shell that runs this in the background ignores interrupts, and so would its children.
+        # Children of a background shell ignore SIGINT by default.
         ["env", "--default-signal=INT", SERVE, "run", file],
         cwd=ROOT,
         env=environment,
@@ -162,7 +162,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def answers(url: str) -> bool:
-    """Whether somebody answers there with 200."""
+    """Whether the URL answers with 200."""
     try:
         return httpx.get(url, timeout=PATIENCE_S).status_code == 200
     except httpx.TransportError:
@@ -171,7 +171,7 @@ def answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def load(url: str) -> Iterator[list[tuple[int, str]]]:
-    """Photos, as fast as they are answered; yields each status and who answered, or why not."""
+    """Send photos continuously; yields each status with the model or the error."""
     with httpx.Client(timeout=PATIENCE_S) as client:
 
         def ask() -> tuple[int, str]:
@@ -186,14 +186,14 @@ def load(url: str) -> Iterator[list[tuple[int, str]]]:
 
 
 def device_pids(cluster: Cluster) -> list[int]:
-    """The device replicas' processes, told by the titles that Ray gives them."""
+    """The device replicas' processes, by their prefix in Ray's log."""
     return [
         int(pid) for pid in dict.fromkeys(re.findall(r"Device pid=(\d+)", "".join(cluster.output)))
     ]
 
 
 def test_the_app_is_the_same(cluster: Cluster) -> None:
-    """A mask, its stages, one request id, and problems as ever; both devices are told of."""
+    """A mask, its stages, one request id, the usual problems, and metrics of both devices."""
     answer = httpx.post(f"{cluster.url}/segment", content=JPEG, timeout=PATIENCE_S)
     assert answer.headers["Content-Type"] == "image/png"
     assert answer.headers["X-Model"].startswith(DEFAULT_MODEL.name)
@@ -207,11 +207,11 @@ def test_the_app_is_the_same(cluster: Cluster) -> None:
 
 
 def test_a_killed_device_costs_no_request(cluster: Cluster) -> None:
-    """What was in flight on it is asked of the other one; a new one is started."""
+    """Its photos go to the other device, and a new device is started."""
     before = set(cluster.metrics("fcn_ready"))
     with load(cluster.url) as outcomes:
         cluster.wait(lambda: len(outcomes) >= 2 * CLIENTS)
-        # Each says so when its model is ready.
+        # Each device has logged that its model is ready.
         os.kill(device_pids(cluster)[0], signal.SIGKILL)
         cluster.said("device lost")
         cluster.wait(lambda: len(set(cluster.metrics("fcn_ready")) - before) == 1)
@@ -219,18 +219,18 @@ def test_a_killed_device_costs_no_request(cluster: Cluster) -> None:
 
 
 def test_a_model_is_rolled_out_under_load(cluster: Cluster, tmp_path: Path) -> None:
-    """No request is refused, and each answer names the model that it comes from."""
+    """No request is refused, and each response names its model."""
     new = build_artefact(tmp_path / "new", name="new")
     replicas = set(cluster.metrics("fcn_ready"))
     with load(cluster.url) as outcomes:
         cluster.wait(lambda: len(outcomes) >= CLIENTS)
         cluster.deploy(new)
         cluster.said("model=new/1", count=2)
-        # Each says so before it takes it up.
+        # A device logs a model before it uses it.
         cluster.wait(lambda: {model for _, model in outcomes[-8 * CLIENTS :]} == {"new/1"})
     assert {status for status, _ in outcomes} == {200}
     assert outcomes[0][1].startswith(DEFAULT_MODEL.name)
     assert len({model for _, model in outcomes}) == 2
-    # In their own processes: nothing was started anew.
+    # The replicas are the same: none was restarted.
     cluster.wait(lambda: set(cluster.metrics("fcn_ready")) == replicas)
     assert cluster.model() == "new"

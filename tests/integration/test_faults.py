@@ -1,4 +1,4 @@
-"""Faults, of real processes: the service goes on, or ends so that it is started anew."""
+"""Faults in real processes: the service recovers, or exits so that it is restarted."""
 
 import contextlib
 import fcntl
@@ -35,7 +35,7 @@ PHOTO = encode(two_class_photo())
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact whose network fails when a photo tells it to."""
+    """An artefact whose network fails on certain photos."""
     return build_faulty_artefact(tmp_path_factory.mktemp("faulty") / "tiny")
 
 
@@ -47,12 +47,12 @@ def faulty_server(faulty: Path) -> Iterator[Server]:
 
 
 def post(url: str, photo: bytes = PHOTO) -> httpx.Response:
-    """A photo."""
+    """Send a photo."""
     return httpx.post(f"{url}/segment", content=photo, timeout=PATIENCE_S)
 
 
 def metrics(service: Logged) -> str:
-    """All of them."""
+    """The text of ``GET /metrics``."""
     return httpx.get(f"{service.url}/metrics", timeout=PATIENCE_S).text
 
 
@@ -62,7 +62,7 @@ def metrics(service: Logged) -> str:
 def test_a_batch_that_fails_costs_its_members_alone(
     faulty_server: Server, fault: Fault, slug: str
 ) -> None:
-    """ONNX Runtime's own errors: 503, and when to come back. The next photo is answered."""
+    """An error of ONNX Runtime gives 503 with Retry-After. The next photo is segmented."""
     url = faulty_server.url
     refused = post(url, encode(faulty_photo(fault)))
     assert_problem(refused, 503, slug)
@@ -71,7 +71,7 @@ def test_a_batch_that_fails_costs_its_members_alone(
 
 
 def test_a_batch_that_hangs_ends_the_process(faulty: Path) -> None:
-    """At its deadline the request is answered; then the process ends with every thread's stack."""
+    """The request gets 504 at its deadline; then the process logs every stack and exits."""
     with logged(faulty, threads=1, deadline_s=1, watchdog_s=4) as service:
         hung = post(service.url, encode(faulty_photo("hang")))
         assert_problem(hung, 504, "deadline-exceeded")
@@ -80,12 +80,12 @@ def test_a_batch_that_hangs_ends_the_process(faulty: Path) -> None:
         assert line["level"] == "critical"
         assert line["reason"].startswith("a batch has been running for")
         assert service.wait() == EXIT_STATUS
-        # Within ONNX Runtime, which is where to look.
+        # The stack shows that ONNX Runtime hangs.
         assert any("onnxruntime_inference_collection.py" in line for line in service.others)
 
 
 def test_a_worker_that_hangs_is_replaced_alone(faulty: Path) -> None:
-    """Who waits behind the batch is told to come back; the other worker's process stays."""
+    """Requests queued behind the batch get 503; the other worker keeps running."""
     with logged(faulty, processes=2, watchdog_s=3, deadline_s=PATIENCE_S) as service:
         pids = [service.seen("worker started", worker=worker)["pid"] for worker in (0, 1)]
         service.seen("listening", worker=1)
@@ -114,7 +114,7 @@ def test_a_worker_that_hangs_is_replaced_alone(faulty: Path) -> None:
 
 
 def test_a_worker_that_is_stuck_altogether_is_killed(tiny_artefact: Path) -> None:
-    """Stopped, it can neither end itself nor say so: its supervisor misses its signs of life."""
+    """A suspended worker cannot end itself: its supervisor misses its signs of life."""
     with logged(tiny_artefact, processes=2, watchdog_s=5) as service:
         pid = service.seen("worker started", worker=0)["pid"]
         for worker in (0, 1):
@@ -128,17 +128,17 @@ def test_a_worker_that_is_stuck_altogether_is_killed(tiny_artefact: Path) -> Non
 
 
 def test_a_log_that_takes_nothing_ends_the_process(tiny_artefact: Path) -> None:
-    """The event loop waits for a pipe that nobody reads; what started it can start it anew."""
+    """The event loop blocks on a pipe that nobody reads; the watchdog ends the process."""
     with serving(tiny_artefact, device="cpu", log_level="debug", watchdog_s=2) as server:
         assert server.process.stderr is not None
         fcntl.fcntl(server.process.stderr, fcntl.F_SETPIPE_SZ, resource.getpagesize())
         with pytest.raises(httpx.TransportError):
-            ask_for_ever(f"{server.url}/healthz")
+            ask_until_it_fails(f"{server.url}/healthz")
         assert server.process.wait(PATIENCE_S) == EXIT_STATUS
 
 
-def ask_for_ever(url: str) -> NoReturn:
-    """Until there is no answer."""
+def ask_until_it_fails(url: str) -> NoReturn:
+    """Send requests until one fails."""
     while True:
         httpx.get(url, timeout=PATIENCE_S)
 
@@ -156,7 +156,7 @@ def ask_for_ever(url: str) -> NoReturn:
 def test_a_log_that_cannot_be_written_costs_no_answer(
     tiny_artefact: Path, sink: str, log_format: str
 ) -> None:
-    """Requests that are fine and those that are not are answered as ever."""
+    """Valid and invalid requests get their usual responses."""
     with bound_port() as port:
         process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" {sink}', "-", *command_line("serve")],
@@ -178,7 +178,7 @@ def test_a_log_that_cannot_be_written_costs_no_answer(
 
 @contextlib.contextmanager
 def bound_port() -> Iterator[int]:
-    """A port that is free until the end, for a process that cannot tell which one it took."""
+    """A free port, for a process whose log cannot be read."""
     with socket.socket() as free:
         free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         free.bind(("127.0.0.1", 0))
@@ -186,16 +186,16 @@ def bound_port() -> Iterator[int]:
 
 
 def wait_until_it_answers(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    """As long as it takes, unless it ends."""
+    """Wait until the service is ready; fails if the process exits."""
     while process.poll() is None:
         with contextlib.suppress(httpx.ConnectError):
             assert client.get("/readyz").status_code == 200
             return
-    raise AssertionError(f"it ended with {process.returncode}")
+    raise AssertionError(f"it exited with {process.returncode}")
 
 
 def test_descriptors_that_run_out_come_back(tiny_artefact: Path) -> None:
-    """What cannot be accepted is closed, what cannot be stored is 503; later all is well."""
+    """Excess connections are closed, a body that cannot be stored gets 503; then it recovers."""
     limit = 48
     photo = encode(two_class_photo()) + bytes(2 * 2**20)
     form = httpx.Request("POST", "http://x", files={"image": ("large.png", photo)})
@@ -211,7 +211,7 @@ def test_descriptors_that_run_out_come_back(tiny_artefact: Path) -> None:
             opened.enter_context(socket.create_connection(server.address, PATIENCE_S))
             for _ in range(2 * limit)
         ]
-        # The last ones are closed at once: there was no descriptor left for them.
+        # The last connections are closed at once: no descriptor is left for them.
         assert many[-1].recv(1) == b""
         early.sendall(body)
         answer = receive_until(early, b"}")
@@ -222,7 +222,7 @@ def test_descriptors_that_run_out_come_back(tiny_artefact: Path) -> None:
 
 
 def answers_again(server: Server) -> bool:
-    """Connections that are still to be closed may cost some of ours."""
+    """Whether a photo is segmented; retries while old connections still close."""
     for _ in range(1000):
         with contextlib.suppress(httpx.TransportError):
             return post(server.url).status_code == 200
@@ -232,7 +232,7 @@ def answers_again(server: Server) -> bool:
 def test_a_clock_that_jumps_changes_nothing(
     tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A day ahead and three back: no deadline has passed, and nothing is taken to hang."""
+    """A day ahead, then three back: no deadline passes, and nothing counts as hanging."""
     day_s = 86_400
     clock = WallClock(tmp_path)
     for name, value in clock.environment.items():
@@ -244,7 +244,7 @@ def test_a_clock_that_jumps_changes_nothing(
     ):
         for days in (1, -2, 0):
             clock.jump(days * day_s)
-            # Each client's next one at the latest began after it.
+            # By then each client has begun a request after the jump.
             service.seen("request", path="/segment", count=len(outcomes) + 8)
             times.append(service.lines("request", path="/segment")[-1]["timestamp"])
     assert {outcome.status for outcome in outcomes} == {200}

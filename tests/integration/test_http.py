@@ -1,4 +1,4 @@
-"""What goes over the wire that no client library would send, to a server process."""
+"""Raw bytes that no client library would send, to a server process."""
 
 import base64
 import contextlib
@@ -29,14 +29,14 @@ GET = b"GET /healthz HTTP/1.1\r\n"
 POST = b"POST /segment HTTP/1.1\r\n" + HOST
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 LAST = GET + HOST + b"Connection: close\r\n\r\n"
-"""After anything else: whether it is answered shows whether the connection was kept."""
+"""Sent after other bytes: a response shows that the connection was kept."""
 
 Address = tuple[str, int]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One response, as it came over a connection."""
+    """One response."""
 
     status: int
     headers: dict[str, str]
@@ -44,7 +44,7 @@ class Answer:
 
     @property
     def problem(self) -> dict[str, Any]:
-        """The problem that it is, whole and with the headers that every answer has."""
+        """The problem in the body; checks the headers that every response has."""
         assert self.headers["content-type"] == "application/problem+json"
         assert self.headers["x-content-type-options"] == "nosniff"
         assert "server" not in self.headers
@@ -55,7 +55,7 @@ class Answer:
 
 
 def answers(received: bytes) -> list[Answer]:
-    """The responses to anything but HEAD, one after the other."""
+    """Parse consecutive responses to requests other than HEAD."""
     found = []
     file = BytesIO(received)
     while line := file.readline():
@@ -70,12 +70,12 @@ def answers(received: bytes) -> list[Answer]:
 
 
 def connect(address: Address, source: str = "127.0.0.1") -> socket.socket:
-    """A connection on which nothing takes longer than it may."""
+    """A connection with a timeout."""
     return socket.create_connection(address, PATIENCE_S, source_address=(source, 0))
 
 
 def until_closed(connection: socket.socket) -> bytes:
-    """All that comes until the server closes; less than it meant to send, if it resets."""
+    """Everything received until the server closes or resets the connection."""
     received = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
@@ -84,16 +84,16 @@ def until_closed(connection: socket.socket) -> bytes:
 
 
 def exchange(address: Address, *pieces: bytes, source: str = "127.0.0.1") -> list[Answer]:
-    """What is answered to these bytes until the server closes the connection."""
+    """Send these bytes; returns the responses until the server closes the connection."""
     with connect(address, source) as connection:
-        # Whoever is refused early need not take the rest.
+        # The server may close the connection before everything is sent.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for piece in pieces:
                 connection.sendall(piece)
         return answers(until_closed(connection))
 
 
-# ---- one right way to read a request -------------------------------------------------------------
+# ---- unambiguous requests ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def exchange(address: Address, *pieces: bytes, source: str = "127.0.0.1") -> lis
         (GET + HOST + b"X-A: a\0b\r\n\r\n", 400),
         (GET + HOST + b"X\0A: b\r\n\r\n", 400),
         (GET + HOST + b"nonsense\r\n\r\n", 400),
-        # Whom it is for, and in which version: sections 2.3 and 3.
+        # Host, target and version: sections 2.3 and 3.
         (GET + b"\r\n", 400),
         (GET + HOST + HOST + b"\r\n", 400),
         (b"GET /healthz\r\n\r\n", 505),
@@ -152,7 +152,7 @@ def exchange(address: Address, *pieces: bytes, source: str = "127.0.0.1") -> lis
 def test_what_two_servers_might_read_differently(
     protocol_server: Server, sent: bytes, status: int
 ) -> None:
-    """One problem, and the end: what follows is no request."""
+    """One problem, then the connection closes; later bytes are not parsed."""
     (answer,) = exchange(protocol_server.address, sent, LAST)
     assert answer.problem["status"] == status
     assert answer.headers["connection"] == "close"
@@ -177,13 +177,13 @@ def test_what_two_servers_might_read_differently(
     ],
 )
 def test_what_has_one_meaning(protocol_server: Server, sent: bytes, status: int) -> None:
-    """It is answered, and so is the next request on the connection."""
+    """It gets its response, and so does the next request on the connection."""
     first, last = exchange(protocol_server.address, sent, LAST)
     assert (first.status, last.status) == (status, 200)
 
 
 def test_requests_are_answered_in_order(protocol_server: Server) -> None:
-    """All that were sent at once, the last one no HTTP."""
+    """Pipelined requests get responses in order, before the one to malformed bytes."""
     photo = head(len(PHOTO)) + PHOTO
     classes = b"GET /classes HTTP/1.1\r\n" + HOST + b"\r\n"
     found = exchange(protocol_server.address, photo + classes + photo + b"nonsense\r\n" + LAST)
@@ -193,13 +193,13 @@ def test_requests_are_answered_in_order(protocol_server: Server) -> None:
 
 
 def test_too_many_requests_at_once(protocol_server: Server) -> None:
-    """The first are answered, the rest are not taken."""
+    """The first ones get their responses; then 429 and the connection closes."""
     found = exchange(protocol_server.address, (GET + HOST + b"\r\n") * 1000)
     assert [one.status for one in found] == [200] * 17 + [429]
 
 
 def test_a_body_that_is_longer_than_it_says(protocol_server: Server) -> None:
-    """What is left over is no part of it, and is no request unless it looks like one."""
+    """The excess bytes are parsed as the next request."""
     short = head(len(PHOTO)) + PHOTO
     assert [one.status for one in exchange(protocol_server.address, short, b"junk\r\n\r\n")] == [
         200,
@@ -209,7 +209,7 @@ def test_a_body_that_is_longer_than_it_says(protocol_server: Server) -> None:
 
 @pytest.mark.parametrize("token", [b"websocket", b"h2c"])
 def test_no_other_protocol_is_spoken(protocol_server: Server, token: bytes) -> None:
-    """The request is answered as it is, and what follows is not read."""
+    """The Upgrade header is ignored, and later bytes are not parsed."""
     upgrade = (
         b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: "
         + token
@@ -222,7 +222,7 @@ def test_no_other_protocol_is_spoken(protocol_server: Server, token: bytes) -> N
 
 @pytest.mark.parametrize("connection", [b"", b"Connection: keep-alive\r\n"])
 def test_http_1_0(protocol_server: Server, connection: bytes) -> None:
-    """Needs no Host; one request a connection."""
+    """Host is optional; one request per connection."""
     (answer,) = exchange(
         protocol_server.address, b"GET /healthz HTTP/1.0\r\n" + connection + b"\r\n" + LAST
     )
@@ -230,7 +230,7 @@ def test_http_1_0(protocol_server: Server, connection: bytes) -> None:
 
 
 def test_head(protocol_server: Server) -> None:
-    """As GET without the content, wherever there is a GET."""
+    """The same as GET without content, for every GET resource."""
     for path in ("/", "/healthz", "/classes", "/metrics"):
         asked = httpx.head(f"{protocol_server.url}{path}")
         assert (asked.status_code, asked.content) == (200, b"")
@@ -239,7 +239,7 @@ def test_head(protocol_server: Server) -> None:
 
 
 def test_trailers_are_no_headers(protocol_server: Server) -> None:
-    """A proxy in front may not have looked at them."""
+    """A proxy may not have checked them."""
     chunks = b"".join(
         [
             b"%x\r\n" % len(PHOTO),
@@ -255,27 +255,27 @@ def test_trailers_are_no_headers(protocol_server: Server) -> None:
     assert answer.headers["x-request-id"] != "forged"
 
 
-# ---- more than there may be ----------------------------------------------------------------------
+# ---- limits --------------------------------------------------------------------------------------
 
 MIB = 2**20
 
 
 def peak_bytes(server: Server) -> int:
-    """The most memory that a server had so far."""
+    """A server's peak memory so far."""
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
     return int(kilobytes) * 1024
 
 
 def cpu_s(server: Server) -> float:
-    """The CPU time that a server took so far."""
+    """A server's CPU time so far."""
     fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
 def little_is_spent(server: Server) -> Iterator[None]:
-    """Neither memory nor time go up with what is sent."""
+    """Check that memory and CPU time stay low inside the context."""
     memory, seconds = peak_bytes(server), cpu_s(server)
     yield
     assert peak_bytes(server) - memory < 16 * MIB
@@ -297,7 +297,7 @@ def little_is_spent(server: Server) -> Iterator[None]:
     ],
 )
 def test_what_never_ends(protocol_server: Server, start: bytes, filler: bytes, status: int) -> None:
-    """Lines and heads are read up to a limit, and 32 MiB cost no more than that."""
+    """Lines and heads have a limit; 32 MiB beyond it cost little."""
     piece = filler * (MIB // len(filler))
     with little_is_spent(protocol_server):
         (answer,) = exchange(protocol_server.address, start, *[piece] * 32)
@@ -305,7 +305,7 @@ def test_what_never_ends(protocol_server: Server, start: bytes, filler: bytes, s
 
 
 def test_as_much_as_there_may_be(protocol_server: Server) -> None:
-    """A long target and many long headers, just below their limits."""
+    """A long target and many headers, just below the limits, are accepted."""
     target = b"GET /healthz?" + b"a" * 8100 + b" HTTP/1.1\r\n"
     headers = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 300) for number in range(98))
     first, last = exchange(protocol_server.address, target + HOST + headers + b"\r\n", LAST)
@@ -313,7 +313,7 @@ def test_as_much_as_there_may_be(protocol_server: Server) -> None:
 
 
 def test_a_body_that_is_announced_too_large(protocol_server: Server) -> None:
-    """Refused by its head alone; who asks first whether to send it is told not to."""
+    """Refused by its head, without 100 Continue."""
     for headers in ((), ("Expect: 100-continue",)):
         with connect(protocol_server.address) as connection:
             connection.sendall(head(10**15, *headers))
@@ -325,7 +325,7 @@ def test_a_body_that_is_announced_too_large(protocol_server: Server) -> None:
 
 
 def test_a_body_that_is_asked_for(protocol_server: Server) -> None:
-    """Who waits for it is told to go on, once."""
+    """A client that waits for it gets 100 Continue once."""
     with connect(protocol_server.address) as connection:
         connection.sendall(head(len(PHOTO), "Expect: 100-continue", "Connection: close"))
         assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -335,7 +335,7 @@ def test_a_body_that_is_asked_for(protocol_server: Server) -> None:
 
 
 def test_a_chunked_body_without_an_end(protocol_server: Server) -> None:
-    """Counted as it comes; the rest is thrown away while the client reads why."""
+    """It is counted as it arrives; the rest is discarded while the client reads the response."""
     chunk = b"100000\r\n" + bytes(MIB) + b"\r\n"
     (answer,) = exchange(protocol_server.address, CHUNKED, *[chunk] * 64)
     assert answer.problem["type"] == "/problems/body-too-large"
@@ -384,7 +384,7 @@ END = b"--x--\r\n"
     ],
 )
 def test_no_form(protocol_server: Server, path: str, content_type: str, body: bytes) -> None:
-    """400, however long it goes on; and no memory or time to speak of."""
+    """400 for a form of any length, at little cost in memory and time."""
     with little_is_spent(protocol_server):
         answer = httpx.post(
             f"{protocol_server.url}{path}",
@@ -412,7 +412,7 @@ def test_no_form(protocol_server: Server, path: str, content_type: str, body: by
     ],
 )
 def test_an_odd_form(protocol_server: Server, content_type: str, body: bytes) -> None:
-    """What is written around the photo does not matter."""
+    """Unusual parts of a form do not matter if the photo is valid."""
     answer = httpx.post(
         f"{protocol_server.url}/segment", content=body, headers={"Content-Type": content_type}
     )
@@ -422,12 +422,12 @@ def test_an_odd_form(protocol_server: Server, content_type: str, body: bytes) ->
 # ---- slow clients, and many ----------------------------------------------------------------------
 
 STRANGER = "127.0.0.2"
-"""An address that is no trusted proxy's."""
+"""An address that is not a trusted proxy."""
 
 
 @pytest.fixture(scope="module")
 def hurried(tiny_artefact: Path) -> Iterator[Logged]:
-    """A server that takes one photo at once, waits half a second for anybody."""
+    """A server for one photo at a time, with a client timeout of half a second."""
     with logged(
         tiny_artefact,
         threads=1,
@@ -441,14 +441,14 @@ def hurried(tiny_artefact: Path) -> Iterator[Logged]:
 
 @pytest.fixture(scope="module")
 def few(tiny_artefact: Path) -> Iterator[Server]:
-    """A server that takes four connections."""
+    """A server with at most four connections."""
     with serving(tiny_artefact, max_connections=4) as server:
         yield server
 
 
 @pytest.mark.parametrize("sent", [b"", LAST.replace(b"Connection: close", b"X-A: b")])
 def test_a_client_that_asks_for_nothing(hurried: Logged, sent: bytes) -> None:
-    """From the start, or after a request: it is let go."""
+    """An idle connection is closed, with or without an earlier request."""
     with connect(hurried.address) as connection:
         connection.sendall(sent)
         assert [one.status for one in answers(until_closed(connection))] == [200] * bool(sent)
@@ -456,7 +456,7 @@ def test_a_client_that_asks_for_nothing(hurried: Logged, sent: bytes) -> None:
 
 @pytest.mark.parametrize("sent", [b"", LAST.replace(b"Connection: close", b"X-A: b")])
 def test_a_head_that_does_not_end(hurried: Logged, sent: bytes) -> None:
-    """408, and the end."""
+    """408, then the connection closes."""
     with connect(hurried.address) as connection:
         connection.sendall(sent + GET + b"X-A: b")
         *_, answer = answers(until_closed(connection))
@@ -465,7 +465,7 @@ def test_a_head_that_does_not_end(hurried: Logged, sent: bytes) -> None:
 
 @pytest.mark.parametrize("content_type", ["image/png", "multipart/form-data; boundary=x"])
 def test_a_body_that_stops(hurried: Logged, content_type: str) -> None:
-    """408 whatever was announced; counted, and logged like any other answer."""
+    """408 for raw bodies and forms, logged like any other response."""
     form = b"" if content_type == "image/png" else part(IMAGE, b"")[:-2]
     with connect(hurried.address) as connection:
         connection.sendall(head(100_000, f"Content-Type: {content_type}") + form + PHOTO)
@@ -477,7 +477,7 @@ def test_a_body_that_stops(hurried: Logged, content_type: str) -> None:
 
 
 def test_a_body_that_comes_byte_by_byte(hurried: Logged) -> None:
-    """Each of them is no progress: 408 while it still comes."""
+    """Single bytes are not enough progress: 408 while they still arrive."""
     with connect(hurried.address) as connection:
         connection.settimeout(0.05)
         connection.sendall(head(100_000))
@@ -492,7 +492,7 @@ def test_a_body_that_comes_byte_by_byte(hurried: Logged) -> None:
 
 
 def test_no_place_is_held_by_a_body_that_comes_slowly(protocol_server: Server) -> None:
-    """Nor by many of them: there is a place for the photo that is there."""
+    """Even many slow bodies leave a place for a complete photo."""
     slow_head = head(len(PHOTO), "Connection: close")
     with contextlib.ExitStack() as opened:
         slow = [opened.enter_context(connect(protocol_server.address)) for _ in range(70)]
@@ -507,7 +507,7 @@ def test_no_place_is_held_by_a_body_that_comes_slowly(protocol_server: Server) -
 
 
 def test_an_answer_that_is_not_read(hurried: Logged) -> None:
-    """The connection is cut, and what waited for it is freed."""
+    """The connection is aborted, and its buffer is freed."""
     white = encode(np.full((2000, 2000, 3), 255, dtype=np.uint8))
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -529,7 +529,7 @@ def test_an_answer_that_is_not_read(hurried: Logged) -> None:
 
 @pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
 def test_more_connections_than_there_may_be(few: Server, source: str) -> None:
-    """From one address a quarter, in all no more; each that ends makes room for another."""
+    """At most a quarter from one address, and all in total; a closed one frees a place."""
     started = time.monotonic()
     allowed = 1 if source == STRANGER else 4
     asked = GET + HOST + b"\r\n"
@@ -542,7 +542,7 @@ def test_more_connections_than_there_may_be(few: Server, source: str) -> None:
         assert refused.problem["type"] == "/problems/overloaded"
         assert refused.headers["retry-after"] == "1"
         kept.pop().close()
-        # It has to hear of that first.
+        # Until the server notices.
         while [one.status for one in exchange(few.address, LAST, source=source)] != [200]:
             assert time.monotonic() < started + PATIENCE_S
         for connection in kept:

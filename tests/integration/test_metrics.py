@@ -1,4 +1,4 @@
-"""``GET /metrics`` of the app and of several processes, and the line of each request."""
+"""``GET /metrics`` of one app and of several workers, and the log line of each request."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read(text: str) -> Samples:
 
 
 async def scrape(client: InProcess) -> Samples:
-    """What the app tells."""
+    """The app's metrics."""
     response = await client.http.get("/metrics")
     assert response.status_code == 200
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
@@ -58,13 +58,13 @@ async def scrape(client: InProcess) -> Samples:
 
 
 def value(found: Samples, name: str, **labels: str) -> float:
-    """One sample; 0 where there is none yet."""
+    """One sample; 0 if there is none yet."""
     return found.get((name, frozenset(labels.items())), 0.0)
 
 
 @pytest.mark.anyio
 async def test_a_photo_in_the_metrics(client: InProcess) -> None:
-    """Counted once: as a request, in every stage, in its batch."""
+    """A photo is counted once: as a request, in every stage, in its batch."""
     assert (await client.http.post("/segment", content=PHOTO)).status_code == 200
     found = await scrape(client)
     segment = {"route": "/segment", "method": "POST", "status": "200"}
@@ -85,7 +85,7 @@ async def test_a_photo_in_the_metrics(client: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_refusals_by_reason(client: InProcess) -> None:
-    """Whatever was wrong, by the type that the caller was told."""
+    """Each problem is counted by its type."""
     await client.http.post("/segment", content=b"no photo")
     await client.http.post("/segment", content=b"")
     await client.http.post("/segment?max_side=1", content=PHOTO)
@@ -105,13 +105,13 @@ def written() -> Iterator[list[EventDict]]:
 
 
 def requests(written: list[EventDict]) -> list[EventDict]:
-    """Of these lines those that tell of a request."""
+    """The lines of requests."""
     return [line for line in written if line["event"] == "request"]
 
 
 @pytest.mark.anyio
 async def test_a_requests_line(client: InProcess, written: list[EventDict]) -> None:
-    """What was asked, what became of it, who asked, and where the time went."""
+    """It has the request, its outcome, the client, and the time of each stage."""
     ids = {"X-Request-ID": "mine", "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
     answer = await client.http.post("/segment?view=overlay", content=PHOTO, headers=ids)
     (line,) = requests(written)
@@ -136,14 +136,14 @@ async def test_a_requests_line(client: InProcess, written: list[EventDict]) -> N
 
 @pytest.mark.anyio
 @pytest.mark.parametrize(("error", "kind"), KINDS.items(), ids=lambda one: getattr(one, "type", ""))
-async def test_every_refusal_is_told(
+async def test_every_refusal_is_values(
     error: type[SegmentError],
     kind: Kind,
     client: InProcess,
     written: list[EventDict],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each has its own reason in the metrics, there from the start on, and in the log."""
+    """Each has its own reason in the log and in the metrics, where it starts at 0."""
 
     async def refuse(*_: object) -> NoReturn:
         arguments: dict[type[SegmentError], object] = {NotAcceptable: (), Overloaded: 1.0}
@@ -166,7 +166,7 @@ async def test_every_refusal_is_told(
 
 @pytest.mark.anyio
 async def test_single_photos_are_refused_too(client: InProcess) -> None:
-    """A batch is answered with 200 whatever becomes of its photos."""
+    """A batch gets 200 even if one of its photos fails."""
     files = [("image", ("good", PHOTO)), ("image", ("bad", b"no photo"))]
     assert (await client.http.post("/segment/batch", files=files)).status_code == 200
     found = await scrape(client)
@@ -178,7 +178,7 @@ Begun = Callable[[Send], Awaitable[None]]
 
 
 async def begin(send: Send) -> None:
-    """Send the head of an answer and a part of its body."""
+    """Send the head of a response and a part of its body."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": b"half", "more_body": True})
 
@@ -207,7 +207,7 @@ async def test_no_end_goes_unseen(
     client: InProcess,
     written: list[EventDict],
 ) -> None:
-    """Before and within an answer: counted once, told in one line, and forgotten."""
+    """Before or during a response, the request is counted and logged once, then removed."""
 
     async def endpoint(_: Scope, __: Receive, send: Send) -> None:
         await sends(send)
@@ -235,7 +235,7 @@ async def test_no_end_goes_unseen(
 
 @pytest.mark.anyio
 async def test_strangers_texts_are_cut(client: InProcess, written: list[EventDict]) -> None:
-    """A long path, and an id that could forge a line, take no room in the log."""
+    """A long path is truncated, and a long request id is replaced."""
     await client.http.get("/" + "x" * 5000, headers={"X-Request-ID": "y" * 5000})
     (line,) = requests(written)
     assert len(line["path"]) < 300
@@ -244,7 +244,7 @@ async def test_strangers_texts_are_cut(client: InProcess, written: list[EventDic
 
 @pytest.mark.anyio
 async def test_paths_are_no_labels(client: InProcess) -> None:
-    """A route with placeholders is one route, and all that are none are one too."""
+    """A route with placeholders has one label value; all unknown paths share another one."""
     for number in range(5):
         await client.http.get(f"/nowhere/{number}")
         await client.http.get(f"/static/{number}")
@@ -254,7 +254,7 @@ async def test_paths_are_no_labels(client: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_what_waits_is_told(make_settings: Callable[..., Settings]) -> None:
-    """In flight, waiting for the device, and what was refused because of both."""
+    """Photos in flight, photos waiting for the device, and refusals because of both."""
     session = FakeSession()
     async with in_process(make_settings(queue_size=3), session) as client:
         session.gate.clear()
@@ -264,7 +264,7 @@ async def test_what_waits_is_told(make_settings: Callable[..., Settings]) -> Non
                 group.create_task(client.http.post("/segment", content=PHOTO))
             found: Samples = {}
             while not session.started.is_set() or value(found, "fcn_queue_depth", model="tiny") < 2:
-                await asyncio.sleep(0)  # in one process a request need not wait for anything
+                await asyncio.sleep(0)  # in one process a request may never yield by itself
                 found = await scrape(client)
             refused = await client.http.post("/segment", content=PHOTO)
             found = await scrape(client)
@@ -280,14 +280,14 @@ async def test_what_waits_is_told(make_settings: Callable[..., Settings]) -> Non
 
 @pytest.mark.anyio
 async def test_draining_is_not_ready(client: InProcess) -> None:
-    """Metrics are told to the end."""
+    """Metrics stay available while draining."""
     client.service.begin_draining()
     assert value(await scrape(client), "fcn_ready") == 0
 
 
 @pytest.mark.anyio
 async def test_a_gpus_memory(client: InProcess) -> None:
-    """In use and in total, of the GPU that the model runs on."""
+    """Used and total memory of the model's GPU."""
     engine = client.service.engines.default
     engine.model = dataclasses.replace(engine.model, gpu=HostDevice(1))  # type: ignore[type-var]
     found = await scrape(client)
@@ -297,7 +297,7 @@ async def test_a_gpus_memory(client: InProcess) -> None:
 
 @pytest.mark.anyio
 async def test_openmetrics(client: InProcess) -> None:
-    """Who asks for it gets it, as Prometheus does."""
+    """Available by Accept, as Prometheus sends it."""
     accept = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.3"
     response = await client.http.get("/metrics", headers={"Accept": accept})
     assert response.headers["Content-Type"].startswith("application/openmetrics-text")
@@ -305,7 +305,7 @@ async def test_openmetrics(client: InProcess) -> None:
 
 
 def test_probes_are_not_in_the_log(tiny_artefact: Path) -> None:
-    """Unless they fail, or somebody reads at debug level."""
+    """Unless they fail, or the level is debug."""
     paths = ("/healthz", "/readyz", "/metrics", "/classes")
     for level, shown in (("info", ["/classes"]), ("debug", [*paths])):
         with serving(tiny_artefact, log_level=level) as server:
@@ -318,11 +318,11 @@ def test_probes_are_not_in_the_log(tiny_artefact: Path) -> None:
 
 
 def test_processes_tell_together(tiny_artefact: Path) -> None:
-    """Whichever is scraped, the counts are those of all; a killed one's begin anew."""
+    """Each worker reports the metrics of all; a restarted worker starts from 0."""
     with logged(tiny_artefact, processes=2) as service, httpx.Client(timeout=PATIENCE_S) as http:
 
-        def told(name: str, **labels: str) -> list[float]:
-            # Each time on a connection of its own, which either may accept.
+        def values(name: str, **labels: str) -> list[float]:
+            # A new connection each time, which either worker may accept.
             text = httpx.get(f"{service.url}/metrics", timeout=PATIENCE_S).text
             return [value(read(text), name, worker=worker, **labels) for worker in ("0", "1")]
 
@@ -331,20 +331,20 @@ def test_processes_tell_together(tiny_artefact: Path) -> None:
         for _ in range(12):
             assert http.post(f"{service.url}/segment", content=PHOTO).status_code == 200
         for _ in range(4):
-            assert sum(told("fcn_photo_pixels_count")) == 12
-            assert told("fcn_ready") == told("fcn_worker_up") == [1, 1]
-        _, others = told("fcn_photo_pixels_count")
+            assert sum(values("fcn_photo_pixels_count")) == 12
+            assert values("fcn_ready") == values("fcn_worker_up") == [1, 1]
+        _, others = values("fcn_photo_pixels_count")
         os.kill(service.seen("worker started", worker=0)["pid"], signal.SIGKILL)
         service.seen("listening", worker=0, count=2)
         for _ in range(4):
-            assert told("fcn_photo_pixels_count") == [0, others]
-            assert told("fcn_worker_up") == [1, 1]
-            assert told("fcn_worker_restarts_total", cause="died") == [1, 0]
-            assert told("fcn_worker_restarts_total", cause="hung") == [0, 0]
+            assert values("fcn_photo_pixels_count") == [0, others]
+            assert values("fcn_worker_up") == [1, 1]
+            assert values("fcn_worker_restarts_total", cause="died") == [1, 0]
+            assert values("fcn_worker_restarts_total", cause="hung") == [0, 0]
 
 
 def test_what_is_no_request_is_counted(tiny_artefact: Path) -> None:
-    """The server refuses it before anything knows its path; it has its line all the same."""
+    """Malformed HTTP has no route, but it is counted and logged too."""
     with logged(tiny_artefact) as service:
         with socket.create_connection(service.address, PATIENCE_S) as connection:
             connection.sendall(b"no request at all\r\n\r\n")

@@ -1,4 +1,4 @@
-"""Taking up other artefacts without losing a request, and serving on where they are refused."""
+"""Reloading artefacts without losing a request; refused artefacts change nothing."""
 
 import asyncio
 import gc
@@ -42,27 +42,27 @@ async def client(folder: Path, make_settings: Callable[..., Settings]) -> AsyncI
 
 
 async def post(client: InProcess, model: str | None = None) -> Response:
-    """The photo."""
+    """Send the photo."""
     return await client.http.post(
         "/segment", content=PHOTO, params={} if model is None else {"model": model}
     )
 
 
-async def told(client: InProcess) -> dict[str, str]:
-    """`GET /models`: the versions by name, in order."""
+async def versions(client: InProcess) -> dict[str, str]:
+    """The versions in ``GET /models`` by name, in order."""
     models = (await client.http.get("/models")).json()["models"]
     return {one["name"]: one["version"] for one in models}
 
 
 async def reloads(client: InProcess) -> dict[str, float]:
-    """How many reloads had which outcome."""
+    """The number of reloads by outcome."""
     lines = (await client.http.get("/metrics")).text.splitlines()
     counts = (line.split('"') for line in lines if line.startswith("fcn_reloads_total"))
     return {outcome: float(rest.split()[-1]) for _, outcome, rest in counts}
 
 
 async def post_until(client: InProcess, model: str) -> list[Response]:
-    """The photo again and again, until this model answers; all answers."""
+    """Send the photo until this model answers; returns all responses."""
     answers = [await post(client)]
     while answers[-1].headers["X-Model"] != model:
         answers.append(await post(client))
@@ -71,7 +71,7 @@ async def post_until(client: InProcess, model: str) -> list[Response]:
 
 @pytest.mark.anyio
 async def test_a_new_version_is_taken_up_under_load(client: InProcess, folder: Path) -> None:
-    """No request is lost; everything tells the new version."""
+    """No request is lost; every endpoint reports the new version."""
     build_artefact(folder / "first", name="first", version="2")
     async with asyncio.timeout(30), asyncio.TaskGroup() as group:
         asking = [group.create_task(post_until(client, "first/2")) for _ in range(4)]
@@ -81,7 +81,7 @@ async def test_a_new_version_is_taken_up_under_load(client: InProcess, folder: P
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
     assert (await client.http.get("/model")).json()["version"] == "2"
-    assert await told(client) == {"first": "2", "second": "1"}
+    assert await versions(client) == {"first": "2", "second": "1"}
     metrics = (await client.http.get("/metrics")).text
     assert 'fcn_model_info{model="first",precision="fp32",provider="CPUExec' in metrics
     assert 'version="2"' in metrics
@@ -91,7 +91,7 @@ async def test_a_new_version_is_taken_up_under_load(client: InProcess, folder: P
 
 @pytest.mark.anyio
 async def test_who_holds_the_old_one_is_answered_by_it(client: InProcess, folder: Path) -> None:
-    """It is closed, and its memory free, once nobody does any more."""
+    """When its last user is done, it is closed and its memory is freed."""
     engines = client.service.engines
     build_artefact(folder / "first", name="first", version="2")
     async with engines.use() as old:
@@ -99,7 +99,7 @@ async def test_who_holds_the_old_one_is_answered_by_it(client: InProcess, folder
         async with asyncio.timeout(30):
             await post_until(client, "first/2")
         with old.held():
-            pass  # somebody else who gives it back changes nothing
+            pass  # another user's release changes nothing
         await asyncio.sleep(0)
         assert not reloading.done()
         assert engines.running_s == 0
@@ -110,9 +110,8 @@ async def test_who_holds_the_old_one_is_answered_by_it(client: InProcess, folder
     assert [one() for one in freed] == [None, None]
 
 
-@pytest.mark.anyio
 def test_reloads_keep_no_memory(tmp_path: Path) -> None:
-    """Of thirty models, less is left than two: in a process of its own, as it is served."""
+    """After thirty reloads, the process has grown by less than two models."""
     weights_mib = 8
     folder = build_heavy_artefact(tmp_path / "tiny", weights_mib * 2**20)
     with logged(folder, log_level="info") as service:
@@ -128,35 +127,35 @@ def test_reloads_keep_no_memory(tmp_path: Path) -> None:
         before = sample(pid)
         reload(6, 35)
         deadline = time.monotonic() + PATIENCE_S
-        # The last one's log line comes before its predecessor is closed.
+        # A model is logged before its predecessor is closed.
         while (after := sample(pid)).rss_mib - before.rss_mib >= 2 * weights_mib:
             assert time.monotonic() < deadline, (before, after)
         assert after.descriptors == before.descriptors
 
 
 def truncate(folder: Path) -> None:
-    """As a copy that was broken off."""
+    """Truncate the network, as an interrupted copy does."""
     path = folder / "network.onnx"
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def mismatch(folder: Path) -> None:
-    """A graph of another version than the manifest's."""
+    """Store a graph that differs from the manifest."""
     build_artefact(folder, metadata=make_contract(name="first", version="3").to_metadata())
 
 
 def change_stride(folder: Path) -> None:
-    """What only the warm-up finds."""
+    """Store an error that only the warm-up detects."""
     build_artefact(folder, name="first", stride=8)
 
 
 def remove(folder: Path) -> None:
-    """Gone."""
+    """Delete the manifest."""
     (folder / MANIFEST_NAME).unlink()
 
 
 def take_a_name(folder: Path) -> None:
-    """Another's, which is loaded."""
+    """Use the name of another loaded model."""
     build_artefact(folder, name="second")
 
 
@@ -174,7 +173,7 @@ def take_a_name(folder: Path) -> None:
 async def test_what_cannot_be_served_is_refused(
     client: InProcess, folder: Path, spoil: Callable[[Path], None], reason: str
 ) -> None:
-    """Logged with its reason and counted; the old one serves on, and a mended one is taken."""
+    """It is logged and counted; the old model stays, and a repaired one is loaded."""
     assert (await post(client, "second")).status_code == 200
     spoil(folder / "first")
     with structlog.testing.capture_logs() as lines:
@@ -184,7 +183,7 @@ async def test_what_cannot_be_served_is_refused(
     assert reason in line["reason"]
     assert (await post(client)).headers["X-Model"] == "first/1"
     assert await reloads(client) == {"refused": 1, "taken": 1}
-    assert await told(client) == {"first": "1", "second": "1"}
+    assert await versions(client) == {"first": "1", "second": "1"}
     build_artefact(folder / "first", name="first", version="2")
     await client.service.engines.reload()
     assert (await post(client)).headers["X-Model"] == "first/2"
@@ -194,7 +193,7 @@ async def test_what_cannot_be_served_is_refused(
 async def test_what_would_run_elsewhere_is_refused(
     client: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU whose memory does not hold two, and a service that may fall back to the CPU."""
+    """A GPU without memory for two models must not make the service fall back to the CPU."""
     engines = client.service.engines
     load = engines.load
 
@@ -213,7 +212,7 @@ async def test_what_would_run_elsewhere_is_refused(
 async def test_what_nobody_foresaw_is_refused_too(
     client: InProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its traceback."""
+    """An unexpected error is logged with its traceback."""
 
     async def fail(_: Path) -> Engine:
         raise RuntimeError("driver")
@@ -227,18 +226,18 @@ async def test_what_nobody_foresaw_is_refused_too(
 
 @pytest.mark.anyio
 async def test_the_models_beside_it_reload_too(client: InProcess, folder: Path) -> None:
-    """Those that are loaded; others come and go with their folders, and by their own names."""
+    """Loaded models reload; others appear and disappear with their folders."""
     assert (await post(client, "second")).headers["X-Model"] == "second/1"
     build_artefact(folder / "second", name="renamed", version="2")
     build_artefact(folder / "third", name="third")
     await client.service.engines.reload()
-    # Nobody is called `second` any more, so the one in memory serves on.
-    assert await told(client) == {"first": "1", "renamed": "2", "third": "1", "second": "1"}
+    # No folder has a model `second` any more, so the loaded one stays.
+    assert await versions(client) == {"first": "1", "renamed": "2", "third": "1", "second": "1"}
     assert (await post(client, "second")).headers["X-Model"] == "second/1"
     assert (await post(client, "third")).status_code == 200
     build_artefact(folder / "second", name="second", version="3")
     await client.service.engines.reload()
-    assert await told(client) == {"first": "1", "second": "3", "third": "1"}
+    assert await versions(client) == {"first": "1", "second": "3", "third": "1"}
     assert (await post(client, "second")).headers["X-Model"] == "second/3"
     assert (await post(client, "renamed")).status_code == 404
 
@@ -247,17 +246,17 @@ async def test_the_models_beside_it_reload_too(client: InProcess, folder: Path) 
 async def test_another_model_takes_the_place_of_the_default(
     client: InProcess, folder: Path
 ) -> None:
-    """Its name is the default's from then on."""
+    """The default then has the new name."""
     build_artefact(folder / "first", name="other", version="7")
     await client.service.engines.reload()
-    assert await told(client) == {"other": "7", "second": "1"}
+    assert await versions(client) == {"other": "7", "second": "1"}
     assert (await post(client)).headers["X-Model"] == "other/7"
     assert (await post(client, "first")).status_code == 404
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_hangup_reloads_under_load(tmp_path: Path, processes: int) -> None:
-    """The signal to the main process; no request is lost, in whichever process it is."""
+    """The main process gets the signal; no process loses a request."""
     folder = build_artefact(tmp_path / "tiny")
     with logged(folder, processes=processes) as service:
         workers = [{}] if processes == 1 else [{"worker": worker} for worker in range(processes)]
@@ -269,7 +268,7 @@ def test_a_hangup_reloads_under_load(tmp_path: Path, processes: int) -> None:
             service.process.send_signal(signal.SIGHUP)
             for worker in workers:
                 service.seen("model replaced", version="2", **worker)
-            # Each client's next one at the latest.
+            # By then each client has begun another request.
             service.seen("request", path="/segment", count=len(outcomes) + 8)
         assert {outcome.status for outcome in outcomes} == {200}
         assert {outcome.headers["X-Model"] for outcome in outcomes} == {"tiny/1", "tiny/2"}
@@ -282,7 +281,7 @@ def test_a_hangup_reloads_under_load(tmp_path: Path, processes: int) -> None:
 def test_a_hangup_while_the_model_loads_is_kept(
     tiny_artefact: Path, processes: int, loading: str
 ) -> None:
-    """What came after the files were read is taken up as soon as there is something to replace."""
+    """The reload runs as soon as the model is ready."""
     with logged(tiny_artefact, processes=processes) as service:
         service.seen(loading, count=processes)
         service.process.send_signal(signal.SIGHUP)
@@ -290,7 +289,7 @@ def test_a_hangup_while_the_model_loads_is_kept(
 
 
 def test_files_that_change_under_a_server_change_nothing(tmp_path: Path) -> None:
-    """Cut short, they would end a process that had mapped them; they are refused, until mended."""
+    """Truncated files would crash a process that maps them; here they are refused."""
     folder = build_artefact_in_two_files(tmp_path / "tiny")
     with logged(folder, precision="int8", threads=1) as service:
 

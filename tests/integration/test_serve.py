@@ -1,4 +1,4 @@
-"""``fcn-segment serve`` as a process of its own, over real sockets."""
+"""``fcn-segment serve`` as a separate process, over real sockets."""
 
 import json
 import signal
@@ -43,7 +43,7 @@ def test_a_photo_over_the_wire(server: Server) -> None:
 
 
 def test_chunked_transfer(server: Server) -> None:
-    """A body of unknown length is taken, and still capped."""
+    """A body of unknown length is accepted, up to the size limit."""
 
     def chunks(count: int) -> Iterator[bytes]:
         yield PHOTO
@@ -56,7 +56,7 @@ def test_chunked_transfer(server: Server) -> None:
 
 
 def test_a_body_far_over_the_cap_gets_its_answer(server: Server) -> None:
-    """The answer reaches a client that is still sending."""
+    """The response reaches a client that is still sending."""
     response = httpx.post(f"{server.url}/segment", content=bytes(30_000_000))
     assert_problem(response, 413, "body-too-large")
 
@@ -68,7 +68,7 @@ def test_ready_over_the_wire(server: Server) -> None:
 
 
 def test_sigterm_finishes_what_is_in_flight(tiny_artefact: Path) -> None:
-    """A request that has begun is answered; idle connections close; the exit status is 0."""
+    """A request in flight gets its response; idle connections close; the exit status is 0."""
     with serving(tiny_artefact) as server:
         with socket.create_connection(server.address, 30) as idle:
             idle.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -115,7 +115,7 @@ def test_one_access_line_a_request(tiny_artefact: Path) -> None:
 
 
 def test_a_port_in_use_is_one_line(server: Server, tiny_artefact: Path) -> None:
-    """Told before the model is loaded: even a missing one does not matter yet."""
+    """Reported before the model is loaded: here there is none."""
     port = str(server.address[1])
     status, stderr = fails("serve", "--port", port, "--model", "/nowhere")
     assert status != 0
@@ -123,7 +123,7 @@ def test_a_port_in_use_is_one_line(server: Server, tiny_artefact: Path) -> None:
 
 
 def test_a_bad_artefact_is_one_line(tmp_path: Path) -> None:
-    """What differs, and nothing else, on stderr; the exit status is not 0."""
+    """Only the reason is on stderr; the exit status is not 0."""
     changed = build_artefact(tmp_path / "changed")
     with (changed / "network.onnx").open("ab") as file:
         file.write(b"x")
@@ -162,7 +162,7 @@ def test_a_bad_setting_is_one_line(
 
 
 def test_cuda_that_is_not_there_is_one_line(tiny_artefact: Path) -> None:
-    """A device that was asked for and is missing stops the start."""
+    """A missing device that was requested stops the start."""
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this ONNX Runtime has CUDA")
     status, stderr = fails("serve", "--port", "0", "--device", "cuda", model=tiny_artefact)
@@ -172,7 +172,7 @@ def test_cuda_that_is_not_there_is_one_line(tiny_artefact: Path) -> None:
 
 
 def test_the_masks_are_right_under_concurrency(server: Server) -> None:
-    """Many clients at once, each with its own answer."""
+    """Each of many concurrent clients gets its own mask."""
 
     def ask(index: int) -> bool:
         photo = np.roll(two_class_photo(), 16 * (index % 6), axis=1)

@@ -20,7 +20,7 @@ JPEG = encode(data.chelsea(), "JPEG", quality=90)  # type: ignore[no-untyped-cal
 CLIENTS = 6
 
 CUT = {"ReadError", "RemoteProtocolError", "WriteError"}
-"""What a client sees of a connection whose other end has died."""
+"""Errors that a client gets when the server process dies."""
 
 
 def begin(service: Logged, worker: int) -> socket.socket:
@@ -32,7 +32,7 @@ def begin(service: Logged, worker: int) -> socket.socket:
 
 
 def finish(connection: socket.socket) -> bytes:
-    """Send the photo that was announced; the whole answer."""
+    """Send the announced photo; returns the whole response."""
     connection.sendall(JPEG)
     with connection:
         return b"".join(iter(lambda: connection.recv(65536), b""))
@@ -40,7 +40,7 @@ def finish(connection: socket.socket) -> bytes:
 
 @contextlib.contextmanager
 def supervised(model: Path, **variables: object) -> Iterator[Logged]:
-    """Two processes on a free port, both of which answer."""
+    """Two workers on a free port, both ready."""
     with logged(model, processes=2, **variables) as service:
         for worker in (0, 1):
             service.seen("listening", worker=worker)
@@ -49,7 +49,7 @@ def supervised(model: Path, **variables: object) -> Iterator[Logged]:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGSEGV])
 def test_a_killed_worker_is_started_again(tiny_artefact: Path, end: signal.Signals) -> None:
-    """Both answer on the one port; what ends one, a native crash too, costs no other's requests."""
+    """Even after a native crash, the other worker loses no request."""
     with supervised(tiny_artefact) as service:
         pids = [service.seen("worker started", worker=worker)["pid"] for worker in (0, 1)]
         assert len({service.process.pid, *pids}) == 3
@@ -68,13 +68,13 @@ def test_a_killed_worker_is_started_again(tiny_artefact: Path, end: signal.Signa
         assert service.seen("worker started", worker=0, count=2)["pid"] not in pids
         failed = [outcome for outcome in outcomes if outcome.status != 200]
         assert len(outcomes) > len(failed)
-        # At most the one that each client had under way, and with an error that says so.
+        # At most one request of each client is lost, with a connection error.
         assert len(failed) <= CLIENTS
         assert {outcome.error for outcome in failed} <= CUT
 
 
 def test_sigterm_finishes_what_is_in_flight_on_all() -> None:
-    """Every request that was taken is answered, those in the queue too; the exit status is 0."""
+    """Every accepted request gets its response, queued ones too; the exit status is 0."""
     with (
         contextlib.ExitStack() as connections,
         supervised(DEFAULT_MODEL, precision="fp32") as service,
@@ -82,7 +82,7 @@ def test_sigterm_finishes_what_is_in_flight_on_all() -> None:
     ):
         busy = [connections.enter_context(begin(service, worker)) for worker in (0, 1, 0, 1)]
         idle = [connections.enter_context(service.connect(worker)) for worker in (0, 1)]
-        # More are under way than the two can work on.
+        # More requests are in progress than the two workers can process.
         service.seen("request", path="/segment", count=2 * CLIENTS)
         service.process.send_signal(signal.SIGTERM)
         for connection in idle:
@@ -100,13 +100,13 @@ def test_sigterm_finishes_what_is_in_flight_on_all() -> None:
     }
     answered = {one.request_id: one.status for one in outcomes if one.status is not None}
     assert taken == answered
-    # 503: it came while they were draining. The rest found no one at the port any more.
+    # 503: the request arrived during draining. Later ones could not connect.
     assert set(answered.values()) <= {200, 503}
     assert {one.error for one in outcomes if one.status is None} <= {"ConnectError"}
 
 
 def test_sigterm_while_the_models_load(tiny_artefact: Path) -> None:
-    """Nothing is in flight: the status is 0, and there is no traceback."""
+    """Without requests in flight the status is 0, and there is no traceback."""
     with logged(tiny_artefact, processes=2) as service:
         service.seen("worker started", worker=1)
         service.process.terminate()
@@ -115,7 +115,7 @@ def test_sigterm_while_the_models_load(tiny_artefact: Path) -> None:
 
 
 def test_a_second_interrupt_waits_for_nothing(tiny_artefact: Path) -> None:
-    """The first drains; the second breaks off what is in flight."""
+    """The first interrupt drains; the second aborts the requests in flight."""
     with contextlib.ExitStack() as connections, supervised(tiny_artefact) as service:
         idle = [connections.enter_context(service.connect(worker)) for worker in (0, 1)]
         busy = [connections.enter_context(begin(service, worker)) for worker in (0, 1)]
@@ -130,7 +130,7 @@ def test_a_second_interrupt_waits_for_nothing(tiny_artefact: Path) -> None:
 def test_the_workers_stop_when_their_supervisor_is_killed(
     tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They answer what is in flight and are gone; the port is free, and no file is left."""
+    """They finish the requests in flight, then exit; the port is free, and no file is left."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with supervised(tiny_artefact) as service:
         address = service.address
@@ -138,7 +138,7 @@ def test_the_workers_stop_when_their_supervisor_is_killed(
             service.process.kill()
             service.process.wait(PATIENCE_S)
             assert finish(busy).startswith(b"HTTP/1.1 200 OK")
-        # They alone hold the other end of stderr by now.
+        # Only the workers still hold the other end of stderr.
         service.reader.join(PATIENCE_S)
         assert not service.reader.is_alive()
         assert not [*tmp_path.iterdir()]
@@ -149,7 +149,7 @@ def test_the_workers_stop_when_their_supervisor_is_killed(
 
 
 def test_a_start_that_fails_is_one_line(tmp_path: Path) -> None:
-    """However many processes it fails in; the exit status is that of one alone."""
+    """Regardless of the number of workers; the exit status is the same as without workers."""
     arguments = ("serve", "--port", "0", "--processes", "3", "--device", "cpu")
     status, stderr = fails(*arguments, model=tmp_path, log_level="warning")
     assert status == 1
@@ -157,7 +157,7 @@ def test_a_start_that_fails_is_one_line(tmp_path: Path) -> None:
 
 
 def test_the_workers_command_is_not_for_people() -> None:
-    """Nor does it hang without a supervisor."""
+    """Without a supervisor it fails at once."""
     status, stderr = fails("worker", "0", "1")
     assert status == 2
-    assert stderr == "fcn-segment: worker: only `serve` starts one\n"
+    assert stderr == "fcn-segment: worker: only `serve` starts it\n"

@@ -1,4 +1,4 @@
-"""Traces on their way to a collector: a real one over HTTP, one that is slow, and none at all."""
+"""Traces sent to a collector over HTTP: a working one, one that hangs, and a missing one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from service.errors import SettingsError
 from service.settings import Settings
 from service.telemetry.metrics import STAGES
-from service.telemetry.tracing import SparingHandler
+from service.telemetry.tracing import ThrottlingHandler
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, fails, in_process
 from tests.processes import PATIENCE_S, logged
@@ -35,7 +35,7 @@ ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
 
 class Collector(ThreadingHTTPServer):
-    """An OTLP endpoint; while ``gate`` is closed it answers nobody."""
+    """An OTLP endpoint. It does not answer while ``gate`` is closed."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -46,12 +46,12 @@ class Collector(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it answers."""
+        """Its URL."""
         return f"http://127.0.0.1:{self.server_port}"
 
     @property
     def spans(self) -> list[Span]:
-        """All that came."""
+        """All received spans."""
         return [
             span
             for export in self.exports
@@ -61,7 +61,7 @@ class Collector(ThreadingHTTPServer):
         ]
 
     def resources(self) -> list[dict[str, Any]]:
-        """Who sent them."""
+        """The senders' attributes."""
         return [
             attributes(resource.resource)
             for export in self.exports
@@ -88,11 +88,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 def attributes(of: Any) -> dict[str, Any]:  # noqa: ANN401  several messages have them
-    """By their names."""
+    """A message's attributes by name."""
     return {
         one.key: getattr(one.value, one.value.WhichOneof("value") or "") for one in of.attributes
     }
@@ -100,7 +100,7 @@ def attributes(of: Any) -> dict[str, Any]:  # noqa: ANN401  several messages hav
 
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    """One that answers."""
+    """A working collector."""
     with Collector() as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -121,14 +121,14 @@ def traced(
     make_settings: Callable[..., Settings],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Traced:
-    """Opens the app, whose spans are at the collector once it is closed."""
+    """Opens the app; its spans are at the collector once it is closed."""
     monkeypatch.setenv(ENDPOINT, collector.url)
     return lambda: in_process(make_settings())
 
 
 @pytest.mark.anyio
 async def test_a_request_and_its_stages(collector: Collector, traced: Traced) -> None:
-    """One trace, the client's: a span for the request, and one for each stage within it."""
+    """The client's trace has a span for the request, with a child span for each stage."""
     parent = f"00-{TRACE_ID}-{PARENT_ID}-01"
     async with traced() as client:
         await client.http.post("/segment", content=PHOTO, headers={"traceparent": parent})
@@ -153,7 +153,7 @@ async def test_a_request_and_its_stages(collector: Collector, traced: Traced) ->
     for span in stages:
         assert span.trace_id == server.trace_id
         assert span.parent_span_id == server.span_id
-        # Up to what seconds as floating point numbers cannot tell apart.
+        # Up to the precision of seconds as floating-point numbers.
         assert before - 1000 <= span.start_time_unix_nano <= span.end_time_unix_nano
         before = span.end_time_unix_nano
     assert before <= server.end_time_unix_nano + 1000
@@ -164,7 +164,7 @@ async def test_a_request_and_its_stages(collector: Collector, traced: Traced) ->
 
 @pytest.mark.anyio
 async def test_what_goes_wrong_is_seen(collector: Collector, traced: Traced) -> None:
-    """The service's doing is an error, the client's is none; a strange method is no name."""
+    """Only the service's failures are errors; an unknown method is not part of a name."""
     async with traced() as client:
         await client.http.post("/segment", content=b"no photo")
         client.service.begin_draining()
@@ -181,7 +181,7 @@ async def test_what_goes_wrong_is_seen(collector: Collector, traced: Traced) -> 
 
 @pytest.mark.anyio
 async def test_probes_are_not_traced(collector: Collector, traced: Traced) -> None:
-    """Health in every protocol's words, and metrics."""
+    """Health endpoints of every protocol, and metrics, have no spans."""
     paths = ["/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"]
     async with traced() as client:
         for path in [*paths, "/label-studio/health", "/classes"]:
@@ -193,7 +193,7 @@ async def test_probes_are_not_traced(collector: Collector, traced: Traced) -> No
 async def test_the_operators_words_come_first(
     collector: Collector, traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Name, attributes and sampling are as OpenTelemetry's own variables say."""
+    """OpenTelemetry's own variables set name, attributes and sampling."""
     monkeypatch.setenv("OTEL_SERVICE_NAME", "masks")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment.name=here")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
@@ -211,7 +211,7 @@ async def test_the_operators_words_come_first(
 async def test_a_collector_that_hangs_holds_nobody(
     collector: Collector, traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests are answered while it hangs, more of them than wait to be sent; so is the end."""
+    """Requests and the stop do not wait for it, even when the queue of spans is full."""
     monkeypatch.setattr("service.telemetry.tracing.LONGEST_FLUSH_S", 0.01)
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
@@ -226,7 +226,7 @@ async def test_a_collector_that_hangs_holds_nobody(
 def test_workers_trace_and_tell_the_trace(
     collector: Collector, tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each process for itself, after it was started; the log's lines name the trace."""
+    """Each worker sends its own spans; log lines have the trace id."""
     monkeypatch.setenv(ENDPOINT, collector.url)
     with logged(tiny_artefact, processes=2) as service:
         for worker in (0, 1):
@@ -246,7 +246,7 @@ def test_workers_trace_and_tell_the_trace(
 def test_a_collector_that_is_not_there_is_told_once(
     tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests go on, and the log has one line of it, with the reason."""
+    """Requests succeed, and one log line has the reason."""
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and never listens
         monkeypatch.setenv(ENDPOINT, f"http://127.0.0.1:{nobody.getsockname()[1]}")
@@ -258,13 +258,13 @@ def test_a_collector_that_is_not_there_is_told_once(
                     assert client.get("/classes").status_code == 200
             service.process.terminate()
             assert service.wait() == 0
-    (line,) = service.told_by("opentelemetry")
+    (line,) = service.lines_of("opentelemetry")
     assert "Connection refused" in line["event"]
 
 
 def test_a_line_a_minute() -> None:
-    """The first is handed on, others within the minute are not, then one again."""
-    sparing = SparingHandler(iter((100.0, 159.0, 161.0)).__next__)
+    """The first line is forwarded, others within the minute are dropped."""
+    handler = ThrottlingHandler(iter((100.0, 159.0, 161.0)).__next__)
     seen: list[str] = []
 
     class Root(logging.Handler):
@@ -275,7 +275,7 @@ def test_a_line_a_minute() -> None:
     logging.getLogger().addHandler(root)
     try:
         for text in ("first", "second", "third"):
-            sparing.emit(logging.makeLogRecord({"msg": text, "levelno": logging.INFO}))
+            handler.emit(logging.makeLogRecord({"msg": text, "levelno": logging.INFO}))
     finally:
         logging.getLogger().removeHandler(root)
     assert seen == ["first", "third"]
@@ -284,7 +284,7 @@ def test_a_line_a_minute() -> None:
 @pytest.mark.parametrize(
     ("variable", "word", "reason"),
     [
-        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "only http/protobuf is spoken here"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "only http/protobuf is supported"),
         ("OTEL_BSP_MAX_QUEUE_SIZE", "0", "max_queue_size must be a positive integer"),
     ],
 )
@@ -292,7 +292,7 @@ def test_a_line_a_minute() -> None:
 async def test_a_configuration_that_cannot_be_stops_the_start(
     traced: Traced, variable: str, word: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rather than spans that never come."""
+    """An invalid configuration is an error, so that spans are not lost silently."""
     monkeypatch.setenv(variable, word)
     with pytest.raises(SettingsError, match=re.escape(reason)):
         await traced().__aenter__()
@@ -301,7 +301,7 @@ async def test_a_configuration_that_cannot_be_stops_the_start(
 def test_a_missing_extra_is_one_line(
     tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told before the model is loaded, with what to install."""
+    """Reported before the model is loaded, with the package to install."""
     (tmp_path / "opentelemetry" / "sdk").mkdir(parents=True)
     (tmp_path / "opentelemetry" / "sdk" / "__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -315,6 +315,6 @@ def test_a_missing_extra_is_one_line(
 
 
 def test_without_an_endpoint_nothing_is_loaded() -> None:
-    """Who wants no traces does not wait for them, at the start neither."""
+    """Without traces, OpenTelemetry's SDK is not imported."""
     code = "import sys, service.cli.main; sys.exit('opentelemetry.sdk' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

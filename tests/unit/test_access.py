@@ -1,4 +1,4 @@
-"""API keys in a file, and how often a client may ask."""
+"""API keys in a file, and rate limits."""
 
 import hashlib
 import hmac
@@ -34,12 +34,12 @@ def clock() -> Clock:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Where the keys are."""
+    """The path of the file of keys."""
     return tmp_path / "api_keys"
 
 
 def line(name: str, key: str) -> str:
-    """As `fcn-segment key` would have written it."""
+    """A line as `fcn-segment key` writes it."""
     return f"{name}:{hashlib.sha256(key.encode()).hexdigest()}\n"
 
 
@@ -47,7 +47,7 @@ def line(name: str, key: str) -> str:
 
 
 def test_a_new_key_is_random_and_its_line_does_not_tell_it(file: Path) -> None:
-    """256 bits of it, behind a prefix that says what it is."""
+    """256 random bits, behind a recognisable prefix."""
     (key, its_line), (other, _) = new_key("alice"), new_key("alice")
     assert key != other
     prefix, _, random = key.partition("_")
@@ -59,7 +59,7 @@ def test_a_new_key_is_random_and_its_line_does_not_tell_it(file: Path) -> None:
 
 
 def test_keys_are_known_by_their_hashes(file: Path) -> None:
-    """Several, among comments and empty lines; nothing else is a key, nor is a hash."""
+    """Among comments and empty lines; any other text is unknown, a hash included."""
     file.write_text("# ours\n\n" + line("alice", "fcn_a") + "  " + line("bob", "fcn_b") + "\n")
     keys = ApiKeys(file)
     assert (keys.name_of("fcn_a"), keys.name_of("fcn_b")) == ("alice", "bob")
@@ -75,20 +75,20 @@ def test_keys_are_known_by_their_hashes(file: Path) -> None:
 
 
 def test_a_name_may_have_two_keys(file: Path) -> None:
-    """While a client goes over from one to the other."""
+    """So that a client can change keys without an interruption."""
     file.write_text(line("alice", "old") + line("alice", "new"))
     keys = ApiKeys(file)
     assert keys.name_of("old") == keys.name_of("new") == "alice"
 
 
 def test_a_file_without_keys_lets_nobody_in(file: Path) -> None:
-    """It does not turn the asking off."""
+    """An empty file does not disable the check."""
     file.write_text("")
     assert ApiKeys(file).name_of("") is None
 
 
 def test_every_key_is_compared_whole(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hmac.compare_digest, whichever it is: the time taken tells nothing."""
+    """With hmac.compare_digest, so that timing reveals nothing."""
     file.write_text("".join(line(name, name) for name in ("a", "b", "c")))
     keys = ApiKeys(file)
     compared = 0
@@ -118,7 +118,7 @@ def test_every_key_is_compared_whole(file: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_file_that_cannot_be_taken_stops_the_start(
     file: Path, content: bytes | None, reason: str
 ) -> None:
-    """In one line that has the file and the line's number, and nothing out of it."""
+    """The one-line error has the file and the line's number, but no content."""
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(SettingsError, match=reason) as caught:
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_taken_stops_the_start(
 
 
 def test_a_changed_file_is_read_again(file: Path, clock: Clock) -> None:
-    """Added keys hold and deleted ones do not; it is looked at once a second and no more."""
+    """Added keys are valid, deleted ones are not; the file is checked at most once a second."""
     file.write_text(line("alice", "old"))
     keys = ApiKeys(file, clock)
     file.write_text(line("alice", "old") + line("alice", "new"))
@@ -142,7 +142,7 @@ def test_a_changed_file_is_read_again(file: Path, clock: Clock) -> None:
 
 
 def test_a_file_that_takes_anothers_place_is_read(file: Path, clock: Clock) -> None:
-    """Even with the same size and time: as `mv` of a prepared one, or a secret of Kubernetes."""
+    """Even with equal size and time, as after `mv` or an update of a Kubernetes secret."""
     file.write_text(line("alice", "old"))
     keys = ApiKeys(file, clock)
     times = file.stat().st_atime_ns, file.stat().st_mtime_ns
@@ -165,7 +165,7 @@ def test_a_file_that_takes_anothers_place_is_read(file: Path, clock: Clock) -> N
 def test_a_broken_file_changes_nothing(
     file: Path, clock: Clock, spoil: Callable[[Path], object]
 ) -> None:
-    """The old keys hold, one error is logged and does not show the line; then it may heal."""
+    """The old keys stay; one error is logged, without the line. A repaired file is read."""
     file.write_text(line("alice", "old"))
     keys = ApiKeys(file, clock)
     spoil(file)
@@ -184,7 +184,7 @@ def test_a_broken_file_changes_nothing(
 
 
 def passes(rates: RateLimits, client: str) -> bool:
-    """One request."""
+    """Whether a request is admitted."""
     try:
         rates.count(client)
     except RateLimited:
@@ -193,21 +193,21 @@ def passes(rates: RateLimits, client: str) -> bool:
 
 
 def refused_for(rates: RateLimits, client: str) -> float:
-    """Seconds after which a refused client may come again."""
+    """Seconds after which a refused client may retry."""
     with pytest.raises(RateLimited) as caught:
         rates.count(client)
     return caught.value.retry_after_s
 
 
 def test_so_many_and_no_more(clock: Clock) -> None:
-    """Each client for itself."""
+    """The limit applies to each client separately."""
     rates = RateLimits(parse_rate_limits("3/minute"), clock=clock)
     assert [passes(rates, "a") for _ in range(5)] == [True] * 3 + [False] * 2
     assert passes(rates, "b")
 
 
 def test_the_wait_is_true(clock: Clock) -> None:
-    """Just before it is over there is no room, then there is all of it; refusals do not count."""
+    """A request is refused until `retry_after_s` is over; refused requests do not count."""
     rates = RateLimits(parse_rate_limits("2/minute"), clock=clock)
     rates.count("a")
     clock.now_s += 20
@@ -220,7 +220,7 @@ def test_the_wait_is_true(clock: Clock) -> None:
 
 
 def test_several_limits_at_once(clock: Clock) -> None:
-    """Whichever is reached first; the wait is the longest of those that are reached."""
+    """The first limit that is reached refuses; the wait is the longest of those reached."""
     rates = RateLimits(parse_rate_limits("2/second;3/hour"), clock=clock)
     assert [passes(rates, "a") for _ in range(2)] == [True, True]
     clock.now_s += 1
@@ -229,7 +229,7 @@ def test_several_limits_at_once(clock: Clock) -> None:
 
 
 def test_the_message_says_which_limit(clock: Clock) -> None:
-    """The one that was reached."""
+    """It names the limit that was reached."""
     rates = RateLimits(parse_rate_limits("1/second;9/hour"), clock=clock)
     rates.count("a")
     with pytest.raises(RateLimited, match=r"^more than 1 per 1 second$"):
@@ -237,7 +237,7 @@ def test_the_message_says_which_limit(clock: Clock) -> None:
 
 
 def test_no_more_clients_are_remembered_than_said(clock: Clock) -> None:
-    """The ones seen longest ago are forgotten, not those that go on asking."""
+    """The least recent clients are dropped, not those that keep sending."""
     rates = RateLimits(parse_rate_limits("1/hour"), max_clients=3, clock=clock)
     assert passes(rates, "eager")
     for number in range(1000):
@@ -248,7 +248,7 @@ def test_no_more_clients_are_remembered_than_said(clock: Clock) -> None:
 
 
 def test_the_wall_clock_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may jump: nobody is let in by that, nor kept out."""
+    """A jump of the wall clock neither admits nor refuses a client."""
     rates = RateLimits(parse_rate_limits("1/hour"))
     rates.count("a")
     there = time.time()
@@ -273,5 +273,5 @@ def test_the_wall_clock_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_what_a_client_is_counted_by(host: str | None, client: str) -> None:
-    """An IPv6 host has 2**64 addresses to come from; what is no address has one counter."""
+    """By IPv4 address or IPv6 network; clients without an address share one counter."""
     assert client_address(host) == client

@@ -1,4 +1,4 @@
-"""What an ingress makes of its devices' answers; real ones are in ``tests/integration``."""
+"""How an ingress handles its devices' answers; real devices are in ``tests/integration``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from service.inference.lanes import DeviceTask
 from tests.artefacts import build_artefact, make_contract
 
 with warnings.catch_warnings():
-    # Ray's own, of how it uses pydantic.
+    # Ray's own use of pydantic.
     warnings.simplefilter("ignore", DeprecationWarning)
     import ray.exceptions as ray_exceptions
     import ray.serve.exceptions as serve_exceptions
@@ -38,7 +38,7 @@ Outcome = Reply | Exception
 
 @dataclass
 class FakeHandle:
-    """A deployment handle that answers with one outcome after the other, the last one again."""
+    """A deployment handle that returns the outcomes in turn, and repeats the last one."""
 
     outcomes: list[Outcome]
     expected: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class FakeHandle:
         return self
 
     def remote(self, task: DeviceTask, expected: str) -> Awaitable[Reply]:
-        """The answer, as Ray gives it: to be awaited."""
+        """Return an awaitable answer, as Ray does."""
         self.expected.append(expected)
         number = min(len(self.expected), len(self.outcomes)) - 1
         outcome = self.outcomes[number]
@@ -64,7 +64,7 @@ class FakeHandle:
 
 @pytest.fixture
 def describe(tmp_path: Path) -> Callable[[str], RemoteModel]:
-    """A model of a name, as a device tells of it."""
+    """Make a model's description, as a device returns it."""
 
     def make(name: str) -> RemoteModel:
         folder = build_artefact(tmp_path / name, name=name)
@@ -76,7 +76,7 @@ def describe(tmp_path: Path) -> Callable[[str], RemoteModel]:
 
 
 def queue(model: RemoteModel, *outcomes: Outcome) -> tuple[RemoteQueue, FakeHandle]:
-    """The queue before devices that answer so."""
+    """A queue in front of devices with these outcomes."""
     handle = FakeHandle([*outcomes])
     return RemoteQueue(handle, model), handle
 
@@ -85,7 +85,7 @@ def queue(model: RemoteModel, *outcomes: Outcome) -> tuple[RemoteQueue, FakeHand
 async def test_a_lost_device_is_not_the_callers_concern(
     describe: Callable[[str], RemoteModel],
 ) -> None:
-    """Another one is asked."""
+    """The queue asks another device."""
     lost = ray_exceptions.ActorDiedError()
     asked, handle = queue(describe("tiny"), lost, Reply(ANSWER, None))
     assert await asked.submit(TASK, "key") is ANSWER
@@ -94,7 +94,7 @@ async def test_a_lost_device_is_not_the_callers_concern(
 
 @pytest.mark.anyio
 async def test_a_photo_cannot_kill_them_all(describe: Callable[[str], RemoteModel]) -> None:
-    """After a few devices it is the photo that is refused."""
+    """After `ATTEMPTS` devices the photo is refused."""
     asked, handle = queue(describe("tiny"), ray_exceptions.ActorDiedError())
     with pytest.raises(InferenceFailed):
         await asked.submit(TASK, "key")
@@ -103,7 +103,7 @@ async def test_a_photo_cannot_kill_them_all(describe: Callable[[str], RemoteMode
 
 @pytest.mark.anyio
 async def test_who_answered_is_known(describe: Callable[[str], RemoteModel]) -> None:
-    """A device with another model says which, once; the engine's model is the answer's."""
+    """A device with another model describes it once; the engine then has that model."""
     old, new = describe("old"), describe("new")
     asked, handle = queue(old, Reply(ANSWER, None), Reply(ANSWER, new), Reply(ANSWER, None))
     names = []
@@ -135,13 +135,13 @@ async def test_errors_are_the_services_own(
     raised: type[SegmentError],
     describe: Callable[[str], RemoteModel],
 ) -> None:
-    """Whatever Ray raises, callers hear what they would hear from a batcher."""
+    """Ray's exceptions become the errors that a batcher raises."""
     asked, _ = queue(describe("tiny"), outcome)
     with pytest.raises(raised):
         await asked.submit(TASK, "key")
 
 
 def test_refusals_survive_the_way() -> None:
-    """With the seconds after which to try again."""
+    """Pickling keeps `retry_after_s`."""
     came: Overloaded = pickle.loads(pickle.dumps(Overloaded("full", 7.0)))  # noqa: S301
     assert (str(came), came.retry_after_s) == ("full", 7.0)

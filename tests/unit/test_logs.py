@@ -27,20 +27,20 @@ def restored_logging() -> Iterator[None]:
 
 @pytest.mark.parametrize("sane", ["abc-123", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa-01"])
 def test_a_sane_request_id_is_kept(sane: str) -> None:
-    """The caller can follow its request through."""
+    """The caller can find its request in the log."""
     assert logs.request_id(sane) == sane
 
 
 @pytest.mark.parametrize("insane", [None, "", "a b", "x" * 129, "a\nb", "é", "<script>"])
 def test_any_other_is_replaced(insane: str | None) -> None:
-    """Nothing that could forge a log line gets in; ids differ."""
+    """An id that could forge a log line is not used; new ids are unique."""
     fresh = logs.request_id(insane)
     assert re.fullmatch("[0-9a-f]{32}", fresh)
     assert fresh != logs.request_id(insane)
 
 
 def test_long_texts_are_cut() -> None:
-    """A path of any length takes its few columns; a usual one is left alone."""
+    """A long path is truncated; a short one is unchanged."""
     assert logs.shortened("/segment") == "/segment"
     assert len(logs.shortened("x" * 8000)) < 300
 
@@ -53,7 +53,7 @@ HOSTILE = "x\n2026-01-01 [info] forged\r\x1b[2J\x85\u2028\u202e\x00"
 def test_nobody_forges_lines(
     log_format: Literal["json", "console"], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Line breaks, terminals' escapes and what turns text around stay values, and are readable."""
+    """Line breaks, terminal escapes and bidirectional controls are escaped."""
     logs.configure("info", log_format)
     structlog.get_logger("ours").info("event", path=HOSTILE)
     logging.getLogger("theirs").warning("about %s", HOSTILE)
@@ -65,7 +65,7 @@ def test_nobody_forges_lines(
 
 @pytest.mark.usefixtures("restored_logging")
 def test_a_traceback_is_no_place_for_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """For people each of its lines is set in, what an error says too."""
+    """In the console format each line of a traceback is indented, the message included."""
     logs.configure("info", "console")
     try:
         raise RuntimeError(HOSTILE)
@@ -80,7 +80,7 @@ def test_a_traceback_is_no_place_for_lines(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.usefixtures("restored_logging")
 def test_json_lines_carry_the_request_id(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ours and the standard library's alike, one JSON object a line."""
+    """One JSON object a line, from structlog and the standard library."""
     logs.configure("info", "json")
     with structlog.contextvars.bound_contextvars(request_id="r1"):
         structlog.get_logger("ours").info("event", answer=42)
@@ -98,7 +98,7 @@ def test_json_lines_carry_the_request_id(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.usefixtures("restored_logging")
 def test_lines_of_several_processes_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ours, the standard library's, and those of threads that know no request."""
+    """Every line has its worker's number, also in threads without a request."""
     logs.configure("info", "json", worker=1)
     structlog.get_logger("ours").info("event")
     thread = threading.Thread(target=logging.getLogger("theirs").warning, args=("watch out",))
@@ -113,7 +113,7 @@ def test_lines_of_several_processes_are_told_apart(capsys: pytest.CaptureFixture
 def test_a_traceback_shows_no_values(
     log_format: Literal["json", "console"], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where it broke, and why; among the values are requests' headers, with keys."""
+    """It has the location and the message, but no local variables: they may contain API keys."""
     logs.configure("info", log_format)
     key = "-".join(["fcn", "secret"])
     try:
@@ -128,7 +128,7 @@ def test_a_traceback_shows_no_values(
 
 @pytest.mark.usefixtures("restored_logging")
 def test_console_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    """For people: the event and its values on one line."""
+    """The event and its values are on one line."""
     logs.configure("info", "console")
     structlog.get_logger("ours").info("event", answer=42)
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""What is counted, how it is told, and how several processes' metrics become one text."""
+"""Metrics: counting, encoding, and merging those of several processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.server.peers import Siblings
+from service.server.peers import WorkerPeers
 from service.telemetry.metrics import (
     STAGES,
     EngineFacts,
@@ -32,7 +32,7 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def samples(families: Families, accept: str = "") -> Samples:
-    """Every sample that the text holds, by name and labels."""
+    """Every sample in the encoded text, by name and labels."""
     text, _ = encode(families, accept)
     parse = openmetrics_families if "openmetrics" in accept else text_string_to_metric_families
     return {
@@ -48,7 +48,7 @@ def sample(found: Samples, name: str, **labels: str) -> float:
 
 
 def test_requests_are_counted_by_route() -> None:
-    """Status and route of each; how long they took; the problem's type, if there was one."""
+    """By status and route, with their time and the type of a problem."""
     metrics = Metrics()
     for _ in range(2):
         metrics.request("/segment", "POST", 200, 0.2, None)
@@ -63,7 +63,7 @@ def test_requests_are_counted_by_route() -> None:
 
 
 def test_strangers_make_no_new_series() -> None:
-    """Methods that nobody knows are all called the same."""
+    """Unknown methods share one label value."""
     metrics = Metrics()
     for number in range(50):
         metrics.request("other", f"BREW{number}", 405, 0.001, "other")
@@ -73,7 +73,7 @@ def test_strangers_make_no_new_series() -> None:
 
 
 def test_a_photo_is_counted_with_its_stages() -> None:
-    """Seconds, as Prometheus wants them, of each stage; pixels and bytes."""
+    """Each stage in seconds, as Prometheus recommends; pixels and bytes."""
     metrics = Metrics()
     metrics.photo(187_500, 30_000, TIMING_MS)
     metrics.batch(3)
@@ -87,7 +87,7 @@ def test_a_photo_is_counted_with_its_stages() -> None:
 
 
 def test_a_model_that_is_closed_is_told_no_more() -> None:
-    """Gauges of engines are those of the last look."""
+    """Engine gauges show the last recorded state only."""
     metrics = Metrics()
     small = EngineFacts("small", "1", "int8", "CPUExecutionProvider", 2)
     large = EngineFacts("large", "2", "fp16", "CUDAExecutionProvider", 5, 1, (30, 100))
@@ -103,22 +103,22 @@ def test_a_model_that_is_closed_is_told_no_more() -> None:
 
 @pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
 def test_a_containers_memory_limit(name: str, tmp_path: Path) -> None:
-    """As either version of control groups tells it; the machine's memory where there is none."""
+    """Read from either version of control groups; without a limit, the machine's memory."""
     all_there_is = memory_limit_bytes(tmp_path)
     assert all_there_is > 2**20
     limit = tmp_path / name
     limit.parent.mkdir(exist_ok=True)
-    for told, expected in (
+    for text, expected in (
         ("max\n", all_there_is),
         (f"{2**62}\n", all_there_is),
         ("65536\n", 65536),
     ):
-        limit.write_text(told)
+        limit.write_text(text)
         assert memory_limit_bytes(tmp_path) == expected
 
 
 def test_every_app_has_its_own() -> None:
-    """Two in one process do not count each other's requests."""
+    """Two apps in one process do not count each other's requests."""
     first, second = Metrics(), Metrics()
     first.request("/segment", "POST", 200, 0.1, None)
     assert not [name for name, _ in samples(second.families()) if name == "fcn_requests_total"]
@@ -126,7 +126,7 @@ def test_every_app_has_its_own() -> None:
 
 @pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
 def test_both_formats_say_the_same(accept: str) -> None:
-    """Prometheus's own text, and OpenMetrics for who asks for it."""
+    """Prometheus's text format, and OpenMetrics on request."""
     metrics = Metrics()
     metrics.photo(100, None, TIMING_MS)
     families = merge("worker", {"0": metrics.families(), "1": None})
@@ -138,7 +138,7 @@ def test_both_formats_say_the_same(accept: str) -> None:
 
 
 def test_merged_families_appear_once() -> None:
-    """Each with the samples of all processes, told apart by the label."""
+    """Each family has the samples of all processes, with the label."""
     families = []
     for count in (1, 2):
         metrics = Metrics()
@@ -157,13 +157,13 @@ def test_merged_families_appear_once() -> None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """Not pytest's: a socket's name has at most 107 bytes."""
+    """A short path: a socket's name has at most 107 bytes."""
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
 async def counted(number: int) -> Families:
-    """The families of a process with so many photos."""
+    """The families of a process that has counted ``number`` photos."""
     metrics = Metrics()
     for _ in range(number):
         metrics.photo(100, None, TIMING_MS)
@@ -171,52 +171,50 @@ async def counted(number: int) -> Families:
 
 
 @pytest.fixture
-async def two_siblings(folder: Path) -> AsyncIterator[AsyncExitStack]:
-    """Numbers 0 and 1 answer, until the stack is closed."""
+async def two_peers(folder: Path) -> AsyncIterator[AsyncExitStack]:
+    """Workers 0 and 1 answer until the stack is closed."""
     async with AsyncExitStack() as stack:
         for number in (0, 1):
-            siblings = Siblings(folder, number)
-            await stack.enter_async_context(siblings.answering(partial(counted, number)))
+            peers = WorkerPeers(folder, number)
+            await stack.enter_async_context(peers.answering(partial(counted, number)))
         yield stack
 
 
 @pytest.mark.anyio
-async def test_siblings_are_asked(folder: Path, two_siblings: AsyncExitStack) -> None:
-    """Any of them tells of all, every value as it was."""
+async def test_peers_are_asked(folder: Path, two_peers: AsyncExitStack) -> None:
+    """Each worker gathers the exact values of all workers."""
     for number in (0, 1):
-        told = await Siblings(folder, number).gather()
-        assert list(told) == ["0", "1"]
-        found = samples(merge("worker", told))
+        gathered = await WorkerPeers(folder, number).gather()
+        assert list(gathered) == ["0", "1"]
+        found = samples(merge("worker", gathered))
         assert sample(found, "fcn_photo_pixels_count", worker="0") == 0
         assert sample(found, "fcn_photo_pixels_count", worker="1") == 1
         assert sample(found, "fcn_photo_pixels_bucket", worker="1", le="+Inf") == 1
 
 
 @pytest.mark.anyio
-async def test_a_dead_sibling_is_told_of(folder: Path, two_siblings: AsyncExitStack) -> None:
-    """Its socket is still there, nobody listens; one of its number that comes back takes it."""
-    await two_siblings.aclose()
-    async with Siblings(folder, 1).answering(partial(counted, 3)):
-        told = await Siblings(folder, 1).gather()
-        assert sample(samples(merge("worker", told)), "fcn_worker_up", worker="1") == 1
+async def test_a_dead_peer_is_reported(folder: Path, two_peers: AsyncExitStack) -> None:
+    """A socket without a listener gives None; a restarted worker replaces it."""
+    await two_peers.aclose()
+    async with WorkerPeers(folder, 1).answering(partial(counted, 3)):
+        gathered = await WorkerPeers(folder, 1).gather()
+        assert sample(samples(merge("worker", gathered)), "fcn_worker_up", worker="1") == 1
     (folder / "1.sock").touch()
-    assert set((await Siblings(folder, 1).gather()).values()) == {None}
+    assert set((await WorkerPeers(folder, 1).gather()).values()) == {None}
 
 
 @pytest.mark.anyio
-async def test_a_sibling_that_hangs_is_not_waited_for(
-    folder: Path, two_siblings: AsyncExitStack
-) -> None:
-    """The others are told all the same.
+async def test_a_peer_that_hangs_is_not_waited_for(folder: Path, two_peers: AsyncExitStack) -> None:
+    """The other workers' metrics are returned.
 
-    With the patience that the service has: one shortened for the test's sake runs out for the
-    others too where a machine stalls for a moment.
+    The timeout is the service's own: a shorter one would expire for the other workers too when the
+    machine stalls for a moment.
     """
 
     async def never() -> Families:
         await asyncio.Event().wait()
         raise AssertionError
 
-    async with Siblings(folder, 2).answering(never):
-        told = await Siblings(folder, 0).gather()
-    assert [name for name, families in told.items() if families is None] == ["2"]
+    async with WorkerPeers(folder, 2).answering(never):
+        gathered = await WorkerPeers(folder, 0).gather()
+    assert [name for name, families in gathered.items() if families is None] == ["2"]

@@ -31,13 +31,13 @@ AVAILABLE = ("image/png", "image/jpeg", "application/json")
     ],
 )
 def test_the_best_type_wins(accept: str | None, expected: str) -> None:
-    """Quality first, then the service's own order; the most specific range gives the quality."""
+    """By quality, then by the service's order; the most specific range gives the quality."""
     assert negotiate(accept, AVAILABLE) == expected
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/webp", "image/*;q=0, text/*", "nonsense"])
 def test_nothing_acceptable(accept: str) -> None:
-    """The error lists what there is."""
+    """The error lists the available types."""
     with pytest.raises(NotAcceptable) as caught:
         negotiate(accept, AVAILABLE)
     assert caught.value.available == AVAILABLE

@@ -1,4 +1,4 @@
-"""Supervision, with workers that the test lets live and die."""
+"""The supervisor, with fake workers that the test starts and kills."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 class FakeWorker:
-    """A worker that remembers its signals, and obeys those it is told to."""
+    """A worker that records its signals and exits on those in ``obeys``."""
 
     def __init__(self, pid: int, *, ready: bool, obeys: Mapping[int, int]) -> None:
         self.pid = pid
@@ -38,17 +38,17 @@ class FakeWorker:
         return await self._status
 
     def reload(self) -> None:
-        """Take it down."""
+        """Record the reload."""
         self.reloaded.set()
 
     def send_signal(self, number: int) -> None:
-        """Die of it, or not."""
+        """Record the signal; exit if the worker obeys it."""
         self.signals.append(number)
         if number in self._obeys:
             self.die(self._obeys[number])
 
     def die(self, status: int, error: str | None = None) -> None:
-        """End, now."""
+        """Exit now."""
         self.error = error
         self._status.set_result(status)
 
@@ -56,8 +56,8 @@ class FakeWorker:
 DRAINS: Mapping[int, int] = {signal.SIGTERM: 0, signal.SIGINT: 0}
 
 
-class Floor:
-    """A supervisor and its workers, each life of them."""
+class Supervised:
+    """A running supervisor, and every life of each worker."""
 
     def __init__(
         self,
@@ -102,51 +102,51 @@ class Floor:
 
 
 async def test_a_dead_worker_is_started_again() -> None:
-    """At once, after a signal or a status of any kind; the others do not notice."""
-    floor = Floor()
-    await floor.worker(1)
-    (await floor.worker(0)).die(-signal.SIGKILL)
-    again = await floor.worker(0, life=2)
+    """At once, after any signal or status; the other workers are unaffected."""
+    supervised = Supervised()
+    await supervised.worker(1)
+    (await supervised.worker(0)).die(-signal.SIGKILL)
+    again = await supervised.worker(0, life=2)
     again.served_s = 3600.0
     again.die(1)
-    await floor.worker(0, life=3)
-    assert floor.restarts == {0: {"died": 2, "hung": 0}, 1: {"died": 0, "hung": 0}}
-    floor.supervisor.stop()
-    assert await floor.run == 0
-    assert {index: len(lives) for index, lives in floor.lives.items()} == {0: 3, 1: 1}
+    await supervised.worker(0, life=3)
+    assert supervised.restarts == {0: {"died": 2, "hung": 0}, 1: {"died": 0, "hung": 0}}
+    supervised.supervisor.stop()
+    assert await supervised.run == 0
+    assert {index: len(lives) for index, lives in supervised.lives.items()} == {0: 3, 1: 1}
 
 
 async def test_stopping_does_not_wait_for_a_restart() -> None:
-    """A worker that is due in half a second is not started any more."""
-    floor = Floor(1)
-    (await floor.worker(0)).die(3)
-    (await floor.worker(0, life=2)).die(3)
-    await asyncio.sleep(0)  # the supervisor has seen it die
-    floor.supervisor.stop()
-    assert await floor.run == 0
-    assert len(floor.lives[0]) == 2
+    """A worker whose restart is due in half a second is not restarted."""
+    supervised = Supervised(1)
+    (await supervised.worker(0)).die(3)
+    (await supervised.worker(0, life=2)).die(3)
+    await asyncio.sleep(0)  # the supervisor notices its exit
+    supervised.supervisor.stop()
+    assert await supervised.run == 0
+    assert len(supervised.lives[0]) == 2
 
 
 def supervise(start: Callable[[int, Mapping[str, int]], Awaitable[FakeWorker]]) -> Supervisor:
-    """A supervisor of one worker, with all the time there is."""
+    """A supervisor of one worker, with generous timeouts."""
     return Supervisor(start, 1, grace_s=30.0, patience_s=30.0, on_stop=lambda: None)
 
 
 @pytest.mark.parametrize(("status", "error"), [(1, SegmentError), (2, SettingsError)])
 async def test_a_first_start_that_fails_stops_all(status: int, error: type[SegmentError]) -> None:
-    """Its own words are raised; the error's class tells the exit status."""
-    floor = Floor()
-    other = await floor.worker(1)
-    (await floor.worker(0)).die(status, "the artefact is wrong")
+    """Its own message is raised; the error's class follows from the exit status."""
+    supervised = Supervised()
+    other = await supervised.worker(1)
+    (await supervised.worker(0)).die(status, "the artefact is wrong")
     with pytest.raises(error, match=r"^the artefact is wrong$") as caught:
-        await floor.run
+        await supervised.run
     assert type(caught.value) is error
     assert other.signals == [signal.SIGTERM]
-    assert floor.stops == 1
+    assert supervised.stops == 1
 
 
 async def test_a_worker_that_cannot_be_forked_stops_the_start() -> None:
-    """The system's own reason is told."""
+    """The error contains the system's reason."""
 
     async def start(index: int, _: Mapping[str, int]) -> FakeWorker:
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -156,14 +156,14 @@ async def test_a_worker_that_cannot_be_forked_stops_the_start() -> None:
 
 
 async def test_a_worker_without_a_sign_of_life_is_killed_and_started_again() -> None:
-    """One that still starts has no duty to give any."""
-    floor = Floor(1, obeys={**DRAINS, signal.SIGKILL: -signal.SIGKILL}, patience_s=0.01)
-    second = await floor.worker(0, life=2)
-    assert floor.lives[0][0].signals == [signal.SIGKILL]
-    assert floor.restarts[0] == {"died": 0, "hung": 1}
-    floor.supervisor.stop()
-    assert await floor.run == 0
-    starting = Floor(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM}, patience_s=0.0)
+    """A worker that is still starting is exempt."""
+    supervised = Supervised(1, obeys={**DRAINS, signal.SIGKILL: -signal.SIGKILL}, patience_s=0.01)
+    second = await supervised.worker(0, life=2)
+    assert supervised.lives[0][0].signals == [signal.SIGKILL]
+    assert supervised.restarts[0] == {"died": 0, "hung": 1}
+    supervised.supervisor.stop()
+    assert await supervised.run == 0
+    starting = Supervised(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM}, patience_s=0.0)
     worker = await starting.worker(0)
     for _ in range(100):
         await asyncio.sleep(0)
@@ -174,73 +174,73 @@ async def test_a_worker_without_a_sign_of_life_is_killed_and_started_again() -> 
 
 
 async def test_a_worker_that_found_itself_hanging_is_counted_so() -> None:
-    """Its watchdog ended it, with a status of its own."""
-    floor = Floor(1)
-    (await floor.worker(0)).die(EXIT_STATUS)
-    await floor.worker(0, life=2)
-    assert floor.restarts[0] == {"died": 0, "hung": 1}
-    floor.supervisor.stop()
-    assert await floor.run == 0
+    """The watchdog exits with a special status."""
+    supervised = Supervised(1)
+    (await supervised.worker(0)).die(EXIT_STATUS)
+    await supervised.worker(0, life=2)
+    assert supervised.restarts[0] == {"died": 0, "hung": 1}
+    supervised.supervisor.stop()
+    assert await supervised.run == 0
 
 
 async def test_a_worker_that_gives_signs_of_life_is_left_alone() -> None:
-    """However many times somebody looks."""
-    floor = Floor(1, patience_s=0.0)
-    worker = await floor.worker(0)
+    """Regardless of the number of checks."""
+    supervised = Supervised(1, patience_s=0.0)
+    worker = await supervised.worker(0)
     for _ in range(100):
         worker.signs_of_life += 1
         await asyncio.sleep(0)
     assert worker.signals == []
-    floor.supervisor.stop()
-    assert await floor.run == 0
+    supervised.supervisor.stop()
+    assert await supervised.run == 0
 
 
 async def test_a_hangup_reloads_all() -> None:
-    """The signal, as it comes from outside."""
-    floor = Floor(2)
-    workers = [await floor.worker(index) for index in (0, 1)]
+    """SIGHUP reaches the supervisor as a real signal."""
+    supervised = Supervised(2)
+    workers = [await supervised.worker(index) for index in (0, 1)]
     os.kill(os.getpid(), signal.SIGHUP)
     for worker in workers:
         await worker.reloaded.wait()
     assert [worker.signals for worker in workers] == [[], []]
-    floor.supervisor.stop()
-    assert await floor.run == 0
+    supervised.supervisor.stop()
+    assert await supervised.run == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_signals_are_passed_on(number: signal.Signals) -> None:
-    """Each of them, to all that answer; listening stops once; the status is 0."""
-    floor = Floor(obeys={})
-    workers = [await floor.worker(index) for index in (0, 1)]
-    floor.supervisor.stop(number)
-    floor.supervisor.stop(number)
+    """Each signal reaches every ready worker; ``on_stop`` runs once; the status is 0."""
+    supervised = Supervised(obeys={})
+    workers = [await supervised.worker(index) for index in (0, 1)]
+    supervised.supervisor.stop(number)
+    supervised.supervisor.stop(number)
     assert [worker.signals for worker in workers] == [[number, number]] * 2
-    assert floor.stops == 1
+    assert supervised.stops == 1
     for worker in workers:
         worker.die(0)
-    assert await floor.run == 0
+    assert await supervised.run == 0
 
 
 async def test_a_worker_that_still_starts_is_ended_by_sigterm() -> None:
-    """Whatever the signal was; that it knew no order is no failure."""
-    floor = Floor(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM})
-    worker = await floor.worker(0)
-    floor.supervisor.stop(signal.SIGINT)
-    assert await floor.run == 0
+    """Whatever the signal was; its death by SIGTERM is not a failure."""
+    supervised = Supervised(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM})
+    worker = await supervised.worker(0)
+    supervised.supervisor.stop(signal.SIGINT)
+    assert await supervised.run == 0
     assert worker.signals == [signal.SIGTERM]
 
 
 async def test_a_worker_that_hangs_is_killed() -> None:
-    """After the grace; the exit status tells."""
-    floor = Floor(1, obeys={signal.SIGKILL: -signal.SIGKILL}, grace_s=0.0)
-    worker = await floor.worker(0)
-    floor.supervisor.stop()
-    assert await floor.run == 1
+    """After ``grace_s``; the exit status is then 1."""
+    supervised = Supervised(1, obeys={signal.SIGKILL: -signal.SIGKILL}, grace_s=0.0)
+    worker = await supervised.worker(0)
+    supervised.supervisor.stop()
+    assert await supervised.run == 1
     assert worker.signals == [signal.SIGTERM, signal.SIGKILL]
 
 
 async def test_a_stop_that_finds_a_worker_half_started() -> None:
-    """It gets its signal as soon as it is there."""
+    """The worker gets its signal as soon as it has started."""
     begun, go_on = asyncio.Event(), asyncio.Event()
     worker = FakeWorker(1, ready=False, obeys={signal.SIGTERM: -signal.SIGTERM})
 
@@ -259,7 +259,7 @@ async def test_a_stop_that_finds_a_worker_half_started() -> None:
 
 
 def test_the_backoff_doubles_and_forgets() -> None:
-    """At once, half a second, doubling to half a minute; at once again after a steady time."""
+    """0, then half a second, doubling to half a minute; 0 again after steady service."""
     backoff = Backoff()
     assert [backoff.next_s(0.0) for _ in range(9)] == [0, 0.5, 1, 2, 4, 8, 16, 30, 30]
     assert [backoff.next_s(60.0), backoff.next_s(1.0)] == [0, 0.5]
@@ -267,13 +267,13 @@ def test_the_backoff_doubles_and_forgets() -> None:
 
 
 def test_one_process_keeps_its_settings() -> None:
-    """Threads stay the service's own choice."""
+    """Threads keep their default."""
     assert plan(Settings()) == [{"processes": 1, "gpus": None, "device": "auto"}]
     assert [own["device"] for own in plan(Settings(gpus="3"))] == ["cuda:3"]
 
 
 def test_each_gpu_gets_its_processes() -> None:
-    """In the order they are named; several share what threads there are."""
+    """In the configured order; several workers share the threads."""
     workers = plan(Settings(gpus="2,0", processes=2))
     assert [own["device"] for own in workers] == ["cuda:2", "cuda:2", "cuda:0", "cuda:0"]
     share = max(1, available_cores() // 4)
@@ -282,7 +282,7 @@ def test_each_gpu_gets_its_processes() -> None:
 
 
 def test_processes_on_the_cpu_share_the_cores() -> None:
-    """At least one each; a number that was given holds for each of them."""
+    """At least one each; an explicit number applies to each worker."""
     for count in (2, 3, 64):
         workers = plan(Settings(device="cpu", processes=count))
         assert len(workers) == count

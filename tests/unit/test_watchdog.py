@@ -1,4 +1,4 @@
-"""The watchdog, over a service whose device the test holds still."""
+"""The watchdog, with a device that the test can block."""
 
 import asyncio
 import threading
@@ -25,21 +25,21 @@ PATIENCE_S = 30.0
 
 
 class End:
-    """Where the process would end."""
+    """Replaces the end of the process."""
 
     def __init__(self) -> None:
         self.status: int | None = None
         self.came = threading.Event()
 
     def __call__(self, status: int) -> None:
-        """Take down the status."""
+        """Record the status."""
         self.status = status
         self.came.set()
 
 
 @pytest.fixture
 def session() -> FakeSession:
-    """A device that the test holds still."""
+    """A device that the test can block."""
     return FakeSession()
 
 
@@ -47,14 +47,14 @@ def session() -> FakeSession:
 async def service(
     make_settings: Callable[..., Settings], session: FakeSession
 ) -> AsyncIterator[Service]:
-    """A service on it, whose device goes on at the end."""
+    """A service on that device, which is unblocked at the end."""
     async with open_service(make_settings(), session) as running:
         yield running
         session.gate.set()
 
 
 async def test_a_batch_that_hangs_ends_the_process(service: Service, session: FakeSession) -> None:
-    """Unready first; who waits is answered, and the log says who it was."""
+    """The service turns unready, waiting requests fail, and the log names them."""
     end = End()
     session.gate.clear()
     service.requests.append("r1")
@@ -76,22 +76,22 @@ async def test_a_batch_that_hangs_ends_the_process(service: Service, session: Fa
 async def test_a_photo_that_hangs_its_decoder_ends_the_process(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing else would ever free the thread that it holds."""
+    """Nothing else can free its thread."""
     end = End()
     monkeypatch.setattr(segmenter, "decode", lambda *_: end.came.wait(PATIENCE_S))
     with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
         hung = asyncio.create_task(service.segmenter.segment(JOB))
         assert await asyncio.to_thread(end.came.wait, PATIENCE_S)
     assert end.status == EXIT_STATUS
-    with pytest.raises(AttributeError):  # what it decoded to was no photo
+    with pytest.raises(AttributeError):  # the fake decoder returns no photo
         await hung
     assert service.segmenter.working_s == pytest.approx(0, abs=LIMIT_S)
     last = [line for line in lines if line["log_level"] == "critical"]
-    assert last[0]["reason"].startswith("a photo has been worked on for")
+    assert last[0]["reason"].startswith("a photo has been processed for")
 
 
 async def test_a_loop_that_hangs_ends_the_process(service: Service) -> None:
-    """Nobody can be answered then: who is lost is in the log."""
+    """No request can be answered; the log names the lost ones."""
     end = End()
     service.requests.append("r1")
     with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
@@ -104,7 +104,7 @@ async def test_a_loop_that_hangs_ends_the_process(service: Service) -> None:
 
 
 async def test_a_service_that_works_is_left_alone(service: Service) -> None:
-    """Turns are told all the time, and several batches are no long one."""
+    """``on_turn`` keeps being called; several short batches do not count as a long one."""
     end = End()
     turns = asyncio.Semaphore(0)
     with Watchdog(service, 10 * LIMIT_S, on_turn=turns.release, end=end):
