@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from service import __version__
-from service.errors import SegmentError, SettingsError
+from service.cli import exit_status
+from service.errors import SegmentError
 
 COMMANDS: Final[dict[str, str | None]] = {
     "serve": "answer over HTTP",
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = import_module(f"service.cli.{parsed.command}").run(parsed)
     except SegmentError as exc:
         print(f"fcn-segment: {exc}", file=sys.stderr)
-        return 2 if isinstance(exc, SettingsError) else 1
+        return exit_status(exc)
     except KeyboardInterrupt:
         return 130
     return status

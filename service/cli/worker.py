@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 
+from service.cli import exit_status
 from service.errors import SegmentError
 from service.server.serving import answer, keep_hangups
 from service.server.worker import Parent
@@ -29,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
             answer(listener, settings, hangup, parent)
     except SegmentError as exc:
         parent.report_error(str(exc))
-        raise
+        return exit_status(exc)
     finally:
         parent.tidy_up()
     return 0
