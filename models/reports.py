@@ -43,7 +43,7 @@ def format_table(report: dict[str, Any]) -> str:
     scores = (ours, metrics["miou"], metrics["pixel_accuracy"])
     for name, miou, accuracy in (scores, *REFERENCES):
         lines.append(f"{name:<54}{_shown(miou):>8}{_shown(accuracy):>8}")
-    lines.append("Published figures are of VOC's own val list; the image sets differ.")
+    lines.append("Published figures are for VOC's own val list; the image sets differ.")
     return "\n".join(lines)
 
 
@@ -76,7 +76,7 @@ def summarise_image(name: str, counts: NDArray[np.int64]) -> dict[str, Any]:
 
 
 def caption(summary: dict[str, Any]) -> str:
-    """Return a summary of `summarise_image` as one line, with confusions from half a percent."""
+    """Return the result of `summarise_image` as one line, with confusions from half a percent."""
     confused = ", ".join(
         f"{pair['truth']} → {pair['prediction']} {pair['fraction']:.0%}"
         for pair in summary["confused"]

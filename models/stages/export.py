@@ -210,7 +210,6 @@ def main(args: argparse.Namespace) -> int:
     network, recipe = load_network(args.checkpoint)
     contract = make_contract(args.artifact.resolve().name, args.version, network, recipe)
     model = export(network, contract)
-    args.artifact.mkdir(parents=True, exist_ok=True)
     save_network(model, args.artifact, "fp32")
     return 0
 
