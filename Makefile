@@ -3,10 +3,10 @@
 #
 # Four environments, because serving must not need torch, nor tests the benchmarks' peers, and the
 # two ONNX Runtimes own the same files:
-#   .venv-serve  requirements-cpu.txt      what `make serve` runs
-#   .venv        requirements-dev.txt      that, training, tests and checks
-#   .venv-bench  requirements-bench.txt    the benchmarks' peers; ours is measured in .venv-serve
-#   .venv-gpu    requirements-gpu-dev.txt  what serves on a GPU, its tests and benchmarks
+#   .venv-serve  requirements/cpu.txt      what `make serve` runs
+#   .venv        requirements/dev.txt      that, training, tests and checks
+#   .venv-bench  requirements/bench.txt    the benchmarks' peers; ours is measured in .venv-serve
+#   .venv-gpu    requirements/gpu-dev.txt  what serves on a GPU, its tests and benchmarks
 # They are made anew when their lock file changes, when this folder was moved, or when their
 # interpreter went away. A set-up that was interrupted starts again.
 
@@ -49,34 +49,34 @@ define install
 	@$(call pip,$(1)) --no-deps --no-build-isolation --editable .
 endef
 
-.venv-serve/locked: requirements-cpu.txt $(call if-moved,.venv-serve)
-	$(call create,.venv-serve,requirements-cpu.txt)
+.venv-serve/locked: requirements/cpu.txt $(call if-moved,.venv-serve)
+	$(call create,.venv-serve,requirements/cpu.txt)
 	@touch $@
 
 .venv-serve/ready: .venv-serve/locked pyproject.toml
 	$(call install,.venv-serve)
 	@touch $@
 
-.venv/locked: requirements-dev.txt $(call if-moved,.venv)
+.venv/locked: requirements/dev.txt $(call if-moved,.venv)
 	$(torch-is-there)
-	$(call create,.venv,requirements-dev.txt)
+	$(call create,.venv,requirements/dev.txt)
 	@touch $@
 
 .venv/ready: .venv/locked pyproject.toml
 	$(call install,.venv)
 	@touch $@
 
-.venv-bench/locked: requirements-bench.txt $(call if-moved,.venv-bench)
+.venv-bench/locked: requirements/bench.txt $(call if-moved,.venv-bench)
 	$(torch-is-there)
-	$(call create,.venv-bench,requirements-bench.txt)
+	$(call create,.venv-bench,requirements/bench.txt)
 	@touch $@
 
 .venv-bench/ready: .venv-bench/locked pyproject.toml
 	$(call install,.venv-bench)
 	@touch $@
 
-.venv-gpu/locked: requirements-gpu-dev.txt $(call if-moved,.venv-gpu)
-	$(call create,.venv-gpu,requirements-gpu-dev.txt)
+.venv-gpu/locked: requirements/gpu-dev.txt $(call if-moved,.venv-gpu)
+	$(call create,.venv-gpu,requirements/gpu-dev.txt)
 	@touch $@
 
 .venv-gpu/ready: .venv-gpu/locked pyproject.toml
@@ -174,7 +174,7 @@ check: .venv/ready ## linters, types, import rules
 # of vulnerabilities. Strict, because a mirror that has no such database would pass everything.
 audit: .venv/ready ## look the locked packages up among known vulnerabilities; needs the public index
 	.venv/bin/pip-audit --strict --disable-pip --require-hashes \
-		$(patsubst %,-r %,requirements-cpu.txt requirements-gpu.txt requirements-dev.txt)
+		$(patsubst %,-r %,requirements/cpu.txt requirements/gpu.txt requirements/dev.txt)
 
 format: .venv/ready ## format the code and fix what ruff can fix
 	.venv/bin/ruff check --fix .
@@ -220,18 +220,18 @@ compile = .venv-lock/bin/uv pip compile pyproject.toml --quiet --python-version 
 made := by 'make lock' from pyproject.toml; do not edit.
 
 # A line keeps its version unless ARGS says --upgrade or --upgrade-package NAME.
-lock: .venv-lock/uv-$(UV) ## resolve requirements-*.txt anew; ARGS go to uv
-	$(compile) --universal --extra cpu --extra client --extra tracing --output-file requirements-cpu.txt
-	@sed -i "1i # Serving on a CPU. Made $(made)" requirements-cpu.txt
-	$(compile) --universal --extra gpu --extra client --extra tracing --constraint requirements-cpu.txt --output-file requirements-gpu.txt
-	@sed -i "1i # Serving on an NVIDIA GPU. Made $(made)" requirements-gpu.txt
-	$(call lock-with-torch,requirements-dev.txt,dev,Serving on a CPU$(comma) training$(comma) tests and checks,\
-		--extra tracing --universal --constraint requirements-cpu.txt)
-	$(compile) --universal --extra gpu --group gpu --constraint requirements-gpu.txt \
-		--constraint requirements-dev.txt --output-file requirements-gpu-dev.txt
-	@sed -i "1i # Tests and benchmarks on an NVIDIA GPU. Made $(made)" requirements-gpu-dev.txt
-	@sed -nE '/^opentelemetry/!s/^([^ #].*) \\$$/\1/p' requirements-cpu.txt > .venv-lock/shared.txt
-	$(call lock-with-torch,requirements-bench.txt,bench,Benchmarks: the peers and the harness,\
+lock: .venv-lock/uv-$(UV) ## resolve requirements/*.txt anew; ARGS go to uv
+	$(compile) --universal --extra cpu --extra client --extra tracing --output-file requirements/cpu.txt
+	@sed -i "1i # Serving on a CPU. Made $(made)" requirements/cpu.txt
+	$(compile) --universal --extra gpu --extra client --extra tracing --constraint requirements/cpu.txt --output-file requirements/gpu.txt
+	@sed -i "1i # Serving on an NVIDIA GPU. Made $(made)" requirements/gpu.txt
+	$(call lock-with-torch,requirements/dev.txt,dev,Serving on a CPU$(comma) training$(comma) tests and checks,\
+		--extra tracing --universal --constraint requirements/cpu.txt)
+	$(compile) --universal --extra gpu --group gpu --constraint requirements/gpu.txt \
+		--constraint requirements/dev.txt --output-file requirements/gpu-dev.txt
+	@sed -i "1i # Tests and benchmarks on an NVIDIA GPU. Made $(made)" requirements/gpu-dev.txt
+	@sed -nE '/^opentelemetry/!s/^([^ #].*) \\$$/\1/p' requirements/cpu.txt > .venv-lock/shared.txt
+	$(call lock-with-torch,requirements/bench.txt,bench,Benchmarks: the peers and the harness,\
 		--python-platform x86_64-manylinux_2_28 --constraint .venv-lock/shared.txt)
 
 comma := ,
@@ -245,7 +245,7 @@ define lock-with-torch
 	@cp .venv-lock/old.txt $(1)
 	$(compile) $(4) --extra cpu --extra train --group $(2) --output-file $(1)
 	@{ printf '%s\n' "# $(3). Made $(made)" \
-		"# On Linux, PyTorch's own CPU wheel and no other: the reason is in the Makefile." \
+		"# On Linux, PyTorch's own CPU wheel and no other: the reason is in scripts/lock.py." \
 		"torch==$(TORCH) ; sys_platform == 'linux' \\" \
 		"    --hash=sha256:$(TORCH_CPU_SHA256)"; \
 		sed "s/^torch==$(TORCH) /&; sys_platform != 'linux' /" $(1); \
