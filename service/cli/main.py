@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fcn-segment", description="Label every pixel of a photo with PASCAL VOC's classes."
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{serve,predict,key}")
 
     serve = commands.add_parser("serve", help="answer over HTTP")
