@@ -21,12 +21,12 @@ RUN python -m venv --without-pip /opt/venv
 
 # setuptools is in the lock files to install the project itself, which nothing does here.
 FROM packages AS packages-cpu
-COPY requirements-cpu.txt ./
-RUN pip install -r requirements-cpu.txt && pip uninstall --yes setuptools
+COPY requirements/cpu.txt ./
+RUN pip install -r cpu.txt && pip uninstall --yes setuptools
 
 FROM packages AS packages-gpu
-COPY requirements-gpu.txt ./
-RUN pip install -r requirements-gpu.txt && pip uninstall --yes setuptools
+COPY requirements/gpu.txt ./
+RUN pip install -r gpu.txt && pip uninstall --yes setuptools
 
 # ---- files: the serving half and its model, laid out like the checkout ---------------------------
 FROM ${PYTHON_IMAGE} AS files

@@ -1,9 +1,9 @@
-"""The serving half: photos in, per-pixel PASCAL VOC classes out, over HTTP or from the shell."""
+"""The serving half: labels every pixel of a photo, over HTTP or from the shell."""
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# Before anything imports ONNX Runtime, whose wheels report to Microsoft unless told not to. Source:
-# its Privacy.md.
+# Set before anything imports ONNX Runtime, whose wheels otherwise report to Microsoft. Source: its
+# Privacy.md.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -30,7 +31,8 @@ from tests.host_device import HostDevice
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-COMPOSE = Path(sys.executable).parent / "docker-compose"
+ENVIRONMENT = Path(sys.executable).parent
+COMPOSE = ENVIRONMENT / "docker-compose"
 PHOTO = encode(two_class_photo())
 
 RULES = yaml.safe_load((DOCKER / "prometheus" / "rules.yml").read_text())
@@ -309,8 +311,10 @@ def test_prometheus_knows_the_services(services: dict[str, Any]) -> None:
 
 def test_alerts_fire_when_they_should() -> None:
     """Prometheus's own tool runs the rules on made-up series."""
+    promtool = shutil.which("promtool", path=f"{ENVIRONMENT}:{os.environ['PATH']}")
+    assert promtool, "no promtool: `make test` gets it"
     done = subprocess.run(
-        ["promtool", "test", "rules", DOCKER / "prometheus" / "rules_test.yml"],
+        [promtool, "test", "rules", DOCKER / "prometheus" / "rules_test.yml"],
         capture_output=True,
         text=True,
         check=False,

@@ -63,7 +63,7 @@ def test_a_name_that_cannot_stand_in_the_file(
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """The package's."""
+    """Prints the command's name and the package's version."""
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"fcn-segment {__version__}\n"

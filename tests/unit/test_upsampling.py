@@ -105,6 +105,7 @@ def adversarial_logits(kind: str, geometry: Geometry, seed: int) -> npt.NDArray[
     return logits
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(32, 160), st.integers(0, 9))
 def test_mask_and_confidence_are_the_references(

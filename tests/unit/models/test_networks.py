@@ -151,6 +151,7 @@ def test_a_dense_layer_reads_all_layers_before_it() -> None:
     assert torch.equal(dropped(x), out[:, 6:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fcn_resnet50_8s", "densenet_fcn", "atrous_densenet"])
 def test_the_leading_stages_can_be_computed_before(name: str) -> None:
     """And give the whole network's logits."""
@@ -165,6 +166,7 @@ def test_the_leading_stages_can_be_computed_before(name: str) -> None:
             assert torch.equal(network(image, features), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rate"),
     [
@@ -207,6 +209,7 @@ class Misordered(Backbone):
         return [[self.conv, self.norm, nn.ReLU()]]
 
 
+@pytest.mark.slow
 def test_a_batch_norm_that_was_not_folded_is_refused() -> None:
     """It would cost time in every run of the graph."""
     network = SegmentationNetwork(stride=8, backbone=Misordered(), classifier=LinearHead(64))
