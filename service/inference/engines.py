@@ -216,7 +216,7 @@ class Engines:
             return self._loaded[name]
 
     async def _keep_to_the_budget(self, newest: Engine) -> None:
-        """Close the least recently used engines, except the default, the newest and those in use."""
+        """Close the least recently used engines; never the default, the newest or one in use."""
         idle = sorted(
             (
                 (engine.last_used, name)

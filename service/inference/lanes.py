@@ -33,8 +33,8 @@ OUTPUT_BYTES: Final = 16 * 2**20
 """Output buffer of a lane: enough for a batch of usual photos, or for one of 16 megapixels."""
 
 WARM_UP_RUNS: Final = 3
-"""ONNX Runtime captures a graph in the second run of a batch size and shape, and replays it from the
-third on."""
+"""ONNX Runtime captures a graph in the second run of a batch size and shape, and replays it
+in later runs."""
 
 NO_GRAPH: Final = -1
 """The graph id of a run that is neither captured nor replayed. Source: ONNX Runtime, CUDA
