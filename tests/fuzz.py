@@ -1,9 +1,9 @@
 """``make fuzz``: damaged image files, each through the whole app, until there are enough of them.
 
-Whatever is sent must be answered by 200 or a problem of the 4xx kind, within `CPU_S` seconds of CPU
-time and `PEAK_BYTES` of memory, and the process must live on. Each process takes files from
-`tests.mutations` in rounds; a round has a seed, so it can be had again. A file that fails is shrunk
-by Hypothesis and kept; one that kills the process is kept as it is. ``--replay FILE`` sends one
+Every file must be answered with 200 or a 4xx problem within `CPU_S` seconds of CPU time and
+`PEAK_BYTES` of memory, and the process must survive. Each process takes files from
+`tests.mutations` in rounds; each round has a seed and can be repeated. Hypothesis shrinks a failing
+file and saves it; a file that kills the process is saved as it is. ``--replay FILE`` sends one
 again.
 
 Exit status: 0, or 1 if a file failed.
@@ -41,30 +41,30 @@ from tests.clients import in_process
 from tests.mutations import hostile_files
 
 CPU_S: Final = 2.0
-"""Of CPU time that one file may take, whatever it is; more ends the process."""
+"""CPU time limit of any file, in seconds; exceeding it ends the process."""
 
 MAX_PIXELS: Final = 1_000_000
 PEAK_BYTES: Final = 64 * MAX_PIXELS + (32 << 20)
-"""Of memory that one file may take: by the pixel cap, from decoding to encoding, and then some."""
+"""Memory limit of one file: an allowance per pixel of the cap, plus a constant."""
 
 ROUND: Final = 500
-"""Files of one round: few, because Hypothesis remembers all of them."""
+"""Files of one round; few, because Hypothesis stores all of them."""
 
 
 class Sent(NamedTuple):
-    """What became of a file, and the CPU time that it took in seconds."""
+    """A file's outcome, and its CPU time in seconds."""
 
     outcome: str
     cpu_s: float
 
 
 Send = Callable[[bytes], Sent]
-"""Sends a file to the app. Raises `AssertionError` if what comes back is wrong."""
+"""Sends a file to the app. Raises `AssertionError` if the answer is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A file that was not answered as it must be."""
+    """A file with a wrong answer."""
 
     data: bytes
     reason: str
@@ -72,7 +72,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What became of one round's files; ``cpu_s`` is what the slowest took."""
+    """Outcomes of one round's files; ``cpu_s`` is the slowest file's time."""
 
     outcomes: Counter[str]
     cpu_s: float
@@ -81,7 +81,7 @@ class Round:
 
 @dataclass(slots=True)
 class Worker:
-    """A process that fuzzes; ``current`` is the file of the file that it is working on."""
+    """A fuzzing process; it writes the file that it works on to ``current``."""
 
     process: SpawnProcess
     connection: Connection
@@ -91,7 +91,7 @@ class Worker:
 
 @dataclass(slots=True)
 class Totals:
-    """What became of all files so far."""
+    """Outcomes of all files so far."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     cpu_s: float = 0.0
@@ -103,7 +103,7 @@ class Totals:
         self.cpu_s = max(self.cpu_s, done.cpu_s)
 
     def keep(self, failure: Failure, seed: int, folder: Path) -> None:
-        """Keep a file that failed."""
+        """Save a failing file."""
         name = hashlib.sha256(failure.data).hexdigest()[:16]
         path = folder / f"{name}.bin"
         path.write_bytes(failure.data)
@@ -132,14 +132,14 @@ def fuzz(send: Send, seed: int, cases: int) -> Round:
         nonlocal failure, longest_s
         try:
             sent = send(data)
-        # Whatever it is, it is no answer.
+        # Any exception is a failure.
         except Exception as exc:
             failure = Failure(data, f"{type(exc).__name__}: {exc}"[:500])
             raise
         outcomes[sent.outcome] += 1
         longest_s = max(longest_s, sent.cpu_s)
 
-    with contextlib.suppress(Exception):  # it is in `failure`, as small as Hypothesis could make it
+    with contextlib.suppress(Exception):  # `failure` has the file, shrunk by Hypothesis
         send_each()
     return Round(outcomes, longest_s, failure)
 
@@ -174,13 +174,13 @@ def running_app(model: Path) -> Iterator[Send]:
 
 def bounded(send: Send, current: Path) -> Send:
     """``send`` under the limits, with each file written to ``current`` before it is sent."""
-    send(encode(two_class_photo()))  # so that all is loaded that needs loading
+    send(encode(two_class_photo()))  # loads everything before the first measurement
 
     def send_bounded(data: bytes) -> Sent:
         current.write_bytes(data)
         before = _memory_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        # The signal's own action ends the process, wherever it is.
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        # The signal's default action ends the process.
         signal.setitimer(signal.ITIMER_PROF, CPU_S)
         try:
             sent = send(data)
@@ -200,7 +200,7 @@ def _memory_bytes(name: str) -> int:
 
 
 def _work(connection: Connection, model: Path, current: Path) -> None:
-    """A worker's process: fuzz by the seeds that come, until there are no more."""
+    """Run a worker's process: fuzz each seed that it receives, until the pipe closes."""
     logs.configure("error", "json")
     with running_app(model) as send, contextlib.suppress(EOFError):
         limited = bounded(send, current)
@@ -220,7 +220,7 @@ def _start(model: Path, folder: Path, number: int) -> Worker:
 
 
 def _collect(worker: Worker) -> Round | Failure:
-    """What a worker has done, or the file that it died of."""
+    """Receive a worker's round, or the file that killed it."""
     try:
         done: Round = worker.connection.recv()
     except EOFError:
@@ -234,7 +234,7 @@ def _collect(worker: Worker) -> Round | Failure:
 
 
 def run(given: argparse.Namespace, folder: Path) -> Totals:
-    """Fuzz in several processes until there are enough files or no time is left."""
+    """Fuzz in several processes until all files are sent or the time is up."""
     totals = Totals()
     model = build_artefact(folder / "tiny")
     until = time.monotonic() + given.minutes * 60
@@ -270,7 +270,7 @@ def run(given: argparse.Namespace, folder: Path) -> Totals:
 
 
 def replay(path: Path, folder: Path) -> int:
-    """Send one file again, and say what becomes of it."""
+    """Send one file again and print its outcome."""
     with running_app(build_artefact(folder / "tiny")) as send:
         print(bounded(send, folder / "current")(path.read_bytes()).outcome)
     return 0
@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Fuzz, or replay."""
+    """Run the command line."""
     given = _parser().parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)

@@ -1,4 +1,4 @@
-"""A GPU made of the host: what `service.inference.cuda` does, on the CPU, with the same kernel.
+"""A simulated GPU: `service.inference.cuda`'s part on the CPU, with the same kernel.
 
 The kernel's source is compiled as C++ and called once for each thread of each block; device memory
 is the host's. Everything else of the GPU's path is the service's own: packing, rounds, binding,
@@ -49,7 +49,7 @@ extern "C" size_t piece_layout(int field) {{
 
 
 def cpp_compiler() -> str:
-    """The command that compiles C++."""
+    """Return the command that compiles C++."""
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     assert compiler, "no C++ compiler: `make test` installs one"
     return compiler
@@ -57,7 +57,7 @@ def cpp_compiler() -> str:
 
 @cache
 def host_kernel() -> ctypes.CDLL:
-    """The kernel, compiled for the host once a process."""
+    """Compile the kernel for the host, once per process."""
     folder = Path(mkdtemp(prefix="fcn-kernel-"))
     source, library = folder / "host.cpp", folder / "host.so"
     source.write_text(_HOST)
@@ -71,15 +71,15 @@ def host_kernel() -> ctypes.CDLL:
 
 
 def address(array: npt.NDArray[Any]) -> int:
-    """Where an array's data are."""
+    """Return the address of an array's data."""
     return int(array.ctypes.data)
 
 
 @dataclass
 class HostChannel:
-    """`service.inference.lanes.Channel` in the host's memory; ``commands`` are those given so far.
+    """`service.inference.lanes.Channel` in the host's memory; ``commands`` records its commands.
 
-    What was not uploaded is not there: device buffers are apart from the host's.
+    Device buffers are separate from the host's, so data that was not uploaded is missing.
     """
 
     input: npt.NDArray[np.uint8]
@@ -91,16 +91,16 @@ class HostChannel:
 
     @property
     def input_address(self) -> int:
-        """Of the device's input."""
+        """Address of the device's input."""
         return address(self.device_input)
 
     @property
     def logits_address(self) -> int:
-        """Of the device's logits."""
+        """Address of the device's logits."""
         return address(self.logits)
 
     def upload(self, size: int) -> None:
-        """Copy up."""
+        """Copy to the device's input."""
         self.commands.append(("upload", size))
         self.device_input[:size] = self.input[:size]
 
@@ -117,7 +117,7 @@ class HostChannel:
         )
 
     def download(self, size: int) -> None:
-        """Copy down."""
+        """Copy from the device's output."""
         self.commands.append(("download", size))
         self.output[:size] = self.device_output[:size]
 
@@ -139,11 +139,11 @@ class HostDevice:
         self.channels: list[HostChannel] = []
 
     def memory(self) -> tuple[int, int]:
-        """A quarter of a gigabyte used."""
+        """Report a quarter of a gigabyte as used."""
         return 3 << 28, 1 << 30
 
     def open_channel(self, input_bytes: int, logits_bytes: int, output_bytes: int) -> HostChannel:
-        """Buffers full of rubbish."""
+        """Open a channel whose buffers are full of garbage."""
         channel = HostChannel(
             np.full(input_bytes, 0xAB, dtype=np.uint8),
             np.full(output_bytes, 0xAB, dtype=np.uint8),

@@ -1,7 +1,6 @@
 """Real image files of every kind, and Hypothesis strategies that damage them.
 
-Damage is drawn, not made by a random generator of our own, so Hypothesis can shrink a file that
-fails to the fewest and smallest changes.
+Hypothesis draws the damage, so it can shrink a failing file to the fewest and smallest changes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from skimage import data as photos
 Draw = st.DrawFn
 
 PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
-"""What every PNG begins with."""
+"""The first bytes of every PNG."""
 
 _SIDE: Final = 40
 _ADAM7: Final = (
@@ -138,7 +137,7 @@ def hostile_files(draw: Draw) -> bytes:
 
 
 def repaired(data: bytes) -> bytes:
-    """With the checksums and sizes that are wrong made right, so that readers get past them."""
+    """Correct wrong checksums and sizes, so that readers get past them."""
     if data.startswith(PNG_SIGNATURE):
         return PNG_SIGNATURE + b"".join(chunk(part[4:8], part[8:-4]) for part in _png_chunks(data))
     if data.startswith(b"RIFF"):
@@ -155,7 +154,7 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
 
 
 def parts(data: bytes) -> list[bytes]:
-    """A file's own parts, which make the file when joined: segments, chunks, blocks or fields."""
+    """Split a file into its segments, chunks, blocks or fields; joined, they give the file."""
     if data.startswith(b"\xff\xd8"):
         return _JPEG_PARTS.split(data)
     if data.startswith(PNG_SIGNATURE):
@@ -242,7 +241,7 @@ def _damage_part(draw: Draw, data: bytes) -> bytes:
 
 
 def _lie_about_size(draw: Draw, data: bytes) -> bytes:
-    """Other sides in the header, wherever its format has them."""
+    """Write other sides into the header, wherever the format has them."""
     width, height = (draw(st.sampled_from(_SIDES)) for _ in range(2))
     frame = re.search(rb"\xff[\xc0-\xc2]....", data, re.DOTALL)
     if data.startswith(b"\xff\xd8") and frame:
@@ -263,7 +262,7 @@ def _lie_about_size(draw: Draw, data: bytes) -> bytes:
 
 
 def _at(data: bytes, place: int, layout: str, *numbers: int) -> bytes:
-    """With numbers, as many of their bits as fit, at a place."""
+    """Overwrite the data at a place with numbers, truncated to their size."""
     order, letters = layout[0], layout[1:]
     packed = b"".join(
         struct.pack(order + letter, number % 256 ** struct.calcsize(letter))

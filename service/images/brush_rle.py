@@ -1,9 +1,10 @@
 """Masks as Label Studio's brush regions: run lengths of an RGBA image, packed into bits.
 
-The stream, most significant bit first: 32 bits for the number of values, 5 bits for a value's bits
-less one, four times 4 bits for the bits of a length less one; then for each run a set bit, 2 bits
-for which of the four lengths' sizes follows, the length less one, and the value. Source: rle-pack,
-https://github.com/thi-ng/umbrella/tree/develop/packages/rle-pack, which Label Studio decodes with.
+The stream, most significant bit first, has a header: 32 bits for the number of values, 5 bits for
+the size of a value in bits minus one, and four times 4 bits for the sizes of a length minus one.
+Each run has a set bit, 2 bits that choose one of the four sizes, the length minus one, and the
+value. Source: rle-pack, https://github.com/thi-ng/umbrella/tree/develop/packages/rle-pack, which
+Label Studio decodes with.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ _LENGTH_BITS: Final = (3, 4, 8, 16)
 _LONGEST: Final = 1 << _LENGTH_BITS[-1]
 
 _RUNS_AT_ONCE: Final = 1 << 16
-"""Runs packed at once: their bits take a few MiB, one byte each."""
+"""Runs packed at once: their bits take a few MiB, at one byte per bit."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowRuns:
-    """A mask's runs of equal class ids along its rows, from one row into the next.
+    """A mask's runs of equal class ids along its rows; a run may continue in the next row.
 
     ``lengths``: ``(n,) int64`` pixels; ``ids``: ``(n,) uint8``.
     """
@@ -43,22 +44,22 @@ class RowRuns:
         return cls(np.diff(starts, append=pixels.size), pixels[starts])
 
     def counts(self) -> npt.NDArray[np.float64]:
-        """Pixels of each class, ``(256,) float64`` indexed by class id."""
+        """Return the pixels of each class, ``(256,) float64`` indexed by class id."""
         return np.bincount(self.ids, self.lengths, minlength=256).astype(np.float64)
 
     def brush(self, class_ids: Collection[int]) -> bytes:
-        """The pixels of these classes as one brush region: 255 in all channels, 0 elsewhere."""
+        """Encode the pixels of these classes as one brush region: 255 in all channels, else 0."""
         chosen = np.zeros(256, dtype=bool)
         chosen[list(class_ids)] = True
         inside = chosen[self.ids]
-        # Neighbouring runs of classes that are all chosen, or all not, are one.
+        # Neighbouring runs merge where all are chosen or none is.
         first = np.concatenate(([0], np.flatnonzero(inside[1:] != inside[:-1]) + 1))
         lengths = np.add.reduceat(self.lengths, first) * CHANNELS
         return _pack(lengths, np.where(inside[first], 255, 0))
 
 
 def _pack(lengths: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> bytes:
-    """Runs ``(n,)`` of values in [0, 255] as rle-pack's stream."""
+    """Pack runs ``(n,)`` of values in [0, 255] as rle-pack's stream."""
     parts = -(-lengths // _LONGEST)
     last = np.cumsum(parts) - 1
     rest = lengths - (parts - 1) * _LONGEST
@@ -76,7 +77,7 @@ def _pack(lengths: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> byte
     for length_size in _LENGTH_BITS:
         header = header << 4 | (length_size - 1)
     total = int(lengths.sum())
-    # 32 + 5 + 16 bits: the last three bits of the seventh byte are the first run's.
+    # 32 + 5 + 16 bits: the first run starts in the last three bits of the seventh byte.
     stream = struct.pack(">I", total) + (header << 3).to_bytes(3, "big")
     packed = [stream[:-1]]
     carried = np.unpackbits(np.frombuffer(stream[-1:], dtype=np.uint8))[:5]
@@ -90,7 +91,7 @@ def _pack(lengths: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> byte
 
 
 def _bits(codes: npt.NDArray[np.int64], code_bits: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """Codes ``(n,)``, each of its own number of bits, one after the other: one ``uint8`` a bit."""
+    """Write codes ``(n,)``, each with its own number of bits, as one ``uint8`` per bit."""
     ends = np.cumsum(code_bits)
     shifts = ends.repeat(code_bits) - 1 - np.arange(ends[-1])
     bits: npt.NDArray[np.uint8] = (codes.repeat(code_bits) >> shifts & 1).astype(np.uint8)

@@ -1,12 +1,12 @@
-"""Bytes from strangers to ``(h, w, 3) uint8`` RGB: the only place that opens an untrusted image.
+"""Decode untrusted image files to ``(h, w, 3) uint8`` RGB. No other module opens them.
 
-The type comes from the first bytes, never from a header or a file name. The pixel cap is checked
-on the size in the image's own header, before pixels are allocated. Whatever Pillow raises on the
-way becomes one of the three errors of `service.errors.ImageError`.
+The first bytes determine the type, not a header or a file name. The pixel cap is checked on the
+size in the image's own header, before pixels are allocated. All of Pillow's exceptions become one
+of the three errors of `service.errors.ImageError`.
 
 Pillow reads every header. The pixels of most JPEGs come from libjpeg-turbo directly (simplejpeg),
-which is faster and can decode at an eighth to a half of the size; whatever it refuses goes to
-Pillow, whose verdict counts.
+which is faster and can decode at an eighth to a half of the size. If it refuses a file, Pillow
+decides.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ _SIGNATURES: Final = (
     (b"MM\0+", "TIFF"),
 )
 
-# Of each version of the information header, which says its own size first.
+# Sizes of all versions of the information header; each starts with its own size.
 _BMP_HEADER_BYTES: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
 
-# EXIF orientation -> what turns the stored pixels upright: swap the axes first, then reverse the
-# rows, then the columns. Source: EXIF 2.3, tag 0x0112.
+# EXIF orientation -> the steps that turn the stored pixels upright: swap the axes, reverse the
+# rows, reverse the columns. Source: EXIF 2.3, tag 0x0112.
 _UPRIGHT: Final = {
     2: (False, False, True),
     3: (False, True, True),
@@ -67,11 +67,11 @@ _UPRIGHT: Final = {
 _PROFILE_SPACES: Final = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 
 SCALING_MARGIN: Final = 2.25
-"""Decoded pixels for each one that is needed, at least, along either side of a scaled photo.
+"""Minimum of decoded pixels per needed pixel along either side of a scaled photo.
 
-Of 12 VOC photos enlarged to 4,000 pixels, 99.8 % of the fp32 mask's pixels are then those of the
-whole photo, and 99.5 % of the int8 mask's. A grey level up or down at random, which nobody sees,
-leaves 99.5 % and 99.3 %: a greater margin buys nothing. With a margin of 1 it is 99.0 % (fp32).
+For 12 VOC photos enlarged to 4,000 pixels, the mask then agrees with the whole photo's in 99.8 % of
+the pixels (fp32) and 99.5 % (int8). An invisible change, a random grey level up or down, gives
+99.5 % and 99.3 %, so a greater margin gains nothing. A margin of 1 gives 99.0 % (fp32).
 """
 
 
@@ -79,10 +79,10 @@ leaves 99.5 % and 99.3 %: a greater margin buys nothing. With a margin of 1 it i
 class DecodedPhoto:
     """A decoded photo, upright.
 
-    ``pixels``: ``(h, w, 3) uint8`` RGB, contiguous; ``size``: the photo's own ``(H, W)``, which is
-    ``(h, w)`` unless it was scaled down while decoding; ``box``: what of ``pixels`` the photo
+    ``pixels``: ``(h, w, 3) uint8`` RGB, contiguous; ``size``: the photo's own ``(H, W)``, equal to
+    ``(h, w)`` unless the decoder scaled it down; ``box``: the part of ``pixels`` that the photo
     covers, ``(left, top, right, bottom)`` in pixels. Scaling rounds sizes up, so a scaled photo may
-    cover its outermost row and column only in part.
+    cover its outermost row and column only partly.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -97,19 +97,19 @@ class DecodedPhoto:
 
 
 def keep_readers_quiet() -> None:
-    """Keep what Pillow and its libraries say about files off stderr, in all of this process.
+    """Silence the messages of Pillow and its libraries in this process.
 
-    They say it in words, and as often, as a file makes them. Pillow's warnings would be kept for
-    ever too, to be shown once each.
+    A file can control their text and number. Python would also store each of Pillow's warnings, to
+    show it only once.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
-    # libtiff writes by itself, such as a line for each wrong row of a fax; Pillow lets it.
+    # libtiff writes to stderr itself, for example a line for each wrong row of a fax.
     ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 def sniff(data: bytes) -> str:
-    """Pillow's name of the allowed format that the first bytes announce.
+    """Return Pillow's name of the allowed format that starts with these bytes.
 
     Raises `UnsupportedImageType` for anything else.
     """
@@ -118,7 +118,7 @@ def sniff(data: bytes) -> str:
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    # Two letters are not enough: text may begin with them.
+    # Two letters are not enough: text may start with them.
     if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADER_BYTES:
         return "BMP"
     raise UnsupportedImageType(f"not an image of an allowed type: {', '.join(IMAGE_MEDIA_TYPES)}")
@@ -128,9 +128,9 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Deco
     """Decode a photo as a viewer shows it.
 
     Upright by its EXIF orientation, in sRGB by its ICC profile (a broken profile is ignored),
-    transparency over white, the first frame of an animation, 16-bit scaled to 8. With
-    ``needed_side``, the longest side in pixels that the caller will bring the photo to, a JPEG far
-    larger than that is decoded at a fraction of its size, else at its own.
+    transparency over white, the first frame of an animation, 16-bit scaled to 8. ``needed_side`` is
+    the longest side in pixels that the caller resizes the photo to: a much larger JPEG is decoded
+    at a fraction of its size. Without it, photos are decoded at their own size.
 
     Raises `UnsupportedImageType`, `ImageTooLarge` (more than ``max_pixels`` pixels by its header)
     or `UndecodableImage`.
@@ -146,17 +146,17 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Deco
             photo = _decode_jpeg(data, image, needed_side) if image_format == "JPEG" else None
             if photo is None:
                 image.load()
-                # Again: a container's header may promise less than its frame holds.
+                # Again: a container's header may state a smaller size than its frame has.
                 _check_size(image.size, max_pixels)
                 photo = DecodedPhoto.whole(np.array(_to_srgb(image)))
-            # Only now: PNG's may follow the pixels, and TIFF's is applied by Pillow's load().
+            # Only now: in a PNG it may follow the pixels; in a TIFF Pillow's load() applies it.
             return _turn_upright(photo, _orientation(image))
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ImageTooLarge(f"the image has more than {max_pixels} pixels") from exc
-    # Pillow's readers raise whatever their parsing runs into: OSError, SyntaxError, ValueError,
-    # struct.error, EOFError, KeyError, OverflowError, zlib.error, MemoryError and more.
+    # Pillow's readers raise many kinds of errors: OSError, SyntaxError, ValueError, struct.error,
+    # EOFError, KeyError, OverflowError, zlib.error, MemoryError and more.
     except Exception as exc:
         raise UndecodableImage(
             f"the {image_format} data is broken, truncated or of an unsupported variant"
@@ -164,17 +164,17 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Deco
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, needed_side: int | None) -> DecodedPhoto | None:
-    """A JPEG's pixels as stored, possibly scaled, without Pillow; None where Pillow must do it."""
+    """Decode a JPEG's pixels as stored, possibly scaled; None if Pillow has to do it."""
     if image.mode not in ("RGB", "L"):
         return None
     profile = _foreign_profile(image.mode, image.info.get("icc_profile"))
-    if profile is not None and image.mode == "L":  # the profile speaks of grey, not of RGB
+    if profile is not None and image.mode == "L":  # the profile is for grey, not for RGB
         return None
     width, height = image.size
-    # Smaller than this along the longest side it may not become; 0: no scaling.
+    # The longest side must not become smaller than this; 0: no scaling.
     least = math.ceil(needed_side * SCALING_MARGIN) if needed_side else 0
     try:
-        # The cap was checked on the size that Pillow found; libjpeg must have found the same.
+        # The cap was checked on Pillow's size; libjpeg must find the same one.
         if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
             return None
         pixels = simplejpeg.decode_jpeg(
@@ -185,11 +185,11 @@ def _decode_jpeg(data: bytes, image: Image.Image, needed_side: int | None) -> De
             # Between half and full size, libjpeg-turbo is slower than at full size.
             min_factor=2 if least else 1,
         )
-    # ValueError for broken data, down to warnings that Pillow lets pass, KeyError and more for what
-    # is unusual: Pillow's verdict counts.
+    # ValueError for broken data, including mere warnings that Pillow ignores; KeyError and more for
+    # unusual files. Pillow decides about all of them.
     except Exception:  # noqa: BLE001
         return None
-    # libjpeg scales by eighths and rounds both sides up, so the longer one tells by how many.
+    # libjpeg scales by eighths and rounds both sides up; the longer side gives the scale.
     scale = round(8 * max(pixels.shape[:2]) / max(width, height)) / 8
     if profile is not None:
         pixels = np.array(_apply_profile(Image.fromarray(pixels), profile))
@@ -201,7 +201,7 @@ def _turn_upright(photo: DecodedPhoto, orientation: int) -> DecodedPhoto:
         return photo
     swap, reverse_rows, reverse_columns = _UPRIGHT[orientation]
     size, box = photo.size, photo.box
-    # One element of three bytes a pixel: NumPy moves these twice as fast as triples.
+    # One element of three bytes per pixel: NumPy moves these twice as fast as triples.
     pixels = photo.pixels.view("V3")[..., 0]
     if swap:
         pixels = pixels.T
@@ -229,7 +229,7 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where there is none or the EXIF block is broken."""
+    """Return the EXIF orientation, 1 to 8; 1 if there is none or the EXIF block is broken."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # noqa: BLE001 - a photo with a broken EXIF block is still a photo
@@ -238,7 +238,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB in sRGB, transparency over white."""
+    """Convert any of Pillow's modes to RGB in sRGB, transparency over white."""
     if image.mode.startswith("I") or image.mode == "F":
         return _deep_to_8_bit(image).convert("RGB")
     icc_profile = image.info.get("icc_profile")
@@ -254,22 +254,22 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 
 
 def _foreign_profile(mode: str, icc_profile: object) -> ImageCms.ImageCmsProfile | None:
-    """A profile that pixels of an RGB, L or CMYK image must be converted from; None without one."""
+    """Return an RGB, L or CMYK image's profile if its pixels must be converted to sRGB."""
     if not isinstance(icc_profile, bytes) or not icc_profile:
         return None
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
         fits = profile.profile.xcolor_space.strip() == _PROFILE_SPACES[mode]
-        # Most photos say that they are sRGB already, and the conversion is slow.
+        # Most photos are in sRGB already, and the conversion is slow.
         foreign = fits and not ImageCms.getProfileDescription(profile).startswith("sRGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        # A photo with a broken profile is still a photo; viewers show it plainly.
+        # A photo with a broken profile is still a photo; viewers ignore the profile.
         return None
     return profile if foreign else None
 
 
 def _apply_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
-    """An RGB, L or CMYK image to RGB by its profile; plainly, without a usable one."""
+    """Convert an RGB, L or CMYK image to RGB, by its profile if that is usable."""
     if profile is not None:
         try:
             converted = ImageCms.profileToProfile(
@@ -278,16 +278,16 @@ def _apply_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile | None)
             if converted is not None:
                 return converted
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            # As above: the conversion may find what the header did not show.
+            # As above: the conversion may find errors that the header did not show.
             return image.convert("RGB")
     return image.convert("RGB")
 
 
 def _deep_to_8_bit(image: Image.Image) -> Image.Image:
-    """A grey image of 16 or 32 bits a sample as 8-bit grey.
+    """Convert a grey image of 16 or 32 bits per sample to 8-bit grey.
 
-    16-bit samples are scaled by 255 / 65535. 32-bit integers and floats have no agreed range:
-    they are stretched from their least to their greatest finite value.
+    16-bit samples are scaled by 255 / 65535. 32-bit integers and floats have no agreed range, so
+    they are stretched from their smallest to their largest finite value.
     """
     samples = np.asarray(image)
     if image.mode.startswith("I;16"):

@@ -30,7 +30,7 @@ JPEG_QUALITY: Final = 90
 JPEG_SUBSAMPLING: Final = "420"
 WEBP_QUALITY: Final = 90
 WEBP_EFFORT: Final = 2
-"""Of 0 to 6: 3 takes twice as long to save 2 % of the bytes."""
+"""From 0 to 6; 3 takes twice as long and saves 2 % of the bytes."""
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_GREY: Final = 0
@@ -42,7 +42,7 @@ _PNG_UP: Final = 2  # the difference from the row above
 
 
 def limit_classes(mask: npt.NDArray[np.uint8], class_ids: Collection[int]) -> npt.NDArray[np.uint8]:
-    """The ``(H, W) uint8`` mask with every class that is not in ``class_ids`` made background."""
+    """Set every class of a ``(H, W) uint8`` mask that is not in ``class_ids`` to background, 0."""
     kept = np.zeros(256, dtype=np.uint8)
     for index in class_ids:
         kept[index] = index
@@ -59,13 +59,13 @@ def encode_mask(mask: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> 
 
 
 def encode_binary_mask(chosen: npt.NDArray[np.bool_]) -> bytes:
-    """``(H, W) bool`` as an 8-bit greyscale PNG: 255 where it is true, else 0."""
+    """``(H, W) bool`` as an 8-bit greyscale PNG: 255 for true, 0 for false."""
     grey = chosen.astype(np.uint8) * np.uint8(255)
     return _png(grey.shape, _PNG_GREY, (b"IDAT", _deflate_runs(grey)))
 
 
 def _deflate_runs(mask: npt.NDArray[np.uint8]) -> bytes:
-    # Masks are runs: looking for nothing else is both the fastest and the smallest, unfiltered.
+    # Masks are runs: run-length matching alone, without a filter, is the fastest and smallest.
     deflate = zlib_ng.compressobj(level=1, strategy=zlib_ng.Z_RLE)
     parts = [deflate.compress(rows) for rows in _filter_rows(mask, _PNG_UNFILTERED)]
     return b"".join([*parts, deflate.flush()])
@@ -85,7 +85,7 @@ def overlay(
     exist for a whole large photo.
     """
     weight = round(alpha * 256)
-    # By class id: the photo's weight in 256ths, and the colour's part with the rounding.
+    # By class id: the photo's weight in 256ths, and the colour's share with the rounding.
     keep = np.full((256, 3), 256 - weight, dtype=np.uint16)
     tint = palette.astype(np.uint16) * np.uint16(weight) + np.uint16(128)
     keep[0], tint[0] = 256, 0
@@ -105,11 +105,11 @@ def overlay(
 def cutout(
     image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], class_ids: Collection[int]
 ) -> npt.NDArray[np.uint8]:
-    """The photo where it shows one of the classes, and nothing elsewhere.
+    """Cut the pixels of some classes out of a photo.
 
     ``image``: ``(H, W, 3) uint8`` RGB; ``mask``: ``(H, W) uint8`` class ids. Returns ``(H, W, 4)
-    uint8`` RGBA: opaque pixels of the photo, or zeros, so that no colour hides behind the
-    transparency.
+    uint8`` RGBA: the classes' pixels, opaque, and zeros elsewhere: transparent pixels keep no
+    colour.
     """
     height, width = mask.shape
     cut = np.empty((height, width, 4), dtype=np.uint8)
@@ -130,7 +130,7 @@ def encode_grey(levels: npt.NDArray[np.uint8]) -> bytes:
 def encode_image(image: npt.NDArray[np.uint8], image_format: ImageFormat) -> bytes:
     """``(H, W, 3)`` RGB or ``(H, W, 4) uint8`` RGBA, contiguous, as a file.
 
-    A JPEG cannot be transparent. No side may be longer than the format's of `MAX_SIDES`.
+    A JPEG cannot be transparent. No side may exceed the format's limit in `MAX_SIDES`.
     """
     if image_format == "JPEG":
         jpeg: bytes = simplejpeg.encode_jpeg(
@@ -148,7 +148,7 @@ def encode_image(image: npt.NDArray[np.uint8], image_format: ImageFormat) -> byt
 
 def _deflated(rows: npt.NDArray[np.uint8], size: tuple[int, ...], color_type: int) -> bytes:
     """Photo-like rows, ``(H, bytes) uint8``, as a PNG."""
-    # Photos hardly gain from a search for longer matches, and ISA-L's quick one is the fastest.
+    # Photos gain little from a search for longer matches, and ISA-L's quick search is the fastest.
     deflate = isal_zlib.compressobj(level=1)
     parts = [deflate.compress(part) for part in _filter_rows(rows, _PNG_UP)]
     return _png(size, color_type, (b"IDAT", b"".join([*parts, deflate.flush()])))

@@ -35,7 +35,7 @@ class Runs:
     def of(cls, mask: npt.NDArray[np.uint8]) -> Self:
         """Find the runs of a ``(H, W) uint8`` mask without transposing it."""
         height, width = mask.shape
-        # Cuts inside columns, where a pixel differs from the one above it, and between columns.
+        # Runs start where a pixel differs from the one above it, or from the last column's end.
         y, x = np.divmod(np.flatnonzero(mask[1:] != mask[:-1]), width)
         tops = np.flatnonzero(mask[0, 1:] != mask[-1, :-1]) + 1
         starts = np.concatenate(([0], x * height + y + 1, tops * height)).astype(np.int64)
@@ -45,7 +45,7 @@ class Runs:
         return cls(starts, ends, mask[y, x], (height, width))
 
     def statistics(self) -> list[ClassStatistics]:
-        """The classes present, most pixels first (the lower id first among equals)."""
+        """Return the classes present, most pixels first; equal counts by ascending id."""
         lengths = self.ends - self.starts
         found = [
             ClassStatistics(int(index), int(lengths[self.ids == index].sum()), self._bbox(index))
@@ -54,18 +54,18 @@ class Runs:
         return sorted(found, key=lambda one: (-one.pixels, one.class_id))
 
     def counts(self, class_id: int) -> list[int]:
-        """Uncompressed COCO counts of one class: lengths of runs outside, inside, outside, ..."""
+        """Return COCO's counts of one class: lengths of runs outside, inside, outside, ..."""
         chosen = self.ids == class_id
         bounds = np.stack((self.starts[chosen], self.ends[chosen]), axis=1).ravel()
         total = self.size[0] * self.size[1]
-        # COCO ends at the last pixel, but writes no empty run there.
+        # COCO writes no empty run at the end.
         tail = [] if bounds.size and bounds[-1] == total else [total]
         edges = np.concatenate(([0], bounds, tail)).astype(np.int64)
         counts: list[int] = np.diff(edges).tolist()
         return counts
 
     def rle(self, class_id: int) -> str:
-        """One class as COCO's compressed ``counts``, as ``pycocotools.mask.encode`` writes it."""
+        """Return COCO's compressed ``counts`` of one class, as in ``pycocotools.mask.encode``."""
         return compress_counts(self.counts(class_id))
 
     def _bbox(self, class_id: int) -> tuple[int, int, int, int]:
@@ -82,11 +82,11 @@ class Runs:
 
 
 def compress_counts(counts: list[int]) -> str:
-    """COCO's compressed run lengths as ASCII.
+    """Write run lengths as COCO's compressed ASCII.
 
-    From the fourth count on, a count is written as its difference from the one two before. Every
-    number goes out in groups of 5 bits, least significant first, bit 6 set while more follow, each
-    group plus 48. Source: ``rleToString`` in cocoapi's ``common/maskApi.c``.
+    From the fourth count on, a count is written as its difference from the count two before. Every
+    number is split into groups of 5 bits, least significant first; bit 6 is set if more groups
+    follow, and 48 is added. Source: ``rleToString`` in cocoapi's ``common/maskApi.c``.
     """
     out = bytearray()
     for index, count in enumerate(counts):
@@ -95,7 +95,7 @@ def compress_counts(counts: list[int]) -> str:
         while more:
             group = value & 0x1F
             value >>= 5
-            # Done once the rest is only the sign, and the group's own top bit says that sign.
+            # Done if the rest is only the sign and the group's top bit has the same sign.
             more = value != (-1 if group & 0x10 else 0)
             out.append((group | 0x20 if more else group) + 48)
     return out.decode("ascii")

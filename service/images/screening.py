@@ -1,8 +1,8 @@
-"""What an image file may make its readers do, beyond the pixels that it has.
+"""Refuse image files that cost their readers far more than their pixels.
 
-Work and memory of a reader must follow from the pixels and bytes that are capped. Some files make
-it grow with something else: millions of empty blocks, each an object in Pillow; thousands of passes
-over the same pixels. No camera or program writes such files, so they are refused.
+A reader's work and memory should depend only on the pixels and bytes, which are capped. In some
+files they grow with something else: millions of empty blocks, each an object in Pillow, or
+thousands of passes over the same pixels. No camera or program writes such files.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from PIL import ImageFile
 from service.errors import UndecodableImage
 
 MAX_READS: Final = 1 << 18
-"""Reads by which Pillow may take in one file.
+"""Largest number of reads that Pillow may need for one file.
 
-A file of 20 MiB in chunks of 1 KiB takes about a third of that.
+A file of 20 MiB in chunks of 1 KiB needs about a third of that.
 """
 
 MAX_HEADER_BYTES: Final = 8 << 20
-"""Bytes before the first pixel, where formats store their metadata there.
+"""Largest number of bytes before the first pixel, for formats that store metadata there.
 
 Pillow joins the pieces of a JPEG's metadata one by one, so its time grows with their square.
 """
 
 MAX_STRIPS: Final = 1 << 16
-"""Strips or tiles of a TIFF. Files with a strip for each row have fewer; Pillow lists them all."""
+"""Largest number of strips or tiles of a TIFF, which Pillow lists in memory. Files with a strip for
+each row have fewer."""
 
 MAX_SCAN_PIXELS: Final = 500_000_000
-"""Pixels of a JPEG, counted once for each scan: at 50 million the ten scans of libjpeg's own
-progressive files."""
+"""Largest number of a JPEG's pixels, counted once for each scan: the ten scans of libjpeg's own
+progressive files at 50 million pixels."""
 
 _SEQUENTIAL: Final = ("JPEG", "PNG", "GIF")
 _STRIP_TAGS: Final = (273, 324)  # StripOffsets, TileOffsets
@@ -48,10 +49,10 @@ _MARKER: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 class MeteredFile(io.BytesIO):
-    """A file in memory that Pillow may read from only so often: `MAX_READS`, `MAX_HEADER_BYTES`.
+    """A file in memory that limits its reads to `MAX_READS` and `MAX_HEADER_BYTES`.
 
-    ``image_format``: Pillow's name of the file's. Its reads raise `UndecodableImage`, which none of
-    Pillow's readers catches.
+    ``image_format``: Pillow's name of the file's format. Reads beyond a limit raise
+    `UndecodableImage`, which none of Pillow's readers catches.
     """
 
     def __init__(self, data: bytes, image_format: str) -> None:
@@ -60,7 +61,7 @@ class MeteredFile(io.BytesIO):
         self._header_bytes = MAX_HEADER_BYTES if image_format in _SEQUENTIAL else sys.maxsize
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """As ever, or raise."""
+        """Read like `io.BytesIO`. Raises `UndecodableImage` beyond a limit."""
         self._reads += 1
         if self._reads > MAX_READS:
             raise UndecodableImage(f"reading the image takes more than {MAX_READS} steps")
@@ -69,20 +70,20 @@ class MeteredFile(io.BytesIO):
         return super().read(size)
 
     def header_ends(self) -> None:
-        """From here on pixels are read, which may lie anywhere."""
+        """Lift the header's limit: pixels may be anywhere in the file."""
         self._header_bytes = sys.maxsize
 
 
 def check_before_opening(data: bytes, image_format: str) -> None:
-    """Look for what is too much for Pillow to open. Raises `UndecodableImage`."""
+    """Raise `UndecodableImage` if the file is too expensive for Pillow to open."""
     if image_format == "TIFF" and _strips(data) > MAX_STRIPS:
         raise UndecodableImage(f"the image has more than {MAX_STRIPS} strips or tiles")
 
 
 def check_before_decoding(data: bytes, image: ImageFile.ImageFile) -> None:
-    """Look for what is too much to decode in an opened image. Raises `UndecodableImage`."""
+    """Raise `UndecodableImage` if an opened image is too expensive to decode."""
     codec = image.tile[0].codec_name if image.tile else ""
-    # Pillow's only decoder in Python: its time grows with the runs, up to ten million of them.
+    # Pillow's only decoder in Python; its time grows with the runs, up to ten million.
     if codec == _RUN_LENGTH_CODEC:
         raise UndecodableImage("run-length encoded BMP is not supported")
     if codec == "jpeg":
@@ -90,7 +91,7 @@ def check_before_decoding(data: bytes, image: ImageFile.ImageFile) -> None:
 
 
 def _strips(data: bytes) -> int:
-    """How many strips or tiles the first directory of a TIFF says that it has."""
+    """Return the number of strips or tiles according to the first directory of a TIFF."""
     order = "<" if data.startswith(b"II") else ">"
     big = b"+" in data[2:4]
     pointer, count = ("8xQ", "Q") if big else ("4xI", "H")
@@ -98,7 +99,7 @@ def _strips(data: bytes) -> int:
     try:
         (start,) = struct.unpack_from(order + pointer, data)
         (entries,) = struct.unpack_from(order + count, data, start)
-    except struct.error:  # it ends before: Pillow will say so
+    except struct.error:  # the file is truncated; Pillow reports it
         return 0
     first = start + struct.calcsize(order + count)
     directory = data[first : first + entries * entry.size]
@@ -108,7 +109,7 @@ def _strips(data: bytes) -> int:
 
 def _check_scans(data: bytes, image: ImageFile.ImageFile) -> None:
     pixels = image.width * image.height
-    # The count is too high if metadata or what follows the image has some: a closer look is slow.
+    # Bytes in metadata or after the image can look like scans; the exact count below is slow.
     if not _has_more_scans(data, image) or data.count(_SCAN) * pixels <= MAX_SCAN_PIXELS:
         return
     scans = place = 0
@@ -126,10 +127,10 @@ def _check_scans(data: bytes, image: ImageFile.ImageFile) -> None:
 
 
 def _has_more_scans(data: bytes, image: ImageFile.ImageFile) -> bool:
-    """Whether an opened JPEG may have more than one scan.
+    """Return whether an opened JPEG may have more than one scan.
 
-    That is where the first one, whose header Pillow has just read, leaves something open; elsewhere
-    libjpeg takes no second one.
+    It may if the first scan, whose header Pillow has just read, is not complete. Otherwise libjpeg
+    reads no second one.
     """
     if image.fp is None or "progressive" in image.info:
         return True

@@ -1,18 +1,18 @@
 """Dynamic batching over asyncio: many waiting callers, one device.
 
-An item that comes while the device is idle runs at once. While the device is busy, items gather
-in groups of one key (a shape), and when it falls idle the next batch is
+An item that arrives while the device is idle runs at once. While the device is busy, items gather
+in groups of one key (a shape). When the device falls idle, the next batch comes from
 
-1. of the group whose first item has waited ``max_wait_s`` or more, the longest first;
-2. else of a group that fills a batch;
-3. else of the group whose first item came first.
+1. the group whose first item has waited ``max_wait_s`` or more, the longest wait first;
+2. otherwise a group that fills a batch;
+3. otherwise the group whose first item arrived first.
 
-So nothing ever waits beside an idle device, and ``max_wait_s`` bounds how long a small group is
-passed over in favour of full batches.
+So no item waits while the device is idle, and ``max_wait_s`` bounds how long full batches may
+overtake a small group.
 
-A device can be split: a batch that is alone gets all of it, which answers soonest, and while more
-wait each gets a share, which answers most. Shares can also be ways through a device that is never
-given away as a whole. Knows neither HTTP nor ONNX Runtime.
+A device can be split. A batch that is alone gets the whole device, for the lowest latency. While
+more batches wait, each gets a share, for the highest throughput. A device may also consist of
+shares only. This module knows neither HTTP nor ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 Run = Callable[[list[ItemT]], Sequence[ResultT]]
-"""What runs a batch."""
+"""Runs a batch."""
 
 THREAD_NAME: Final = "device"
 
-# Batches of small shapes, and one that the machine held up, must not make the others' time.
-# Source: RFC 6298, section 2, which smooths round-trip times so.
+# Weight of the latest run in the usual run time. A batch of small shapes, or one that the machine
+# delayed, must not set the estimate. Source: RFC 6298, section 2, which smooths round-trip times.
 _WEIGHT_OF_LAST: Final = 1 / 8
 
 _log: Any = structlog.get_logger("service.batcher")
@@ -54,7 +54,7 @@ _log: Any = structlog.get_logger("service.batcher")
 
 @dataclass(frozen=True, slots=True)
 class BatchResult(Generic[ResultT]):
-    """One item's result, the seconds it waited, and the seconds its batch ran."""
+    """One item's result, the seconds that it waited, and the seconds that its batch ran."""
 
     result: ResultT
     queue_s: float
@@ -71,14 +71,14 @@ class _Entry(Generic[ItemT, ResultT]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Batch(Generic[ItemT, ResultT]):
-    """What runs, and where."""
+    """A running batch."""
 
     run: Run[ItemT, ResultT]
     entries: list[_Entry[ItemT, ResultT]]
     started_s: float
 
     def facts(self) -> dict[str, Any]:
-        """What the log says of it: how many photos, and whose."""
+        """Return the log's fields: the number of photos, and their requests."""
         requests = [entry.request_id for entry in self.entries if entry.request_id is not None]
         return {"photos": len(self.entries), "requests": requests}
 
@@ -86,14 +86,14 @@ class _Batch(Generic[ItemT, ResultT]):
 class Batcher(Generic[ItemT, ResultT]):
     """Groups items into batches, and runs one on the whole device or one on each share of it.
 
-    ``run`` takes the items of one batch, all of one key, and returns as many results in their
-    order; so does each of ``shares`` with its part of the device. None for ``run`` leaves all
-    batches to the shares. Each is called in a thread of its own, and always in that one.
-    ``max_queue`` bounds the items that wait; ``clock`` gives seconds and never goes back;
-    ``on_batch`` hears of each batch's size. Belongs to the event loop it is first used in.
+    ``run`` takes the items of one batch, all of one key, and returns one result per item in the
+    same order. Each of ``shares`` does the same on its part of the device. If ``run`` is None, all
+    batches run on the shares. Each of them has its own thread. ``max_queue`` bounds the waiting
+    items; ``clock`` returns seconds and never goes back; ``on_batch`` is called with each batch's
+    size. A batcher belongs to the event loop that first uses it.
 
-    A batch that the device has no memory for fails as `Overloaded`, and from then on batches are
-    at most half its size.
+    A batch that the device has no memory for fails as `Overloaded`. Later batches have at most half
+    its size.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Batcher(Generic[ItemT, ResultT]):
             one: ThreadPoolExecutor(1, thread_name_prefix=f"{THREAD_NAME}-{number}")
             for number, one in enumerate(runs)
         }
-        # Each group in order of arrival; none is ever empty.
+        # Each group in order of arrival; no group is empty.
         self._groups: dict[Hashable, deque[_Entry[ItemT, ResultT]]] = {}
         self._running: dict[asyncio.Task[None], _Batch[ItemT, ResultT]] = {}
         self._dispatching = False
@@ -128,22 +128,22 @@ class Batcher(Generic[ItemT, ResultT]):
 
     @property
     def waiting(self) -> int:
-        """Items that wait for the device."""
+        """Number of items that wait for the device."""
         return sum(len(group) for group in self._groups.values())
 
     @property
     def capacity(self) -> int:
-        """Items that the device works on at once."""
+        """Number of items that the device works on at once."""
         return self._max_batch * max(1, len(self._shares))
 
     @property
     def running_s(self) -> float:
-        """Seconds that the oldest of the batches on the device has been running; 0 without any."""
+        """Seconds that the oldest running batch has been running; 0 if none runs."""
         now = self._clock()
         return max((now - batch.started_s for batch in self._running.values()), default=0.0)
 
     def retry_after_s(self, ahead: int) -> float:
-        """When so many items should be done, if runs take as long as usual; at least 1 second."""
+        """Seconds until ``ahead`` items are done, if runs take as long as usual; at least 1."""
         return max(1.0, math.ceil(ahead / self.capacity) * (self._usual_run_s or 0.0))
 
     async def submit(self, item: ItemT, key: Hashable) -> BatchResult[ResultT]:
@@ -162,7 +162,7 @@ class Batcher(Generic[ItemT, ResultT]):
         entry = _Entry(item, future, self._clock(), request_id)
         self._groups.setdefault(key, deque()).append(entry)
         if not self._dispatching:
-            # One turn of the loop later, so that callers that arrived together run together.
+            # One loop iteration later, so that callers that arrive together run together.
             self._dispatching = True
             asyncio.get_running_loop().call_soon(self._dispatch)
         try:
@@ -172,19 +172,19 @@ class Batcher(Generic[ItemT, ResultT]):
             raise
 
     async def close(self) -> None:
-        """Refuse new items, answer all that were taken, then end the device's thread."""
+        """Refuse new items, answer all accepted items, then end the device's threads."""
         self._closing = True
         if self._dispatching:
             self._dispatch()
         while self._running:
             await asyncio.wait(self._running)
-            # A turn for what follows a batch, which may be the next.
+            # The end of a batch may start the next one.
             await asyncio.sleep(0)
         for thread in self._threads.values():
             thread.shutdown(wait=True)
 
     def abandon(self) -> None:
-        """Refuse new items, and fail all that were taken: the device hangs."""
+        """Refuse new items and fail all accepted items: the device hangs."""
         self._closing = True
         waiting = [entry for group in self._groups.values() for entry in group]
         self._groups.clear()
@@ -192,15 +192,16 @@ class Batcher(Generic[ItemT, ResultT]):
         _fail([*running, *waiting], None, lambda: InferenceFailed("the device does not answer"))
 
     async def call_beside(self, run: Run[ItemT, ResultT], work: Callable[[], None]) -> None:
-        """Do ``work`` in the thread of ``run``: for a warm-up that is bound to the thread."""
+        """Call ``work`` in the thread of ``run``: a warm-up may be bound to its thread."""
         await asyncio.get_running_loop().run_in_executor(self._threads[run], work)
 
     def _dispatch(self) -> None:
-        """Start batches while there are any and some of the device is free."""
+        """Start batches while there are any and part of the device is free."""
         self._dispatching = False
         while (run := self._free()) and (entries := self._next_batch()):
             batch = _Batch(run, entries, self._clock())
-            # In the context of none of its requests; the reference keeps it from being collected.
+            # An empty context: the batch belongs to no single request. The reference in _running
+            # keeps the task from being garbage-collected.
             task = asyncio.create_task(self._run_batch(batch), context=contextvars.Context())
             self._running[task] = batch
             task.add_done_callback(self._ended)
@@ -210,7 +211,7 @@ class Batcher(Generic[ItemT, ResultT]):
         self._dispatch()
 
     def _free(self) -> Run[ItemT, ResultT] | None:
-        """What the next batch may run on: all of the device, a share of it, or nothing."""
+        """Return the function for the next batch: the whole device's, a share's, or None."""
         busy = [batch.run for batch in self._running.values()]
         if not busy:
             batches = sum(-(-len(group) // self._max_batch) for group in self._groups.values())
@@ -221,7 +222,7 @@ class Batcher(Generic[ItemT, ResultT]):
         return next((share for share in self._shares if share not in busy), None)
 
     def _next_batch(self) -> list[_Entry[ItemT, ResultT]]:
-        """The live items to run next; empty once nothing is left."""
+        """Take the next batch from the queue; empty if no items wait."""
         while self._groups:
             key = self._pick_group()
             group = self._groups.pop(key)
@@ -259,7 +260,7 @@ class Batcher(Generic[ItemT, ResultT]):
             _log.error("no memory for a batch", reason=str(exc), **batch.facts())
             _fail(entries, exc, lambda: Overloaded("the device is short of memory", retry_after_s))
             return
-        # Whatever else the device raises, every caller of this batch must hear of it.
+        # Every caller of this batch must get an error, whatever the device raises.
         except Exception as exc:  # noqa: BLE001
             _log.exception("the batch failed", **batch.facts())
             _fail(entries, exc, lambda: InferenceFailed("the network failed on this photo's batch"))
@@ -285,7 +286,7 @@ def _fail(
     cause: Exception | None,
     failure: Callable[[], SegmentError],
 ) -> None:
-    """Tell all who still wait, each with an exception of their own."""
+    """Set a new exception for each entry that still waits."""
     for entry in entries:
         if not entry.future.done():
             raised = failure()

@@ -1,7 +1,7 @@
 """One NVIDIA GPU: its streams, its memory, and the upsampling kernel. The only importer of CUDA.
 
-The Python packages are NVIDIA's own, `cuda.core <https://nvidia.github.io/cuda-python>`_; they come
-with the extra ``gpu``, and everything but the driver comes with them.
+The extra ``gpu`` installs NVIDIA's Python packages,
+`cuda.core <https://nvidia.github.io/cuda-python>`_, and everything else but the driver.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _TENSOR_CORES: Final = (7, 0)
 
 
 def compile_kernel(arch: str) -> Any:  # noqa: ANN401  # cuda.core's ObjectCode, where there is one
-    """Compile the upsampling for an architecture such as ``sm_90``; this needs no GPU.
+    """Compile the upsampling for an architecture such as ``sm_90``. This needs no GPU.
 
-    To machine code and not to PTX, which a driver older than the compiler would refuse.
+    The output is machine code: a driver older than the compiler would refuse PTX.
     """
     program = core.Program(
         KERNEL.read_text(encoding="utf-8"), "c++", core.ProgramOptions(std="c++17", arch=arch)
@@ -47,18 +47,18 @@ def compile_kernel(arch: str) -> Any:  # noqa: ANN401  # cuda.core's ObjectCode,
 class CudaDevice:
     """GPU number ``ordinal``, with the stream on which networks and upsampling compute.
 
-    Raises `DeviceUnavailable` with one line that says why it cannot be used: no packages, no
-    driver, an old driver, no such GPU.
+    Raises `DeviceUnavailable` with one line that states the reason: no packages, no driver, an old
+    driver, no such GPU.
     """
 
     kind: Final = "cuda"
-    """ONNX Runtime's name of such devices."""
+    """ONNX Runtime's name of this kind of device."""
 
     def __init__(self, ordinal: int) -> None:
         if core is None:
             raise DeviceUnavailable("the packages of the extra `gpu` are not installed")
         self.ordinal = ordinal
-        # cuda.core's exceptions share no base below Exception; any of them means: not usable.
+        # cuda.core's exceptions share no base below Exception. Any of them means: not usable.
         try:
             _require_driver()
             self._device = core.Device(ordinal)
@@ -92,20 +92,20 @@ class CudaDevice:
         core.Device(self.ordinal).set_current()
 
     def memory(self) -> tuple[int, int]:
-        """Free and total bytes of the GPU's memory; other processes use it too."""
+        """Return free and total bytes of the GPU's memory, which other processes share."""
         self.make_current()
         free, total = _checked(driver.cuMemGetInfo())
         return int(free), int(total)
 
     def open_channel(self, input_bytes: int, logits_bytes: int, output_bytes: int) -> CudaChannel:
-        """A lane's buffers and streams; see `service.inference.lanes.Channel`."""
+        """Open a lane's buffers and streams; see `service.inference.lanes.Channel`."""
         with memory_errors("OUT_OF_MEMORY"):
             self.make_current()
             return CudaChannel(self, self._kernel, input_bytes, logits_bytes, output_bytes)
 
 
 class CudaChannel:
-    """`lanes.Channel` on a GPU. Copies have a stream of their own, beside the compute's."""
+    """`lanes.Channel` on a GPU. Copies run on their own stream, beside the compute stream."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class CudaChannel:
         device.compute.sync()
         self.input_address = int(self._input.handle)
         self.logits_address = int(self._logits.handle)
-        # Blocking: a thread that waits must leave its core to those that decode.
+        # Blocking: a waiting thread must leave its core to the threads that decode.
         options = core.EventOptions(timing_enabled=True, blocking_sync=True)
         self._uploaded, self._inferred, self._upsampled, self._downloaded = (
             core.Device(device.ordinal).create_event(options) for _ in range(4)
@@ -165,7 +165,7 @@ class CudaChannel:
         self._copies.record(self._downloaded)
 
     def wait(self) -> tuple[float, float]:
-        """Wait for the last download; returns seconds as `service.inference.lanes.Channel` says."""
+        """Wait for the last download; returns seconds, see `service.inference.lanes.Channel`."""
         self._downloaded.sync()
         return (
             (self._inferred - self._uploaded) / 1000,
@@ -177,7 +177,7 @@ class CudaChannel:
 
 
 def _page_locked(size: int) -> tuple[Any, npt.NDArray[np.uint8]]:
-    """Host memory that the GPU reads and writes itself: its owner, and ``(size,) uint8`` of it."""
+    """Allocate host memory that the GPU accesses directly; returns its owner and its bytes."""
     buffer = core.LegacyPinnedMemoryResource().allocate(size)
     memory = (ctypes.c_uint8 * size).from_address(int(buffer.handle))
     return buffer, np.ctypeslib.as_array(memory)
@@ -194,7 +194,7 @@ def _require_driver() -> None:
 
 
 def _checked(answer: tuple[Any, ...]) -> Any:  # noqa: ANN401
-    """The results of a driver call. Raises `RuntimeError` on any status but success."""
+    """Return the results of a driver call. Raises `RuntimeError` on any status but success."""
     status, *results = answer
     if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
         raise DeviceMemoryExhausted("the GPU has no memory left")

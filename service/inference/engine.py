@@ -1,4 +1,4 @@
-"""One model that is served: its network, and the batcher that feeds it."""
+"""One served model: its network, and the batcher that feeds it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _log: Any = structlog.get_logger("service.engine")
 
 Logits = npt.NDArray[np.float32]
 Output = Logits | Upsampled
-"""What a device makes of a photo: a CPU its logits, which the pool upsamples; a GPU the labels."""
+"""A device's result for a photo: logits from a CPU (upsampled in the pool), labels from a GPU."""
 
 LANES: Final = 2
-"""Batches on a GPU at once: one computes while the other comes and goes."""
+"""Batches on a GPU at once: one computes while the other is copied."""
 
 GPU_BATCH: Final = 16
 GPU_QUEUE: Final = 256
@@ -40,15 +40,15 @@ CPU_QUEUE: Final = 64
 
 
 class ServedModel(Protocol):
-    """What is told of a model, wherever it runs; here that is a `session.Model`."""
+    """Facts about a model, wherever it runs; in this process, a `session.Model`."""
 
     @property
     def contract(self) -> ModelContract:
-        """What it promises."""
+        """The model's contract."""
 
     @property
     def manifest(self) -> Manifest:
-        """What its folder says."""
+        """The manifest of its artefact folder."""
 
     @property
     def file_name(self) -> str:
@@ -56,47 +56,47 @@ class ServedModel(Protocol):
 
     @property
     def provider(self) -> str:
-        """What runs it."""
+        """ONNX Runtime's name of the execution provider that runs it."""
 
     @property
     def gpu(self) -> CudaDevice | None:
-        """This process's GPU that it runs on."""
+        """The GPU of this process that it runs on, if any."""
 
 
 class Queue(Protocol):
-    """The way to a device; here that is a `batcher.Batcher`, which says all about it."""
+    """The queue of a device; in this process, a `batcher.Batcher`, which documents each method."""
 
     @property
     def waiting(self) -> int:
-        """Photos that wait in this process."""
+        """Number of photos that wait in this process."""
 
     @property
     def capacity(self) -> int:
-        """Photos that the device works on at once."""
+        """Number of photos that the device works on at once."""
 
     @property
     def running_s(self) -> float:
         """Seconds that the oldest of the running batches has been running."""
 
     def retry_after_s(self, ahead: int) -> float:
-        """When so many photos should be done."""
+        """Seconds until ``ahead`` photos are done."""
 
     async def submit(self, item: DeviceTask, key: Hashable) -> BatchResult[Output]:
         """Queue a photo and wait for its result."""
 
     def abandon(self) -> None:
-        """Refuse what is new, and fail what was taken."""
+        """Refuse new photos and fail all accepted ones."""
 
     async def close(self) -> None:
-        """Refuse what is new, and answer what was taken."""
+        """Refuse new photos and answer all accepted ones."""
 
 
 @dataclass(eq=False)
 class Engine:
-    """A model that is ready, and the way to its device.
+    """A model that is ready, and the queue of its device.
 
-    ``memory_bytes`` is what loading it took; ``users`` are the requests that hold it, and
-    ``last_used`` counts up from one request to the next, over all engines.
+    ``memory_bytes``: memory that loading took; ``users``: number of requests that hold the engine;
+    ``last_used``: the serial number of the last request, counted over all engines.
     """
 
     model: ServedModel
@@ -108,7 +108,7 @@ class Engine:
 
     @contextmanager
     def held(self) -> Iterator[Engine]:
-        """Use it; until then `retire` waits."""
+        """Hold the engine for a request; `retire` waits until the request ends."""
         self.users += 1
         try:
             yield self
@@ -117,7 +117,7 @@ class Engine:
             self._given_back.set()
 
     async def retire(self) -> None:
-        """Close it once nobody holds it any more."""
+        """Close the engine as soon as no request holds it."""
         while self.users:
             self._given_back.clear()
             await self._given_back.wait()
@@ -132,7 +132,7 @@ async def open_engine(
 ) -> Engine:
     """Load, check and warm up an artefact folder.
 
-    Raises `ArtefactError` or `DeviceUnavailable`, with one line that says what differs.
+    Raises `ArtefactError` or `DeviceUnavailable` with one line that states what is wrong.
     """
     max_batch = settings.max_batch or GPU_BATCH
     options = DeviceOptions(
@@ -177,7 +177,7 @@ async def open_engine(
 def run_batch(
     model: Model, session: InferenceSession, tasks: Sequence[DeviceTask]
 ) -> Sequence[Output]:
-    """The batcher's work on a CPU: stack images of one shape, run them, unstack.
+    """Run a batch on a CPU: stack images of one shape, run the network, unstack.
 
     Returns one ``(C, h/stride, w/stride) float32`` array of logits for each image.
     """
@@ -187,7 +187,7 @@ def run_batch(
 
 
 def _open_lanes(model: Model, gpu: CudaDevice, settings: Settings, max_batch: int) -> list[Lane]:
-    """The ways through a GPU, not warm yet."""
+    """Open a GPU's lanes; the caller warms them up."""
     lock = threading.Lock()
     return [
         Lane(
@@ -205,7 +205,7 @@ def _open_lanes(model: Model, gpu: CudaDevice, settings: Settings, max_batch: in
 
 
 def _describe(model: Model) -> dict[str, Any]:
-    """What the log says of a model that is ready."""
+    """Return the log's fields for a model that is ready."""
     facts: dict[str, Any] = {
         "model": f"{model.contract.name}/{model.contract.version}",
         "file": model.file_name,

@@ -1,9 +1,9 @@
-"""The models that are served, each with the batcher that feeds it.
+"""The served models, each with the batcher that feeds it.
 
-The default one is loaded at the start. The artefact folders beside it are loaded when somebody asks
-for them, and closed again, the least recently used first, when all of them together take more
-memory than they may. A reload opens each anew beside the old one, which serves until then, and on
-where the new one is refused.
+The default model is loaded at the start. The models in the artefact folders beside it are loaded on
+demand. When together they exceed the memory budget, the least recently used are closed first. A
+reload opens each model a second time; the old one serves until the new one is ready, and continues
+to serve if the new one is refused.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _log: Any = structlog.get_logger("service.engines")
 
 
 def find_artefacts(folder: Path) -> dict[str, Path]:
-    """The artefact folders beside ``folder``, by their models' names, in order.
+    """Find the artefact folders beside ``folder``, by their models' names, in order.
 
-    One that cannot be read is left out, and the log says so.
+    Unreadable folders are skipped with a warning in the log.
     """
     found: dict[str, Path] = {}
     own = folder.resolve()
@@ -58,11 +58,11 @@ def find_artefacts(folder: Path) -> dict[str, Path]:
 
 @dataclass(eq=False)
 class Engines:
-    """The default engine and those loaded on demand, within ``budget_bytes`` for the latter.
+    """The default engine, and engines loaded on demand within ``budget_bytes``.
 
-    ``folder`` is the default's artefact folder; those beside it are served too, unless the budget
-    is 0. ``load`` opens one; ``on_reload`` hears of each reload whether it was taken. Belongs to
-    one event loop.
+    ``folder`` is the default's artefact folder; the folders beside it are served too, unless the
+    budget is 0. ``load`` opens a folder; ``on_reload`` is called after each reload with whether the
+    new model was accepted. Belongs to one event loop.
     """
 
     default: Engine
@@ -83,7 +83,7 @@ class Engines:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All models' names, the default's first."""
+        """Names of all models, the default first."""
         default = self.default.model.contract.name
         return tuple(dict.fromkeys((default, *self._beside, *self._loaded)))
 
@@ -98,18 +98,18 @@ class Engines:
         return max(one.batcher.running_s for one in (*self.opened, *self._retiring))
 
     def abandon(self) -> None:
-        """Refuse what is new, and fail what waits for a device."""
+        """Refuse new requests and fail all accepted ones."""
         self._closing = True
         for engine in (*self.opened, *self._retiring):
             engine.batcher.abandon()
 
     def loaded(self, name: str | None) -> ServedModel | None:
-        """The model of that name (None: the default) if it is in memory."""
+        """Return the model of that name (None: the default) if it is in memory."""
         engine = self._find(name)
         return engine.model if engine is not None else None
 
     def manifest(self, name: str) -> Manifest:
-        """The manifest of a model, loaded or not. Raises `UnknownModel`, `ModelUnavailable`."""
+        """Return a model's manifest, loaded or not. Raises `UnknownModel`, `ModelUnavailable`."""
         engine = self._find(name)
         if engine is not None:
             return engine.model.manifest
@@ -120,7 +120,7 @@ class Engines:
 
     @asynccontextmanager
     async def use(self, name: str | None = None) -> AsyncIterator[Engine]:
-        """Hold the engine of a model (None: the default), loading it if need be.
+        """Hold the engine of a model (None: the default) and load it if necessary.
 
         Raises `UnknownModel`, `ModelUnavailable` or `Draining`.
         """
@@ -133,18 +133,19 @@ class Engines:
             yield engine
 
     async def reload(self) -> None:
-        """Take up anew what is in the folders of all loaded models, and which are beside them.
+        """Reload all loaded models from their folders, and look for new folders beside them.
 
-        A model that cannot be opened, would run elsewhere, or has a name that another has, is
-        refused: the log says why, and the old one serves on. Otherwise the new one takes its place
-        between two requests; whoever holds the old one is answered by it.
+        A new model is refused if it cannot be opened, would run on another provider, or has the
+        name of another model: the log states the reason and the old model continues to serve.
+        Otherwise the new model replaces it between two requests; requests that hold the old model
+        are answered by it.
         """
         self._beside = await asyncio.to_thread(self._look_beside)
         for name in [*self._loaded]:
             try:
                 async with self._loading:
                     await self._replace(name)
-            # Whatever is wrong with it, the old one is there.
+            # Whatever is wrong with the new model, the old one can serve.
             except Exception as exc:  # noqa: BLE001
                 unforeseen = not isinstance(exc, SegmentError)
                 _log.error("reload refused", model=name, reason=str(exc), exc_info=unforeseen)
@@ -153,10 +154,10 @@ class Engines:
             await asyncio.to_thread(give_back_freed)
 
     async def _replace(self, name: str) -> None:
-        """Open an engine's folder again, and put what comes of it in its place."""
+        """Open an engine's folder again and replace the engine."""
         engine = self._loaded.get(name)
         if engine is None:
-            return  # closed meanwhile, for its memory
+            return  # closed in the meantime to free memory
         before = self._memory()
         new = await self.load(self.folder if engine is self.default else self._folder(name))
         new.memory_bytes = max(0, self._memory() - before)
@@ -185,13 +186,13 @@ class Engines:
             self._retiring.remove(engine)
 
     def _find(self, name: str | None) -> Engine | None:
-        # By its present name: a cluster's devices may take up another model.
+        # By its present name: a cluster's devices may have reloaded another model.
         if name is None or name == self.default.model.contract.name:
             return self.default
         return self._loaded.get(name)
 
     async def close(self) -> None:
-        """Refuse what is new, answer what was taken, and give up every engine."""
+        """Refuse new requests, answer all accepted ones, and close every engine."""
         self._closing = True
         async with self._loading:
             for engine in (*self.opened, *self._retiring):
@@ -215,7 +216,7 @@ class Engines:
             return self._loaded[name]
 
     async def _keep_to_the_budget(self, newest: Engine) -> None:
-        """Close what was not used for longest; never the default, what is in use, or the newest."""
+        """Close the least recently used engines; never the default, the newest or one in use."""
         idle = sorted(
             (
                 (engine.last_used, name)
@@ -250,6 +251,6 @@ class Engines:
         try:
             # Source: Linux, proc_pid_statm(5): the second is the resident set, in pages.
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        except OSError:  # only Linux has it; elsewhere nothing is ever closed
+        except OSError:  # only Linux has it; elsewhere no model is closed
             return 0
         return pages * mmap.PAGESIZE

@@ -1,17 +1,17 @@
 """Batches on a GPU: uint8 photos go up, uint8 class ids at each photo's own size come down.
 
-A *lane* owns what one batch needs on its way: page-locked buffers at both ends, device buffers
-between them, a stream for its copies. Several lanes share one network and one compute stream:
-while one lane's batch computes, another's is packed and uploaded, or downloaded and unpacked.
-All buffers are made at the start and never grow:
+A *lane* owns the buffers of one batch: page-locked ones on the host, others on the device, and a
+stream for the copies between them. Several lanes share one network and one compute stream: while
+one lane's batch computes, another's is packed and uploaded, or downloaded and unpacked. All buffers
+are allocated at the start and never grow:
 
 * A batch that does not fit into the input buffer runs in parts.
-* Class ids that do not fit into the output buffer come down in rounds; a *piece* is what goes of
-  one photo into one round.
+* Class ids that do not fit into the output buffer are downloaded in rounds. A *piece* is the part
+  of one photo in one round.
 
-The listed shapes in the listed batch sizes are captured as CUDA graphs while the lane warms up,
-and replayed afterwards. Knows neither CUDA nor ONNX Runtime: it is given a `Channel`, which
-``service.inference.cuda`` makes and the tests make on the CPU, and a `Network`.
+While the lane warms up, the listed shapes in the listed batch sizes are captured as CUDA graphs;
+later runs replay them. This module knows neither CUDA nor ONNX Runtime: it gets a `Channel`, which
+``service.inference.cuda`` opens (on the CPU in the tests), and a `Network`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from service.artefact.preprocessing import Geometry, round_up
 from service.inference.upsampling import Labels
 
 OUTPUT_BYTES: Final = 16 * 2**20
-"""Output buffer of a lane: the class ids of a batch of usual photos, or of one of 16 megapixels."""
+"""Output buffer of a lane: enough for a batch of usual photos, or for one of 16 megapixels."""
 
 WARM_UP_RUNS: Final = 3
-"""ONNX Runtime captures a graph in the second run of its batch size and shape, and replays it from
-the third on."""
+"""ONNX Runtime captures a graph in the second run of a batch size and shape, and replays it
+in later runs."""
 
 NO_GRAPH: Final = -1
 """The graph id of a run that is neither captured nor replayed. Source: ONNX Runtime, CUDA
@@ -60,7 +60,7 @@ PIECE: Final = np.dtype(
 """A piece as the kernel reads it: ``Piece`` in ``upsampling.cu``, field by field."""
 
 _ALIGNMENT: Final = 256
-"""Bytes; what CUDA's own allocations are aligned to."""
+"""Alignment of CUDA's own allocations, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,9 @@ class DeviceTask:
 
 @dataclass(frozen=True, slots=True)
 class Upsampled:
-    """What a lane makes of a photo, and the device's seconds for the network and for the rest.
+    """A lane's result for a photo, and the device's seconds for the whole batch.
 
-    ``upsample_s`` has the way down in it; both are those of the whole batch.
+    ``infer_s``: the network; ``upsample_s``: the upsampling and the download.
     """
 
     labels: Labels
@@ -85,31 +85,31 @@ class Upsampled:
 
 
 class Channel(Protocol):
-    """A lane's part of a device: its buffers, and its commands, which queue up and return at once.
+    """A lane's buffers on a device, and its commands, which are queued and return at once.
 
     ``input`` and ``output`` are page-locked ``(bytes,) uint8`` arrays in the host's memory; the
-    device has a buffer of the same size for each. Raises `DeviceMemoryExhausted` where memory is
-    short, or what the device's library raises.
+    device has a buffer of the same size for each. Raises `DeviceMemoryExhausted` if memory runs
+    out, or the errors of the device's library.
     """
 
     @property
     def input(self) -> npt.NDArray[np.uint8]:
-        """What `upload` copies."""
+        """The host's buffer that `upload` copies."""
 
     @property
     def output(self) -> npt.NDArray[np.uint8]:
-        """What `download` fills."""
+        """The host's buffer that `download` fills."""
 
     @property
     def input_address(self) -> int:
-        """Where the device's input starts."""
+        """Address of the device's input."""
 
     @property
     def logits_address(self) -> int:
-        """Where the device's logits start, ``float32``."""
+        """Address of the device's ``float32`` logits."""
 
     def upload(self, size: int) -> None:
-        """Copy the first ``size`` bytes of ``input`` to the device; what follows waits for that."""
+        """Copy the first ``size`` bytes of ``input`` to the device; later commands wait for it."""
 
     def upsample(self, pieces: int, most_pixels: int, classes: int) -> None:
         """Upsample the `PIECE` records at the start of the input into the device's output."""
@@ -120,12 +120,12 @@ class Channel(Protocol):
     def wait(self) -> tuple[float, float]:
         """Wait for the last download.
 
-        Returns the device's seconds between the upload's end and `upsample`, and from there on.
+        Returns the device's seconds from the upload's end to `upsample`, and from there to the end.
         """
 
 
 class Network(Protocol):
-    """A network whose inputs and outputs lie where the caller says."""
+    """A network that reads and writes the caller's buffers."""
 
     def bind(
         self, input_address: int, logits_address: int, batch_size: int, shape: Shape, graph: int
@@ -138,7 +138,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """``pixels`` pixels from ``first`` on of the ``photo``-th photo, written to ``offset``."""
+    """Photo number ``photo``'s ``pixels`` pixels from ``first`` on, written to ``offset``."""
 
     photo: int
     first: int
@@ -147,9 +147,9 @@ class Piece:
 
 
 def batch_sizes(most: int) -> tuple[int, ...]:
-    """The batch sizes that are run: powers of two, what lies halfway between them, and ``most``.
+    """Return the batch sizes to run: powers of two, the sizes halfway between them, and ``most``.
 
-    A batch of another size is filled up to the next one, by a third at most.
+    A batch of another size is padded to the next one; at most a third is padding.
     """
     sizes = {most}
     for power in range(most.bit_length()):
@@ -181,11 +181,11 @@ def plan_rounds(tasks: Sequence[DeviceTask], capacity: int) -> Iterator[list[Pie
 
 
 class Lane:
-    """One way through the device for a batch at a time; call `run` from one thread only.
+    """Runs one batch at a time on the device; call `run` from one thread only.
 
-    ``graphs`` says whether listed shapes are captured; ``number`` tells the lanes of a device
-    apart. The lanes of a device share ``lock``: what one of them queues on the compute stream must
-    not lie between another's commands, because all runs of a network use the same memory.
+    ``graphs``: whether listed shapes are captured; ``number``: the lane's number on its device. The
+    lanes of a device share ``lock``: their commands on the compute stream must not interleave,
+    because all runs of a network use the same memory.
     """
 
     def __init__(
@@ -206,7 +206,7 @@ class Lane:
         self._sizes = batch_sizes(max_batch)
         self._graphs = graphs
         self._lock = lock
-        # Room for a full batch of any listed shape, and for one photo of any size there is.
+        # Room for a full batch of any listed shape, and for one photo of the largest size.
         largest = max(height * width for height, width in contract.shapes)
         self._pixels = max(max_batch * largest, round_up(max_side) ** 2)
         self._images_at = _aligned(max_batch * PIECE.itemsize)
@@ -217,7 +217,7 @@ class Lane:
             output_bytes,
         )
         listed = list(product(contract.shapes, self._sizes))
-        # Of each lane its own: a graph reads and writes the addresses it was captured with.
+        # Graphs are per lane: a graph reads and writes the addresses that it was captured with.
         first = 1 + number * len(listed)
         self._listed = {
             (shape, size): self._bind(shape, size, first + nth if graphs else NO_GRAPH)
@@ -227,13 +227,13 @@ class Lane:
 
     @property
     def captured(self) -> int:
-        """How many graphs the warm-up captures."""
+        """Number of graphs that the warm-up captures."""
         return len(self._listed) if self._graphs else 0
 
     def warm_up(self) -> None:
-        """Run every listed shape in every batch size, so that no request pays for it.
+        """Run every listed shape in every batch size, so that no request has to wait for it.
 
-        In the thread that calls `run` later: ONNX Runtime keeps captured graphs for each thread.
+        Call it in the thread that calls `run` later: ONNX Runtime keeps captured graphs per thread.
         """
         for shape, size in self._listed:
             image = np.zeros((*shape, 3), dtype=np.uint8)
@@ -242,7 +242,7 @@ class Lane:
                 self.run([task] * size)
 
     def run(self, tasks: Sequence[DeviceTask]) -> list[Upsampled]:
-        """Take photos of one shape through the device, blocking; returns a result for each."""
+        """Run photos of one shape on the device, blocking; returns a result for each."""
         shape = tasks[0].geometry.padded
         most = max(size for size in self._sizes if self._fits(shape, size))
         parts = (tasks[start : start + most] for start in range(0, len(tasks), most))
@@ -253,7 +253,7 @@ class Lane:
         size = next(size for size in self._sizes if size >= len(tasks))
         run = self._listed.get((shape, size)) or self._bind(shape, size, NO_GRAPH)
         height, width = shape
-        # The images that fill a batch up are whatever was there before.
+        # The padding images of a batch are left over from earlier batches.
         images = channel.input[self._images_at :][: size * height * width * 3]
         for image, task in zip(images.reshape(size, height, width, 3), tasks, strict=False):
             image[:] = task.image
@@ -293,7 +293,7 @@ class Lane:
     def _records(
         self, tasks: Sequence[DeviceTask], pieces: Sequence[Piece], shape: Shape
     ) -> npt.NDArray[np.void]:
-        """The pieces as the kernel reads them: ``(len(pieces),)`` of `PIECE`."""
+        """Return the pieces as the kernel reads them: ``(len(pieces),)`` of `PIECE`."""
         grid = [side // self._contract.stride for side in shape]
         records = np.zeros(len(pieces), dtype=PIECE)
         for record, piece in zip(records, pieces, strict=True):

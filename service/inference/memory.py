@@ -1,4 +1,4 @@
-"""What glibc's allocator keeps and gives back; with any other these do nothing.
+"""Control how much freed memory glibc's allocator keeps; other allocators are unaffected.
 
 Source: glibc, ``mallopt(3)`` and ``malloc_trim(3)``.
 """
@@ -9,7 +9,7 @@ import contextlib
 import ctypes
 from typing import Final
 
-# mallopt's parameters, from glibc's malloc.h, and what they are set to.
+# mallopt's parameters, from glibc's malloc.h, and their values.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
@@ -18,16 +18,15 @@ _KEPT_BYTES: Final = 64 * 2**20
 
 
 def keep_freed_buffers() -> None:
-    """Keep the buffers of one photo for the next, whichever thread it is in.
+    """Reuse the buffers of one photo for the next, across threads.
 
-    To be called before there is a second thread.
+    Call this before the process starts a second thread.
 
-    Left alone the allocator gives each buffer of half a megabyte back to the kernel, and taking it
-    again page by page is half the time of resizing a 500x375 photo. Larger ones are still given
-    back.
+    By default the allocator returns each buffer of half a megabyte to the kernel. Getting it back
+    page by page takes half the time of resizing a 500x375 photo. Larger buffers are still returned.
 
-    Nor does each thread get a part of the memory of its own, of which none takes another's: those
-    parts filled one by one, over thousands of requests, and a model's weights stayed in them.
+    All threads share one arena. With an arena per thread, the arenas filled one by one over
+    thousands of requests, and a closed model's weights stayed in them.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
@@ -37,6 +36,6 @@ def keep_freed_buffers() -> None:
 
 
 def give_back_freed() -> None:
-    """Give back all that is free: a model's weights lie in pieces too small to go by themselves."""
+    """Return all free memory, including the many small pieces of a closed model's weights."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
 """ONNX Runtime's execution providers: their names, and the options they are opened with.
 
-Where an option is not the default its reason stands beside it. None of them has been measured on a
-GPU yet; ``make bench-gpu`` compares them.
+Each option that is not the default has its reason beside it. None has been measured on a GPU yet;
+``make bench-gpu`` compares them.
 Sources: ONNX Runtime, "CUDA Execution Provider" and "TensorRT Execution Provider".
 """
 
@@ -25,22 +25,22 @@ def cuda(
 ) -> Provider:
     """The CUDA provider on GPU ``ordinal``, computing on the stream ``compute_handle``.
 
-    ``graphs``: whether runs can be captured; ``memory_bytes``: the most its arena may take, 0 for
-    all there is.
+    ``graphs``: whether runs can be captured as CUDA graphs; ``memory_bytes``: the limit of its
+    arena, 0 for none.
     """
     options = {
         "device_id": str(ordinal),
-        # The upsampling follows on the same stream without anybody waiting in between.
+        # The upsampling follows on the same stream, so no thread waits in between.
         "user_compute_stream": str(compute_handle),
         "enable_cuda_graph": _flag(graphs),
-        # The other way tries every algorithm at each new shape, while somebody waits.
+        # The default tries every algorithm at each new shape, while a request waits.
         "cudnn_conv_algo_search": "HEURISTIC",
         "cudnn_conv_use_max_workspace": "1",
         # Tensor cores read channels last.
         "prefer_nhwc": _flag(precision == "fp16"),
-        # Whoever asks for fp32 wants fp32's masks; who wants tensor cores has fp16.
+        # A user of fp32 expects fp32's masks; fp16 is there for tensor cores.
         "use_tf32": "0",
-        # Doubling at each step would take twice what is needed, and keep it.
+        # The default doubles the arena at each step and would keep twice what it needs.
         "arena_extend_strategy": "kSameAsRequested",
     }
     if memory_bytes:
@@ -59,7 +59,7 @@ def tensorrt(
 ) -> Provider:
     """The TensorRT provider, with one profile around the listed ``shapes``.
 
-    ``cache``: folder for its engines, None builds them at each start.
+    ``cache``: folder for its engines; without one, it builds them at each start.
     """
     options = {
         "device_id": str(ordinal),

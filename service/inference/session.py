@@ -35,16 +35,16 @@ from service.inference.cuda import CudaDevice, first_line, memory_errors
 PrecisionChoice = Literal["auto", "fp32", "fp16", "int8"]
 ProviderChoice = Literal["cuda", "tensorrt"]
 
-# x86 flags of Linux for multiply-and-add of 8-bit integers. Without them int8 kernels add up in
-# 16 bits, which is no faster and can saturate.
+# Linux's names of the x86 features that multiply and add 8-bit integers. Without them int8 kernels
+# add in 16 bits, which is no faster and can saturate.
 _INT8_FLAGS: Final = {"avx512_vnni", "avx_vnni"}
 
-# ONNX Runtime's exceptions for this share no class; these are its words for it.
+# ONNX Runtime has no exception class for this; its messages contain one of these.
 _OUT_OF_MEMORY: Final = ("Failed to allocate memory", "out of memory", "OUT_OF_MEMORY")
 
 
 class ModelMetadata(Protocol):
-    """What ``InferenceSession.get_modelmeta()`` returns, as far as it is read here."""
+    """The part of ``InferenceSession.get_modelmeta()`` that is used here."""
 
     @property
     def custom_metadata_map(self) -> Mapping[str, str]:
@@ -72,19 +72,19 @@ class InferenceSession(Protocol):
         """Run the graph on arrays by input name; returns one array for each output name."""
 
     def io_binding(self) -> Any:  # noqa: ANN401
-        """ONNX Runtime's ``IOBinding``: inputs and outputs that lie where the caller says."""
+        """Return ONNX Runtime's ``IOBinding``, which binds the caller's buffers."""
 
     def run_with_iobinding(self, iobinding: Any, run_options: Any = None) -> None:  # noqa: ANN401
-        """Run the graph on what is bound."""
+        """Run the graph on the bound buffers."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceOptions:
-    """How a GPU is used; nothing of it matters on a CPU.
+    """How a GPU is used; a CPU ignores all of it.
 
-    ``provider``: what runs the network; ``graphs``: whether the listed shapes are captured as CUDA
+    ``provider``: the execution provider; ``graphs``: whether the listed shapes are captured as CUDA
     graphs; ``max_batch``: the largest batch; ``cache``: folder for TensorRT's engines;
-    ``memory_bytes``: the most that the network's activations may take, 0 for all there is.
+    ``memory_bytes``: limit for the network's activations, 0 for none.
     """
 
     provider: ProviderChoice = "cuda"
@@ -98,10 +98,10 @@ class DeviceOptions:
 class Model:
     """A loaded artefact: session, contract and manifest, checked against each other.
 
-    ``file_name`` is the network file in the artefact folder, ``provider`` ONNX Runtime's name of
-    the execution provider that runs it. ``session`` runs on all threads; ``shares`` are none or
-    two sessions with half of them each, for two runs at once. ``gpu`` is None on a CPU, and
-    ``why`` says why, where that was not asked for.
+    ``file_name`` is the network file in the artefact folder; ``provider`` is ONNX Runtime's name of
+    the execution provider that runs it. ``session`` runs on all threads; ``shares`` is empty or has
+    two sessions with half the threads each, for two runs at once. ``gpu`` is None on a CPU; ``why``
+    is then the reason, unless the CPU was asked for.
     """
 
     session: InferenceSession
@@ -119,8 +119,8 @@ class Model:
         """Run the network, blocking, on ``session`` (None: on all threads).
 
         ``batch``: ``(N, h, w, 3) uint8`` RGB, h and w multiples of 32. Returns logits
-        ``(N, C, h/stride, w/stride) float32``. Raises `DeviceMemoryExhausted`, or whatever ONNX
-        Runtime raises.
+        ``(N, C, h/stride, w/stride) float32``. Raises `DeviceMemoryExhausted` or ONNX Runtime's
+        errors.
         """
         with memory_errors(*_OUT_OF_MEMORY):
             (logits,) = (session or self.session).run([OUTPUT_NAME], {INPUT_NAME: batch})
@@ -130,13 +130,13 @@ class Model:
     def bind(
         self, input_address: int, logits_address: int, batch_size: int, shape: Shape, graph: int
     ) -> Callable[[], None]:
-        """Return a function that runs the network where the caller's buffers lie.
+        """Return a function that runs the network on the caller's buffers.
 
-        ``input_address``: of ``(batch_size, *shape, 3) uint8``; ``logits_address``: of room for
-        ``(batch_size, C, h/stride, w/stride) float32``; both in the memory of the model's device.
-        On a GPU the run is queued on its compute stream and the function returns at once;
+        ``input_address``: address of ``(batch_size, *shape, 3) uint8``; ``logits_address``: address
+        of ``(batch_size, C, h/stride, w/stride) float32``; both in the memory of the model's
+        device. On a GPU the run is queued on its compute stream and the function returns at once.
         ``graph`` is the CUDA graph to capture or replay, -1 for none. The function raises
-        `DeviceMemoryExhausted`, or whatever ONNX Runtime raises.
+        `DeviceMemoryExhausted` or ONNX Runtime's errors.
         """
         device = ("cpu", 0) if self.gpu is None else (self.gpu.kind, self.gpu.ordinal)
         binding = self.session.io_binding()
@@ -146,7 +146,7 @@ class Model:
         binding.bind_output(OUTPUT_NAME, *device, np.float32, logits_shape, logits_address)
         options = ort.RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(graph))
-        # Nobody waits here: the caller waits for what it queues behind the run.
+        # No wait here: the caller waits for the commands that it queues after the run.
         options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
         def run() -> None:
@@ -156,14 +156,14 @@ class Model:
         return run
 
     def warm_up(self, batch_size: int = 1) -> None:
-        """Run every session on every listed shape, so that no request pays for allocations.
+        """Run every session on every listed shape, so that no request has to allocate memory.
 
-        Raises `ContractError` if the logits are not of the size that the contract's stride says.
+        Raises `ContractError` if the logits do not have the size given by the contract's stride.
         """
         stride, classes = self.contract.stride, len(self.contract.classes)
         sessions = {id(session): session for session in (self.session, *self.shares)}
-        # From a shape's second run on, ONNX Runtime takes what it needs in one piece. The largest
-        # one is had here; otherwise memory would grow whenever that run happened to come.
+        # From a shape's second run on, ONNX Runtime allocates its memory in one piece. The largest
+        # piece is allocated here; otherwise memory would grow at some later request.
         shapes = (*self.contract.shapes, self.contract.shapes[-1])
         for session, (height, width) in product(sessions.values(), shapes):
             image = np.zeros((batch_size, height, width, 3), dtype=np.uint8)
@@ -178,7 +178,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class _NetworkFile:
-    """A network to open: its path, which only names it, and the artefact's ``files`` as read."""
+    """A network to open: its path (a name only), and the contents of the artefact's ``files``."""
 
     path: Path
     files: Mapping[str, bytes]
@@ -194,15 +194,15 @@ def load_model(
 ) -> Model:
     """Load an artefact folder: sha256 first, then the graph, then the contract against both.
 
-    ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``threads`` are the CPU threads of one
-    run (None: the cores this process may use); ``precision`` says which of the artefact's networks
-    runs (auto: what the device is fastest with). A given ``session`` takes the place of ONNX
-    Runtime's; everything else is checked all the same.
+    ``device``: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``threads``: the CPU threads of one run
+    (None: the cores that this process may use); ``precision``: which of the artefact's networks
+    runs (auto: the fastest on the device). A given ``session`` replaces ONNX Runtime's; everything
+    else is checked as usual.
 
-    Raises `ArtefactError` or `DeviceUnavailable`, with one line that says what differs.
+    Raises `ArtefactError` or `DeviceUnavailable` with one line that states what is wrong.
     """
     manifest = load_manifest(folder)
-    # All of them: an int8 network reads its weights out of the fp32 file.
+    # All files: an int8 network reads its weights from the fp32 file.
     files = read_files(folder, manifest)
     gpu, why = None, None
     shares: tuple[InferenceSession, ...] = ()
@@ -238,10 +238,10 @@ def load_model(
 
 
 def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """CPU cores that this process may use, which is not all cores in a container.
+    """Return the CPU cores that this process may use; in a container, not all of the machine's.
 
-    The least of its affinity and, rounded up, its CPU quota: more threads than that would be
-    throttled in the middle of a run. Source of ``cpu_max``: Linux, ``cgroup-v2.rst``.
+    The smaller of its affinity and its CPU quota, rounded up: more threads would be throttled in
+    the middle of a run. Source for ``cpu_max``: Linux, ``cgroup-v2.rst``.
     """
     try:
         cores = len(os.sched_getaffinity(0))
@@ -273,7 +273,7 @@ def _int8_is_fast() -> bool:
 def _open_on_cpu(
     network: _NetworkFile, threads: int
 ) -> tuple[InferenceSession, tuple[InferenceSession, ...]]:
-    """A session with all threads, and those with half of them each."""
+    """Open a session with all threads, and the shares with half of them each."""
 
     def opened(threads: int) -> InferenceSession:
         return _open(network, _session_options(threads), [providers.CPU])
@@ -282,21 +282,21 @@ def _open_on_cpu(
     if threads == 1:
         return session, ()
     share = opened(threads // 2)
-    # A session with one thread works in its callers' own: one serves both.
+    # A session with one thread runs in the caller's thread, so one session serves as both shares.
     return session, (share, share if threads < 4 else opened(threads // 2))
 
 
 def _open_on_gpu(
     network: _NetworkFile, gpu: CudaDevice, precision: Precision, options: DeviceOptions | None
 ) -> InferenceSession:
-    """A session whose every node runs on the GPU. Raises `DeviceUnavailable` if one does not."""
+    """Open a session with every node on the GPU. Raises `DeviceUnavailable` if one is not."""
     options = options or DeviceOptions()
     wanted = providers.TENSORRT if options.provider == "tensorrt" else providers.CUDA
     if wanted not in ort.get_available_providers():
         raise DeviceUnavailable(
             f"this ONNX Runtime offers only {', '.join(ort.get_available_providers())}"
         )
-    # The gpu extra's CUDA and cuDNN live in site-packages, where the loader does not look.
+    # The gpu extra's CUDA and cuDNN are in site-packages, where the loader does not look.
     ort.preload_dlls()
     cuda = providers.cuda(
         gpu.ordinal,
@@ -307,7 +307,7 @@ def _open_on_gpu(
     )
     chosen = [cuda]
     if wanted == providers.TENSORRT:
-        # Its profile has to be known before the graph is opened on it.
+        # TensorRT needs its profile before the graph is opened.
         unopened = _open(network, _session_options(1), [providers.CPU])
         metadata = unopened.get_modelmeta().custom_metadata_map
         tensorrt = providers.tensorrt(
@@ -323,9 +323,9 @@ def _open_on_gpu(
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = _open(network, settings, chosen)
-    except ArtefactError as exc:  # if it is the artefact after all, the CPU will say the same
+    except ArtefactError as exc:  # a broken artefact fails again on the CPU
         raise DeviceUnavailable(str(exc)) from exc
-    # Without a provider's library ONNX Runtime takes the CPU silently; the session knows.
+    # Without the provider's library ONNX Runtime falls back to the CPU; only the session shows it.
     if wanted not in session.get_providers():
         raise DeviceUnavailable(
             f"ONNX Runtime fell back to {', '.join(session.get_providers())}: {_why_not(wanted)}"
@@ -335,7 +335,7 @@ def _open_on_gpu(
 
 
 def _why_not(provider: str) -> str:
-    """Why ONNX Runtime could not load a provider's library, which it tells its log only."""
+    """Find out why ONNX Runtime could not load a provider's library; it only logs the reason."""
     name = provider.removesuffix("ExecutionProvider").lower()
     try:
         ctypes.CDLL(str(Path(ort.__file__).parent / f"capi/libonnxruntime_providers_{name}.so"))
@@ -345,9 +345,9 @@ def _why_not(provider: str) -> str:
 
 
 def _refuse_cpu_nodes(path: Path, session: Any) -> None:  # noqa: ANN401
-    """Raise `DeviceUnavailable` where a node of the network was left to the CPU.
+    """Raise `DeviceUnavailable` if a node of the network would run on the CPU.
 
-    Each would cost two copies and a wait in every run, and no run could be captured.
+    Each such node costs two copies and a wait in every run, and prevents capturing.
     """
     left = [
         f"{node.op_type} {node.name}".rstrip()
@@ -364,20 +364,19 @@ def _refuse_cpu_nodes(path: Path, session: Any) -> None:  # noqa: ANN401
 
 def _session_options(threads: int) -> Any:  # noqa: ANN401
     options = ort.SessionOptions()
-    # All else is ONNX Runtime's default, because nothing else was better where it was measured:
-    # spinning saves 6 % of a run alone, the arena and its patterns 2 % without growing with the
-    # variety of shapes, and a graph that was optimised beforehand would save 0.7 s of the start
-    # for a cache to keep.
+    # Everything else is ONNX Runtime's default, because no alternative measured better. Spinning
+    # saves 6 % of a run alone. The arena and its patterns save 2 % and do not grow with the variety
+    # of shapes. A graph optimised in advance would save 0.7 s at the start but needs a cache.
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors; warnings about fused nodes help nobody here
+    options.log_severity_level = 3  # errors only; warnings about fused nodes are of no use here
     return options
 
 
 def _open(network: _NetworkFile, options: Any, chosen: Sequence[Any]) -> InferenceSession:  # noqa: ANN401
     names, contents = zip(*network.files.items(), strict=True)
     try:
-        # By their paths ONNX Runtime would map the weights into memory, and a file that is cut
-        # short later would end the process with SIGBUS.
+        # Given paths, ONNX Runtime would map the weights into memory, and a file truncated later
+        # would end the process with SIGBUS.
         options.add_external_initializers_from_files_in_memory(
             names, contents, [len(content) for content in contents]
         )
@@ -385,7 +384,7 @@ def _open(network: _NetworkFile, options: Any, chosen: Sequence[Any]) -> Inferen
             network.files[network.path.name],
             sess_options=options,
             providers=list(chosen),
-            # Else a provider that cannot start is printed, and replaced by the CPU.
+            # With fallback, a provider that cannot start is printed and replaced by the CPU.
             enable_fallback=False,
         )
     # ONNX Runtime's exceptions share no base below Exception; any of them means: not loadable.

@@ -4,8 +4,8 @@
 // thread makes one pixel and writes only its id and confidence: the interpolated logits stay in
 // registers. A photo's logits are small enough that reads come from cache. At most 256 classes.
 //
-// Compiled by NVRTC when the service starts (cuda.py), for whatever GPU it finds. The tests compile
-// it with a C++ compiler and compare it with upsampling.py.
+// NVRTC compiles this when the service starts (cuda.py), for the GPU that it finds. The tests
+// compile it with a C++ compiler and compare it with upsampling.py.
 
 // Consecutive pixels of one photo, row by row. Field by field the same as PIECE in lanes.py.
 struct Piece {
@@ -23,7 +23,7 @@ struct Piece {
 
 #define NO_CONFIDENCE (~0ull)
 
-// The two logits around a pixel along one axis, and how far it lies from the first to the second.
+// The two logits around a pixel along one axis, and the weight of the second one.
 struct Sample {
     int before;
     int after;
@@ -31,7 +31,7 @@ struct Sample {
 };
 
 static __device__ Sample sample(unsigned pixel, double step, int size) {
-    // In double: in float the last pixels of large photos would be off by more than rounding.
+    // Double: in float, the last pixels of large photos would be off by more than rounding.
     double position = (pixel + 0.5) * step - 0.5;
     position = position < 0.0 ? 0.0 : position;
     position = position > size - 1 ? size - 1 : position;
@@ -69,7 +69,7 @@ extern "C" __global__ void upsample(const Piece* pieces, const float* logits, in
     float best = interpolate(photo, row, column, piece.grid_width);
     for (int c = 1; c < classes; ++c) {
         const float value = interpolate(photo + c * plane, row, column, piece.grid_width);
-        // Ties, and whatever is not a number, go to the lower id.
+        // Ties and NaN go to the lower id.
         if (value > best) {
             best = value;
             id = c;
@@ -81,6 +81,6 @@ extern "C" __global__ void upsample(const Piece* pieces, const float* logits, in
     float total = 0.0f;
     for (int c = 0; c < classes; ++c)
         total += expf(interpolate(photo + c * plane, row, column, piece.grid_width) - best);
-    // The winner's own share of 1 is in the total, so this is 255 at most; not a number becomes 0.
+    // The total includes the winner's own share of 1, so this is 255 at most; NaN becomes 0.
     out[piece.confidence + nth] = total >= 1.0f ? (unsigned char)(255.0f / total + 0.5f) : 0;
 }

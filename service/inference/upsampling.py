@@ -1,21 +1,21 @@
 """Logits to class ids at the photo's own size, exact and in bounded memory.
 
-One bilinear interpolation with half-pixel centres (``align_corners=False``) takes the valid
-region of the logits straight to the photo's pixels; the argmax comes after it, so labels are
-never resized. Few of the interpolated values are ever computed:
+One bilinear interpolation with half-pixel centres (``align_corners=False``) maps the valid region
+of the logits to the photo's pixels. The argmax follows, so labels are never resized. Only a few of
+the interpolated values are computed:
 
 * Four neighbouring logits are the corners of a cell of the photo. Each pixel of the cell is a
-  convex combination of them, so a class that leads at all four corners leads at every pixel:
-  the cell is filled without arithmetic. On usual photos that is 75 to 95 % of the cells.
-* For the same reason a class below one and the same other class at all four corners cannot win
-  in the cell. What remains, two or three candidates, is interpolated: ``rows @ corners @ columns``
-  with the weights ``(T, 2)`` and ``(2, T)`` of the cell's pixels and the ``(2, 2)`` corners.
-  Only differences to the first candidate matter, which saves one of them.
-* The softmax needs the logits' differences too. A class so far below another one at all four
-  corners that it cannot change a confidence by a fraction of 1/255 is left out likewise.
+  convex combination of them, so a class that leads at all four corners leads at every pixel, and
+  the cell is filled without arithmetic. On usual photos this is true for 75 to 95 % of the cells.
+* For the same reason, a class that is below the same other class at all four corners cannot win in
+  the cell. The two or three remaining candidates are interpolated: ``rows @ corners @ columns``
+  with the weights ``(T, 2)`` and ``(2, T)`` of the cell's pixels and the ``(2, 2)`` corners. Only
+  differences to the first candidate matter, so it needs no interpolation.
+* The softmax also depends on differences only. A class is skipped if it is so far below another one
+  at all four corners that it cannot change a confidence by a fraction of 1/255.
 
-Cells are worked on in batches of about `BATCH_PIXELS`, so noisy logits, where every cell and
-class is a candidate, cost time but no memory.
+Cells are processed in batches of about `BATCH_PIXELS`. Noisy logits, where every class is a
+candidate in every cell, cost time but no memory.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ import numpy.typing as npt
 from service.artefact.preprocessing import Geometry
 
 BATCH_PIXELS: Final = 2**16
-"""Pixels interpolated at once: few enough for a core's own cache, enough to keep calls few."""
+"""Pixels interpolated at once: few enough for a core's cache, enough to keep calls few."""
 
 PART_PIXELS: Final = 2**20
 """Pixels counted at once."""
 
 CELL_SIDE: Final = 512
-"""Longer cells are cut, so that one alone is not larger than a few batches."""
+"""Longest side of a cell in pixels; longer cells are cut to bound the size of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What upsampling gives.
+    """Class ids and confidences of a photo's pixels.
 
     ``mask``: ``(H, W) uint8`` class ids. ``confidence``: ``(H, W) uint8``, the softmax probability
-    of the pixel's class in 255ths, within one of the true value; None where it was not asked for.
+    of the pixel's class in 255ths, off by one at most; None if it was not asked for.
     """
 
     mask: npt.NDArray[np.uint8]
@@ -54,13 +54,13 @@ class Labels:
     def class_confidence(self) -> npt.NDArray[np.float64]:
         """Mean confidence of each class over its own pixels.
 
-        Returns ``(256,) float64`` in [0, 1], indexed by class id, 0 for classes without pixels and
-        where no confidence was asked for.
+        Returns ``(256,) float64`` in [0, 1], indexed by class id; 0 for classes without pixels, and
+        for all classes without `confidence`.
         """
         histogram = np.zeros((256, 256))
         if self.confidence is not None:
             mask, confidence = self.mask.ravel(), self.confidence.ravel()
-            # In parts, because np.bincount makes 8 bytes of each pixel.
+            # In parts, because np.bincount takes 8 bytes per pixel.
             for start in range(0, mask.size, PART_PIXELS):
                 pairs = mask[start : start + PART_PIXELS].astype(np.uint16) * 256
                 pairs += confidence[start : start + PART_PIXELS]
@@ -80,14 +80,14 @@ def upsample(
     """Upsample one photo's logits and take the argmax; ties go to the lower class id.
 
     ``logits``: ``(C, h, w) float32`` of the padded input, C at most 256. Returns `Labels` of size
-    ``geometry.photo``. Where logits are not finite, the ids are still below C.
+    ``geometry.photo``. Ids are below C even where logits are not finite.
     """
     classes, *grid = logits.shape
     rows, columns = (
         _axis(*sizes)
         for sizes in zip(geometry.photo, geometry.resized, geometry.padded, grid, strict=True)
     )
-    # (4, cells): where in the flat logits the corners of every cell lie.
+    # (4, cells): indices of every cell's corners in the flat logits.
     corners = rows.corners[:, None, :, None] * grid[1] + columns.corners[:, None, :]
     corners = corners.reshape(4, -1)
     flat = logits.reshape(classes, -1)
@@ -96,7 +96,7 @@ def upsample(
     fill = winners[0].reshape(len(rows.size), -1)
     mask = fill.repeat(columns.size, axis=1).repeat(rows.size, axis=0)
     confidence = np.full_like(mask, 255) if with_confidence else None
-    # Whatever is not finite must not stop a batch of other people's photos.
+    # One photo's infinite logits must not fail the others of its batch.
     with np.errstate(all="ignore"):
         found = _possible_winners(flat.take(corners[:, mixed], axis=1))
         _paint(mask, _winners, found, mixed, rows, columns, batch_pixels)
@@ -111,9 +111,9 @@ def upsample(
 class _Axis:
     """The cells along one axis of a photo, in order.
 
-    ``corners``: ``(2, cells)`` the logits before and after each; the same one beyond the border.
-    ``start`` and ``stop``: ``(cells,)`` the pixels of each. Pixel ``start + t`` lies at
-    ``offset + t * step`` of the way from one logit to the other.
+    ``corners``: ``(2, cells)`` the logits before and after each; twice the same at the border.
+    ``start`` and ``stop``: ``(cells,)`` the pixels of each. The position of pixel ``start + t``
+    between its two logits is ``offset + t * step``, in [0, 1].
     """
 
     corners: npt.NDArray[np.intp]
@@ -124,14 +124,14 @@ class _Axis:
     step: float
 
     def weights(self, cells: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
-        """Both corners' weights in the pixels of cells: ``(cells, T, 2)``, T the largest size."""
+        """Weights of both corners at the cells' pixels: ``(cells, T, 2)``, T the largest size."""
         after = self.offset[cells, None] + self.step * np.arange(self.size.max())
         return np.stack((1 - after, after), axis=-1).astype(np.float32)
 
 
 @lru_cache(maxsize=64)
 def _axis(photo: int, resized: int, padded: int, logits: int) -> _Axis:
-    """The cells of an axis of so many pixels (photo, resized, padded) and logits.
+    """Cut an axis into cells, given its pixels (photo, resized, padded) and logits.
 
     Pixel ``y`` samples logits coordinate ``(y + 0.5) * resized / (photo * stride) - 0.5``, clamped
     to the logits, where the stride is ``padded / logits``.
@@ -154,11 +154,11 @@ def _axis(photo: int, resized: int, padded: int, logits: int) -> _Axis:
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:
-    """The classes worth interpolating in each of M cells, of which those with most come first.
+    """The classes to interpolate in each of M cells; cells with most candidates come first.
 
-    ``cells`` and ``counts``: ``(M,)``. ``ids``: ``(K, M) uint8``, in cell i the candidates are the
-    first ``counts[i]``. ``differences``: ``(K, M, 2, 2) float32``, their logits at the corners
-    less those of the cell's first candidate.
+    ``cells`` and ``counts``: ``(M,)``. ``ids``: ``(K, M) uint8``; the first ``counts[i]`` are the
+    candidates of cell i. ``differences``: ``(K, M, 2, 2) float32``, the candidates' logits at the
+    corners minus those of the cell's first candidate.
     """
 
     cells: npt.NDArray[np.intp]
@@ -194,10 +194,10 @@ class _Candidates:
 
 
 def _excess(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """How far each class at most rises above one and the same class of its cell: ``(C, cells)``.
+    """Each class's largest lead over one reference class of its cell: ``(C, cells)``.
 
-    ``values``: ``(C, 4, cells)``. That class is the one that leads at the cell's centre: any other
-    would be right too, but this one rules out most.
+    ``values``: ``(C, 4, cells)``. The reference is the class that leads at the cell's centre. Any
+    other would be correct too, but this one rules out the most classes.
     """
     leader = values.sum(axis=1).argmax(axis=0)
     leading = values[leader, :, np.arange(len(leader))].T
@@ -214,10 +214,10 @@ def _possible_winners(values: npt.NDArray[np.float32]) -> _Candidates:
 
 
 def _contributors(values: npt.NDArray[np.float32]) -> _Candidates:
-    """The classes that count in a cell's softmax, the highest first; ``values``: ``(C, 4, cells)``.
+    """The classes that matter in a cell's softmax, highest first; ``values``: ``(C, 4, cells)``.
 
-    A class's share is at most the exponential of its excess. The smallest are left out while they
-    sum up to less than 0.49 / 255: with the rounding the error stays within 1 / 255.
+    A class's share is at most the exponential of its excess. The smallest shares are skipped while
+    their sum is below 0.49 / 255; with rounding, the error stays within 1 / 255.
     """
     excess = _excess(values)
     ids = np.argsort(-excess, axis=0).astype(np.uint8)
@@ -232,13 +232,13 @@ def _winners(
     ids = np.empty((len(rows), rows.shape[1], columns.shape[2]), dtype=np.uint8)
     ids[:] = some.ids[0, :, None, None]
     best = np.zeros(ids.shape, dtype=np.float32)
-    # Reused: fresh arrays of this size would cost more page faults than arithmetic.
+    # Reused: page faults of new arrays would cost more than the arithmetic.
     buffer, higher = np.empty_like(best), np.empty_like(ids)
     for nth in range(1, len(some.ids)):
         n = int(np.count_nonzero(some.counts > nth))
         plane = np.matmul(rows[:n], some.differences[nth, :n] @ columns[:n], out=buffer[:n])
         np.greater(plane, best[:n], out=higher[:n].view(np.bool_))
-        # The ids ascend: the last one to be higher is the largest one.
+        # Ids ascend, so the last class that is higher has the largest id.
         np.multiply(higher[:n], some.ids[nth, :n, None, None], out=higher[:n])
         np.maximum(ids[:n], higher[:n], out=ids[:n])
         np.maximum(best[:n], plane, out=best[:n])
@@ -250,7 +250,7 @@ def _confidences(
 ) -> npt.NDArray[np.uint8]:
     """The winner's softmax in 255ths: ``(M, T, U) uint8``; arguments as `_winners` takes them."""
     best = np.zeros((len(rows), rows.shape[1], columns.shape[2]), dtype=np.float32)
-    # Only what is higher at a corner can be higher at a pixel than the first candidate's zero.
+    # Only a class that is above the first candidate at a corner can be above it at a pixel.
     higher = (some.differences > 0).any(axis=(2, 3)) & (
         np.arange(len(some.ids))[:, None] < some.counts
     )

@@ -1,4 +1,4 @@
-"""The fuzzer: a short run of it, and that it finds what it looks for."""
+"""A short run of the fuzzer, and proof that it finds failures."""
 
 import argparse
 import faulthandler
@@ -18,7 +18,7 @@ PHOTO = encode(two_class_photo())
 
 
 def test_damaged_files_are_answered_or_refused(tiny_artefact: Path) -> None:
-    """By the whole app: 200, or a problem of the 4xx kind; undamaged ones by 200."""
+    """The whole app answers 200 or a 4xx problem; undamaged files get 200."""
     with fuzz.running_app(tiny_artefact) as send:
         done = fuzz.fuzz(send, 7, 150)
         undamaged = {name: send(data).outcome for name, data in samples().items()}
@@ -30,7 +30,7 @@ def test_damaged_files_are_answered_or_refused(tiny_artefact: Path) -> None:
 
 
 def test_a_file_that_fails_is_shrunk() -> None:
-    """To the least damage that still fails: here, one bit of the first sample."""
+    """Down to the least damage that still fails: here, one bit of the first sample."""
 
     def send(data: bytes) -> fuzz.Sent:
         raise ValueError("too much")
@@ -54,7 +54,7 @@ def test_a_file_that_fails_is_shrunk() -> None:
 def test_a_file_that_ends_the_process_is_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last_act: str, reason: str
 ) -> None:
-    """A native crash, or more CPU time than there is for a file; another process goes on."""
+    """After a native crash or too much CPU time for a file, another process continues."""
 
     def work(connection: Connection, _model: Path, current: Path) -> None:
         def send(data: bytes) -> fuzz.Sent:

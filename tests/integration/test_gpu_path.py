@@ -1,7 +1,7 @@
-"""The service as on a GPU, on a device made of the host: the real app, network and kernel.
+"""The service on a simulated GPU: the real app, network and kernel.
 
-The default model against the CPU's path with the same network: the same masks, byte for byte but
-for near ties. The photos are scikit-image's, as in ``test_default_model``.
+Compared with the CPU's path and the same network, the masks are equal except for near ties. The
+photos are scikit-image's, as in ``test_default_model``.
 """
 
 import gc
@@ -67,15 +67,15 @@ async def post(running: InProcess, photo: bytes, **options: str) -> httpx.Respon
 
 
 def channels(running: InProcess) -> list[HostChannel]:
-    """Those of the default model's lanes."""
+    """Return the default model's channels."""
     device: Any = running.service.engines.default.model.gpu
     found: list[HostChannel] = device.channels
     return found
 
 
 async def test_the_gpus_path_answers_what_the_cpus_answers(on_host_device: Open) -> None:
-    """All kinds of sizes, at once and in batches: masks, and the confidences in the JSON."""
-    # int8, whatever the CPU: it is quick enough everywhere, and here only the way is the question.
+    """Many sizes, at once and in batches: masks, and the confidences in the JSON."""
+    # int8 on every CPU: it is fast enough everywhere, and this test is about the path only.
     settings = Settings(
         model=DEFAULT_MODEL, device="cpu", precision="int8", max_batch=2, cuda_graphs=False
     )
@@ -108,7 +108,7 @@ async def test_the_gpus_path_answers_what_the_cpus_answers(on_host_device: Open)
 async def test_stage_times_are_the_devices_own(
     on_host_device: Open, make_settings: Callable[..., Settings]
 ) -> None:
-    """`infer` is the network alone, as the device's clock has it."""
+    """`infer` is the network alone, by the device's clock."""
     async with on_host_device(make_settings()) as running:
         response = await post(running, PHOTOS["landscape"])
     stages = dict(
@@ -122,7 +122,7 @@ async def test_stage_times_are_the_devices_own(
 async def test_a_reload_goes_through_the_lanes_too(
     on_host_device: Open, make_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    """The new model is warm on lanes of its own; the old one's buffers are freed."""
+    """The new model is warm on its own lanes; the old one's buffers are freed."""
     folder = build_artefact(tmp_path / "tiny")
     async with on_host_device(make_settings(model=folder)) as running:
         engines = running.service.engines
@@ -144,7 +144,7 @@ async def test_a_reload_goes_through_the_lanes_too(
 async def test_short_memory_is_503_and_the_next_request_works(
     on_host_device: Open, make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a time to come back; the process lives."""
+    """503 with a time to retry; the process survives."""
     async with on_host_device(make_settings()) as running:
         with monkeypatch.context() as patch:
 

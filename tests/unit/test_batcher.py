@@ -1,4 +1,4 @@
-"""Batching, on a device that the test holds still, with a clock that the test turns."""
+"""Batching, on a device and with a clock that the test controls."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 class Device:
-    """Doubles numbers; stands still at every batch until let go, and remembers the batches."""
+    """Doubles numbers; stops at every batch until released, and records the batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -24,7 +24,7 @@ class Device:
         self._turns = threading.Semaphore(0)
 
     def run(self, items: list[int]) -> Sequence[int]:
-        """One batch; -1 in it is an error."""
+        """Run a batch; fail if it has a -1."""
         self.threads.add(threading.current_thread().name)
         self.batches.append(items)
         self._loop.call_soon_threadsafe(self.started.put_nowait, items)
@@ -34,12 +34,12 @@ class Device:
         return [item * 2 for item in items]
 
     def let_go(self, batches: int = 1000) -> None:
-        """Let that many batches through."""
+        """Release that many batches."""
         self._turns.release(batches)
 
 
 class Clock:
-    """Seconds that pass only when the test says so."""
+    """A clock that only the test advances."""
 
     def __init__(self) -> None:
         self.now_s = 100.0
@@ -51,7 +51,7 @@ class Clock:
 
 @pytest.fixture
 async def device() -> AsyncIterator[Device]:
-    """A device, let go of at the end."""
+    """A device, released at the end."""
     device = Device()
     yield device
     device.let_go()
@@ -71,7 +71,7 @@ async def submit(
 
 
 async def test_one_item_on_an_idle_device_runs_at_once(device: Device) -> None:
-    """It waits for nobody, however long max_wait is."""
+    """It does not wait, however long max_wait is."""
     batcher = Batcher(device.run, max_batch=8, max_wait_s=3600)
     (task,) = await submit(batcher, 1)
     assert await device.started.get() == [1]
@@ -81,7 +81,7 @@ async def test_one_item_on_an_idle_device_runs_at_once(device: Device) -> None:
 
 
 async def test_items_gather_while_the_device_is_busy(device: Device) -> None:
-    """What came meanwhile runs together, at most max_batch at once, in order of arrival."""
+    """Items that arrive meanwhile run together, at most max_batch at once, in order of arrival."""
     batcher = Batcher(device.run, max_batch=3)
     tasks = await submit(batcher, 0)
     await device.started.get()
@@ -93,7 +93,7 @@ async def test_items_gather_while_the_device_is_busy(device: Device) -> None:
 
 
 async def test_a_batch_has_one_key(device: Device) -> None:
-    """Photos of different shapes never share a batch; the first that came goes first."""
+    """Photos of different shapes never share a batch; the first to arrive runs first."""
     batcher = Batcher(device.run, max_batch=4)
     tasks = await submit(batcher, 0)
     await device.started.get()
@@ -114,7 +114,7 @@ async def test_a_batch_has_one_key(device: Device) -> None:
 async def test_a_small_group_is_passed_over_no_longer_than_max_wait(
     device: Device, waited_s: float, batches: list[list[int]]
 ) -> None:
-    """Until it has waited max_wait a full batch goes first; from then on it does itself."""
+    """Before max_wait a full batch runs first; after it the small group does."""
     clock = Clock()
     batcher = Batcher(device.run, max_batch=2, max_wait_s=1.0, clock=clock)
     tasks = await submit(batcher, 0)
@@ -129,7 +129,7 @@ async def test_a_small_group_is_passed_over_no_longer_than_max_wait(
 
 
 async def test_a_full_queue_refuses_at_once(device: Device) -> None:
-    """The refused item is told when to come back; those queued are answered."""
+    """The refused item gets a time to retry; queued items are answered."""
     batcher = Batcher(device.run, max_queue=2)
     tasks = await submit(batcher, 0)
     await device.started.get()
@@ -143,7 +143,7 @@ async def test_a_full_queue_refuses_at_once(device: Device) -> None:
 
 
 async def test_a_cancelled_item_never_reaches_the_device(device: Device) -> None:
-    """Its place in the queue is free at once."""
+    """Its place in the queue is free immediately."""
     batcher = Batcher(device.run, max_batch=4)
     first = await submit(batcher, 0)
     await device.started.get()
@@ -158,7 +158,7 @@ async def test_a_cancelled_item_never_reaches_the_device(device: Device) -> None
 
 
 async def test_cancelling_all_items_of_a_running_batch_does_no_harm(device: Device) -> None:
-    """The batch's results go nowhere; the next batch runs."""
+    """The batch's results are dropped; the next batch runs."""
     batcher = Batcher(device.run)
     (gone,) = await submit(batcher, 1)
     await device.started.get()
@@ -188,7 +188,7 @@ async def test_a_failed_batch_answers_every_member(device: Device) -> None:
 
 
 async def test_a_batch_without_memory_is_overload() -> None:
-    """Its members may come back; what comes next runs, in batches of half the size."""
+    """Its members may retry; later batches have half the size."""
     sizes: list[int] = []
 
     def run(items: list[int]) -> Sequence[int]:
@@ -206,7 +206,7 @@ async def test_a_batch_without_memory_is_overload() -> None:
 
 
 async def test_a_failed_batch_is_logged_with_its_requests(device: Device) -> None:
-    """Once, under the ids of all its members, and as none of them."""
+    """One line has the ids of all its members and no request's own id."""
     batcher = Batcher(device.run, max_batch=2)
     first = await submit(batcher, 0)
     await device.started.get()
@@ -227,7 +227,7 @@ async def test_a_failed_batch_is_logged_with_its_requests(device: Device) -> Non
 
 
 async def test_a_batch_that_hangs_is_seen_and_given_up(device: Device) -> None:
-    """Its age is that of the oldest; given up, who runs and who waits hears of it at once."""
+    """running_s is the oldest batch's age; abandoning fails running and waiting items at once."""
     clock = Clock()
     batcher = Batcher(device.run, clock=clock)
     assert batcher.running_s == 0
@@ -255,7 +255,7 @@ async def test_too_few_results_are_a_failure() -> None:
 
 
 async def test_closing_answers_what_was_taken_and_refuses_the_rest(device: Device) -> None:
-    """Nobody is left waiting for ever."""
+    """Every accepted item is answered."""
     batcher = Batcher(device.run)
     tasks = await submit(batcher, 1, 2, 3)
     closing = asyncio.create_task(batcher.close())
@@ -277,7 +277,7 @@ async def test_one_thread_of_its_own_feeds_the_device(device: Device) -> None:
 
 
 async def test_the_answer_says_how_long_it_waited(device: Device) -> None:
-    """Queue and run times, by the batcher's clock."""
+    """Queue and run times come from the batcher's clock."""
     clock = Clock()
     batcher = Batcher(device.run, clock=clock)
     first = await submit(batcher, 0)
@@ -296,7 +296,7 @@ async def test_the_answer_says_how_long_it_waited(device: Device) -> None:
 
 
 async def test_the_time_to_come_back_is_that_of_the_queue(device: Device) -> None:
-    """As many runs as it takes, each as long as the first; never less than a second."""
+    """The number of runs needed, each as long as the first; at least a second."""
     clock = Clock()
     batcher = Batcher(device.run, max_batch=2, max_queue=3, clock=clock)
     first = await submit(batcher, 0)
@@ -318,27 +318,27 @@ async def test_the_time_to_come_back_is_that_of_the_queue(device: Device) -> Non
 
 
 class Split:
-    """A device whose two shares can be held still one by one."""
+    """A device whose two shares can be stopped one by one."""
 
     def __init__(self) -> None:
         self.whole, self.left, self.right = Device(), Device(), Device()
 
     def let_go(self) -> None:
-        """Let everything through."""
+        """Release everything."""
         for device in (self.whole, self.left, self.right):
             device.let_go()
 
 
 @pytest.fixture
 async def split() -> AsyncIterator[Split]:
-    """A split device, let go of at the end."""
+    """A split device, released at the end."""
     split = Split()
     yield split
     split.let_go()
 
 
 async def test_a_batch_that_is_alone_gets_the_whole_device(split: Split) -> None:
-    """One after the other, as answers soonest."""
+    """One batch after the other, for the lowest latency."""
     batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run])
     split.let_go()
     for item in (1, 2):
@@ -350,7 +350,7 @@ async def test_a_batch_that_is_alone_gets_the_whole_device(split: Split) -> None
 
 
 async def test_batches_that_wait_together_share_the_device(split: Split) -> None:
-    """What came during a run of the whole goes on both shares at once, in order of arrival."""
+    """Items that arrive during a run of the whole device use both shares, in order of arrival."""
     batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run])
     tasks = await submit(batcher, 0)
     await split.whole.started.get()
@@ -366,7 +366,7 @@ async def test_batches_that_wait_together_share_the_device(split: Split) -> None
 
 
 async def test_a_free_share_does_not_wait_for_the_other(split: Split) -> None:
-    """An item that comes while one share works runs on the other at once."""
+    """An item that arrives while one share works runs on the other at once."""
     batcher = Batcher(split.whole.run, shares=[split.left.run, split.right.run])
     tasks = await submit(batcher, 1, 2)
     assert await split.left.started.get() == [1]
@@ -382,7 +382,7 @@ async def test_a_free_share_does_not_wait_for_the_other(split: Split) -> None:
 
 
 async def test_one_long_run_is_not_the_usual(device: Device) -> None:
-    """The time to come back moves by an eighth of the difference; failures do not count."""
+    """The time to retry moves by an eighth of the difference; failures do not count."""
     clock = Clock()
     batcher = Batcher(device.run, clock=clock)
     for item, run_s in enumerate((4, 12)):

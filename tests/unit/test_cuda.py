@@ -1,4 +1,4 @@
-"""What of the GPU's layer needs no GPU: compiling its kernel, and saying why there is none."""
+"""The parts of the GPU's layer that need no GPU: compiling the kernel, and start-up errors."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_without_the_packages_the_reason_is_the_extra(monkeypatch: pytest.Monkey
 
 
 def test_a_driver_that_cannot_be_used_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one line, whatever cuda.core raises."""
+    """Any error of cuda.core is reported in one line."""
 
     def fail() -> None:
         raise RuntimeError("CUDA_ERROR_NO_DEVICE: no CUDA-capable device is detected\nat driver")

@@ -1,4 +1,4 @@
-"""Decoding: what viewers show, and nothing but three errors."""
+"""Decoding gives what viewers show, or one of three errors."""
 
 import contextlib
 import io
@@ -46,13 +46,13 @@ def test_lossless_formats_come_back_exactly(image_format: str) -> None:
 
 
 def test_jpeg_comes_back_closely() -> None:
-    """Within what the compression changes."""
+    """Equal within the compression's error."""
     decoded = decode(encode(gradient(), "JPEG", quality=95, subsampling=0), CAP)
     assert np.abs(decoded.astype(int) - gradient()).mean() < 2
 
 
 def test_every_allowed_format_is_sniffed() -> None:
-    """The first bytes tell the format; nothing else is asked."""
+    """The first bytes alone determine the format."""
     for name in IMAGE_MEDIA_TYPES:
         assert sniff(encode(gradient(), name)) == name
 
@@ -111,7 +111,7 @@ def test_lab_tiff() -> None:
 
 
 def pillows(data: bytes) -> npt.NDArray[np.uint8]:
-    """What Pillow alone makes of a file, upright."""
+    """Decode a file with Pillow alone, upright."""
     with Image.open(io.BytesIO(data)) as image:
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -139,25 +139,25 @@ def noise(height: int = 48, width: int = 64) -> npt.NDArray[np.uint8]:
 def test_jpegs_of_all_kinds_are_as_pillow_decodes_them(
     mode: str, options: dict[str, object]
 ) -> None:
-    """Whichever decoder it was; both are libjpeg-turbo, whose versions differ by rounding."""
+    """With either decoder; both are libjpeg-turbo, whose versions differ by rounding."""
     data = save(Image.fromarray(noise()).convert(mode), "JPEG", **options)
     assert np.abs(decode(data, CAP).astype(int) - pillows(data)).max() <= 2
 
 
 def damaged_but_shown(data: bytes) -> bytes:
-    """A JPEG with a hole in its pixels, which Pillow lets pass and simplejpeg does not."""
+    """A JPEG with missing pixels, which Pillow accepts and simplejpeg does not."""
     return data[:-40] + bytes(20) + data[-20:]
 
 
 def odd_sampling(data: bytes) -> bytes:
-    """A JPEG that says its luma is sampled 3x1, for which simplejpeg has no name."""
+    """A JPEG with 3x1 luma sampling, which simplejpeg does not know."""
     frame = data.index(b"\xff\xc0")
     return data[: frame + 11] + b"\x31" + data[frame + 12 :]
 
 
 @pytest.mark.parametrize("change", [damaged_but_shown, odd_sampling])
 def test_pillow_decodes_what_the_fast_decoder_refuses(change: Callable[[bytes], bytes]) -> None:
-    """The photo is answered all the same, whole."""
+    """The photo is still decoded completely."""
     data = change(save(Image.fromarray(noise(16, 400)), "JPEG", subsampling=0))
     with pytest.raises((ValueError, KeyError)):
         _ = simplejpeg.decode_jpeg_header(data), simplejpeg.decode_jpeg(data)
@@ -167,7 +167,7 @@ def test_pillow_decodes_what_the_fast_decoder_refuses(change: Callable[[bytes], 
 
 
 def test_two_readers_of_one_header_must_agree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If libjpeg finds another size than the one that was checked, Pillow decodes."""
+    """If libjpeg finds a different size from the one checked, Pillow decodes."""
     data = encode(gradient(), "JPEG")
     monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda _: (9999, 9999, "", ""))
     monkeypatch.setattr(simplejpeg, "decode_jpeg", pytest.fail)
@@ -189,7 +189,7 @@ def test_two_readers_of_one_header_must_agree(monkeypatch: pytest.MonkeyPatch) -
 def test_a_far_larger_jpeg_is_scaled(
     size: tuple[int, int], needed_side: int, scaled: tuple[int, int]
 ) -> None:
-    """By eighths, never below the margin, and only where the caller says what it needs."""
+    """By eighths, never below the margin, and only if the caller states the side it needs."""
     data = encode(np.zeros((*size, 3), dtype=np.uint8), "JPEG")
     photo = decoding.decode(data, CAP, needed_side)
     assert photo.size == size
@@ -209,7 +209,7 @@ def test_other_formats_are_never_scaled(image_format: str) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_scaled_photo_is_upright_and_in_place(mode: str, orientation: int) -> None:
-    """Brought to a small size, the scaled photo is the whole one, whichever side was rounded."""
+    """At a small size, the scaled photo equals the whole one, whichever side was rounded."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     smooth = Image.fromarray(noise(5, 7)).resize((803, 605), Image.Resampling.BICUBIC)
@@ -229,7 +229,7 @@ def test_a_scaled_photo_is_upright_and_in_place(mode: str, orientation: int) -> 
 
 
 def wide_gamut_profile() -> bytes:
-    """Profile of sRGB with red and green swapped: as wrong as can be, and easy to foretell."""
+    """A profile of sRGB with red and green swapped: a large and predictable change."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     profile = bytearray(bytes(profile).replace(b"s\0R\0G\0B", b"x\0R\0G\0B"))
     count = struct.unpack(">I", profile[128:132])[0]
@@ -263,7 +263,7 @@ def test_the_icc_profile_of_a_jpeg_is_applied(needed_side: int | None) -> None:
 
 
 def test_an_srgb_profile_changes_nothing() -> None:
-    """Nearly all photos that have a profile have this one."""
+    """Nearly all photos with a profile have this one."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     plain, tagged = (encode(gradient(), "JPEG", icc_profile=icc) for icc in (None, profile))
     assert np.array_equal(decode(tagged, CAP), decode(plain, CAP))
@@ -284,7 +284,7 @@ def test_a_useless_profile_is_ignored(profile: bytes) -> None:
 
 
 def test_cmyk_jpeg() -> None:
-    """Print colours become about the colours they were made from."""
+    """Print colours become roughly the original colours."""
     cmyk = Image.fromarray(gradient()).convert("CMYK")
     decoded = decode(save(cmyk, "JPEG", quality=95), CAP)
     assert np.abs(decoded.astype(int) - gradient()).mean() < 4
@@ -312,7 +312,7 @@ def test_16_bit_color_is_scaled() -> None:
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bit_grey_is_stretched(dtype: type) -> None:
-    """Samples without an agreed range go from their least to their greatest."""
+    """Samples without an agreed range are stretched from their smallest to their largest."""
     levels: npt.NDArray[np.generic] = np.array([[-1000, 0, 1000]], dtype=dtype)
     decoded = decode(save(Image.fromarray(levels), "TIFF"), CAP)
     assert decoded[0, :, 0].tolist() == [0, 128, 255]
@@ -351,7 +351,7 @@ def with_palette_transparency(image: Image.Image) -> bytes:
     ],
 )
 def test_transparency_is_over_white(make: Callable[[Image.Image], bytes]) -> None:
-    """However a format says 'transparent', it is shown on white."""
+    """Every format's transparency is shown on white."""
     assert (decode(make(Image.fromarray(gradient())), CAP) == 255).all()
 
 
@@ -363,7 +363,7 @@ def test_half_transparency_is_blended() -> None:
 
 @pytest.mark.parametrize("image_format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_the_first_frame_of_an_animation(image_format: str) -> None:
-    """The others are not looked at."""
+    """Later frames are ignored."""
     frames = [Image.new("RGB", (6, 4), color) for color in ("red", "blue")]
     options = {"lossless": True} if image_format == "WEBP" else {}
     data = save(frames[0], image_format, save_all=True, append_images=frames[1:], **options)
@@ -373,7 +373,7 @@ def test_the_first_frame_of_an_animation(image_format: str) -> None:
 @pytest.mark.parametrize("image_format", list(IMAGE_MEDIA_TYPES))
 @pytest.mark.parametrize("part", [0.3, 0.9])
 def test_truncated_is_undecodable(image_format: str, part: float) -> None:
-    """Half a photo is not answered as if it were one, nor is it if it would be scaled."""
+    """Half a photo is an error, scaled or not."""
     data = encode(noise(64, 64), image_format)
     for needed_side in (None, 8):
         with pytest.raises(UndecodableImage, match="broken, truncated"):
@@ -381,7 +381,7 @@ def test_truncated_is_undecodable(image_format: str, part: float) -> None:
 
 
 def test_the_pixel_cap_is_checked_before_pixels_are_read() -> None:
-    """A header of more pixels than allowed is enough, even where no pixels follow."""
+    """A header with too many pixels is enough, even if no pixels follow."""
     data = encode(np.zeros((100, 101, 3), dtype=np.uint8))
     assert decode(data, 10_100).shape == (100, 101, 3)
     with pytest.raises(ImageTooLarge, match=r"101 x 100 = 10100 pixels, but at most 10099"):
@@ -389,7 +389,7 @@ def test_the_pixel_cap_is_checked_before_pixels_are_read() -> None:
 
 
 def test_a_decompression_bomb_is_too_large() -> None:
-    """What Pillow itself refuses is refused as too large."""
+    """Images that Pillow refuses as too large are too large here."""
     header = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54)
     header += struct.pack("<IiiHHIIiiII", 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ImageTooLarge):
@@ -419,7 +419,7 @@ def test_a_decompression_bomb_is_too_large() -> None:
 def test_whatever_pillow_raises_is_mapped(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No exception of the readers gets out as it is."""
+    """None of the readers' exceptions reaches the caller."""
 
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -447,7 +447,7 @@ def test_pillows_bomb_guard_is_mapped(error: Exception, monkeypatch: pytest.Monk
 @settings(deadline=None, max_examples=300)
 @given(hostile_files())
 def test_a_damaged_file_never_raises_anything_else(data: bytes) -> None:
-    """It is still an image, or one of the three errors."""
+    """The result is an image or one of the three errors."""
     with contextlib.suppress(ImageError):
         photo = decoding.decode(data, CAP, needed_side=2)
         assert photo.pixels.ndim == 3
@@ -455,21 +455,21 @@ def test_a_damaged_file_never_raises_anything_else(data: bytes) -> None:
 
 
 def too_many_samples() -> bytes:
-    """A TIFF of 200 samples a pixel, which Pillow logs as an error."""
+    """A TIFF with 200 samples per pixel, which Pillow logs as an error."""
     data = samples()["several.tiff"]
     place = data.index(struct.pack("<HHI", 277, 3, 1)) + 8
     return data[:place] + struct.pack("<H", 200) + data[place + 2 :]
 
 
 def tags_past_the_end() -> bytes:
-    """A TIFF whose software tag is said to be longer than the file, of which Pillow warns."""
+    """A TIFF whose software tag claims to be longer than the file; Pillow warns about it."""
     data = save(Image.new("L", (4, 4)), "TIFF", software="abcdefgh")
     place = data.index(struct.pack("<HH", 305, 2)) + 4
     return data[:place] + struct.pack("<I", 99_999) + data[place + 4 :]
 
 
 def wrong_fax() -> bytes:
-    """A TIFF of a fax with wrong rows, each of which libtiff writes a line about."""
+    """A TIFF of a fax with wrong rows; libtiff writes a line about each."""
     data = samples()["fax.tiff"]
     return data[:8] + bytes(40) + data[48:]
 
@@ -478,7 +478,7 @@ def wrong_fax() -> bytes:
 def test_what_readers_say_of_a_file_goes_nowhere(
     make: Callable[[], bytes], capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither to stderr nor to the log, nor is it kept: a file says how much there is of it."""
+    """Nothing goes to stderr or the log, and nothing is stored: a file controls the amount."""
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         decoding.keep_readers_quiet()
@@ -491,7 +491,7 @@ def test_what_readers_say_of_a_file_goes_nowhere(
 
 @pytest.mark.parametrize("image_format", ["MPO", "TIFF"])
 def test_the_first_of_several_pictures(image_format: str) -> None:
-    """The others, a thumbnail or another page, are not looked at."""
+    """A thumbnail or another page is ignored."""
     pictures = [
         Image.new("RGB", size, color) for size, color in (((6, 4), "red"), ((3, 2), "blue"))
     ]
@@ -502,5 +502,5 @@ def test_the_first_of_several_pictures(image_format: str) -> None:
 
 
 def test_an_interlaced_png() -> None:
-    """Its seven passes make the same pixels."""
+    """Its seven passes give the same pixels."""
     assert np.array_equal(decode(interlaced_png(Image.fromarray(gradient())), CAP), gradient())

@@ -37,7 +37,7 @@ def test_mask_png_is_vocs_format() -> None:
 
 
 def test_mask_png_is_read_as_vocs_ground_truth_is() -> None:
-    """As torchvision and mmsegmentation read it, by Pillow and its mode: ids; as colours: VOC's."""
+    """Read by Pillow, as torchvision and mmsegmentation do: ids by mode P, VOC's colours as RGB."""
     mask = np.array([[0, 8, 15], [20, 255, 1]], dtype=np.uint8)
     with Image.open(io.BytesIO(encode_mask(mask, voc.FULL_PALETTE))) as image:
         assert np.array_equal(np.array(image), mask)
@@ -49,7 +49,7 @@ ANY_MASK = arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)))
 
 
 def read_png(data: bytes) -> npt.NDArray[np.uint8]:
-    """A PNG's samples by Pillow, after its checksums."""
+    """Read a PNG's samples with Pillow after verifying its checksums."""
     with Image.open(io.BytesIO(data)) as image:
         image.verify()
     with Image.open(io.BytesIO(data)) as image:
@@ -73,14 +73,14 @@ def test_mask_png_comes_back_exactly(
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (300, 1000)])
 def test_mask_png_of_long_runs(shape: tuple[int, int]) -> None:
-    """Runs past deflate's longest match, over stripes and rows, and of ids past VOC's."""
+    """Runs longer than deflate's longest match, across stripes and rows, with ids beyond VOC's."""
     mask = np.full(shape, 255, dtype=np.uint8)
     mask[shape[0] // 2 :, shape[1] // 3 :] = 7
     assert np.array_equal(read_png(encode_mask(mask, voc.FULL_PALETTE)), mask)
 
 
 def test_mask_png_has_the_chunks_of_the_specification() -> None:
-    """IHDR, the palette before the pixels, IEND; no filter but None."""
+    """IHDR, the palette before the pixels, IEND; only the filter None."""
     data = encode_mask(np.zeros((3, 2), dtype=np.uint8), voc.FULL_PALETTE)
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     place, chunks = 8, {}
@@ -138,7 +138,7 @@ def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cutout_keeps_the_chosen_classes(
     stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their pixels, opaque; elsewhere nothing, not even a colour that nobody sees."""
+    """Their pixels are opaque; elsewhere all channels are zero."""
     monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", stripe_bytes)
     rng = np.random.default_rng(0)
     image = rng.integers(1, 256, (13, 17, 3), dtype=np.uint8)
@@ -168,7 +168,7 @@ def test_grey_png_comes_back_exactly(levels: npt.NDArray[np.uint8]) -> None:
 
 
 def test_webp_keeps_transparency_exactly() -> None:
-    """Colours nearly, who is transparent exactly."""
+    """Colours are close; transparency is exact."""
     image = np.full((20, 30, 4), (200, 100, 50, 255), dtype=np.uint8)
     image[:, 17:] = 0
     with Image.open(io.BytesIO(encode_image(image, "WEBP"))) as decoded:
@@ -193,7 +193,7 @@ def test_encode_image(image_format: str) -> None:
 def test_image_png_comes_back_exactly(
     shape: tuple[int, int], stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PNG loses nothing, wherever stripes begin."""
+    """PNG is lossless, wherever stripes begin."""
     monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", stripe_bytes)
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     assert np.array_equal(read_png(encode_image(image, "PNG")), image)
@@ -212,6 +212,6 @@ def test_jpeg_overlays_are_as_pillow_writes_them() -> None:
 
 
 def test_limit_classes_makes_the_others_background() -> None:
-    """Only the classes that were asked for are left."""
+    """Only the chosen classes remain."""
     mask = np.array([[0, 8, 15, 255]], dtype=np.uint8)
     assert limit_classes(mask, {15}).tolist() == [[0, 0, 15, 0]]

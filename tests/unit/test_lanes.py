@@ -1,4 +1,4 @@
-"""The way through a GPU, on a device made of the host, with the GPU's own kernel."""
+"""Lanes on a simulated device, with the GPU's own kernel compiled for the host."""
 
 import asyncio
 import ctypes
@@ -33,7 +33,7 @@ SHAPE = (64, 96)
 
 
 class ScriptedNetwork:
-    """Writes logits that depend on the image's first byte, wherever it is told to.
+    """Writes logits that depend on the image's first byte to the given address.
 
     ``runs`` are the batch size, shape and graph of each; ``error`` is raised instead, once.
     """
@@ -104,7 +104,7 @@ def make_task(seed: int, photo: Shape, *, with_confidence: bool = False) -> Devi
 
 
 def check(tasks: Sequence[DeviceTask], lane: Lane) -> None:
-    """Every photo's labels are those of the CPU's upsampling, but for near ties."""
+    """Compare every photo's labels with the CPU's upsampling, except for near ties."""
     for task, result in zip(tasks, lane.run(tasks), strict=True):
         logits = logits_of(int(task.image[0, 0, 0]), (21, SHAPE[0] // STRIDE, SHAPE[1] // STRIDE))
         wanted = upsample(logits, task.geometry, with_confidence=task.with_confidence)
@@ -119,7 +119,7 @@ def check(tasks: Sequence[DeviceTask], lane: Lane) -> None:
 
 
 def test_the_kernel_and_the_host_agree_on_a_pieces_layout() -> None:
-    """Field by field, and the size of all."""
+    """Every field's offset, and the total size."""
     offsets = [PIECE.fields[name][1] for name in PIECE.names or ()] if PIECE.fields else []
     layout = [host_kernel().piece_layout(field) for field in range(len(offsets) + 1)]
     assert layout == [*offsets, PIECE.itemsize]
@@ -174,7 +174,7 @@ def test_a_batch_of_different_sizes_comes_down_as_the_cpu_would_make_it() -> Non
 def test_rounds_cover_every_pixel_once(
     photos: list[tuple[int, int, bool]], output_bytes: int
 ) -> None:
-    """Whatever the sizes and however small the buffer; never more than it holds."""
+    """For all sizes and buffers; no round exceeds the buffer."""
     tasks = [
         make_task(nth, (height, width), with_confidence=confidence)
         for nth, (height, width, confidence) in enumerate(photos)
@@ -192,7 +192,7 @@ def test_rounds_cover_every_pixel_once(
 
 
 def test_a_photo_larger_than_the_buffer_comes_down_in_rounds() -> None:
-    """The same mask, in memory that does not depend on the photo; the network runs once."""
+    """Same mask, memory independent of the photo's size; the network runs once."""
     device, network = HostDevice(), ScriptedNetwork()
     lane = make_lane(device, network, output_bytes=100_000)
     check([make_task(1, (700, 1001), with_confidence=True), make_task(2, (300, 200))], lane)
@@ -203,7 +203,7 @@ def test_a_photo_larger_than_the_buffer_comes_down_in_rounds() -> None:
 
 
 def test_nothing_but_uint8_crosses_the_bus() -> None:
-    """Up go the images and a record for each; down come the photo's class ids, and no more."""
+    """Images and a record each are uploaded; only the photos' class ids are downloaded."""
     device = HostDevice()
     lane = make_lane(device, ScriptedNetwork())
     lane.run([make_task(1, (375, 500)), make_task(2, (20, 30))])
@@ -213,7 +213,7 @@ def test_nothing_but_uint8_crosses_the_bus() -> None:
 
 
 def test_a_batch_that_is_too_large_for_the_input_runs_in_parts() -> None:
-    """Photos of a shape that is not listed, four times the largest that is."""
+    """Photos of an unlisted shape, four times the largest listed one."""
     network = ScriptedNetwork()
     lane = make_lane(HostDevice(), network, max_side=192)
     shape = (192, 192)
@@ -224,7 +224,7 @@ def test_a_batch_that_is_too_large_for_the_input_runs_in_parts() -> None:
 
 
 def test_the_warm_up_runs_every_listed_shape_and_size_often_enough_to_capture_it() -> None:
-    """Each with a graph of its own, of each lane its own; afterwards the same graphs serve."""
+    """Each has its own graph per lane; later runs use the same graphs."""
     network, device = ScriptedNetwork(), HostDevice()
     lanes = [make_lane(device, network, number=number) for number in range(2)]
     for lane in lanes:
@@ -244,7 +244,7 @@ def test_the_warm_up_runs_every_listed_shape_and_size_often_enough_to_capture_it
 
 
 def test_without_graphs_nothing_is_captured() -> None:
-    """The off switch."""
+    """`graphs=False` disables capturing."""
     network = ScriptedNetwork()
     lane = make_lane(HostDevice(), network, graphs=False)
     lane.warm_up()
@@ -257,7 +257,7 @@ def test_without_graphs_nothing_is_captured() -> None:
     [(1, (1,)), (4, (1, 2, 3, 4)), (16, (1, 2, 3, 4, 6, 8, 12, 16)), (5, (1, 2, 3, 4, 5))],
 )
 def test_batch_sizes_waste_a_third_at_most(most: int, sizes: tuple[int, ...]) -> None:
-    """Each size in between is filled up to the next."""
+    """Each size in between is padded to the next."""
     assert batch_sizes(most) == sizes
     for wanted in range(1, most + 1):
         run = next(size for size in sizes if size >= wanted)
@@ -265,7 +265,7 @@ def test_batch_sizes_waste_a_third_at_most(most: int, sizes: tuple[int, ...]) ->
 
 
 def test_short_memory_fails_one_batch_and_shrinks_the_next() -> None:
-    """503 with a time to come back; the lane, the batcher and the process go on."""
+    """503 with a time to retry; the lane, the batcher and the process continue."""
     network = ScriptedNetwork()
     lane = make_lane(HostDevice(), network)
     tasks = [make_task(nth, (30, 40)) for nth in range(4)]

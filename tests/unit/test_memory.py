@@ -1,4 +1,4 @@
-"""What the allocator gives back; Linux with glibc, which the images have."""
+"""Memory that the allocator returns, on Linux with glibc as in the images."""
 
 import os
 
@@ -7,7 +7,7 @@ from tests.reliability.resources import sample
 
 
 def test_what_is_free_between_what_is_used_is_given_back() -> None:
-    """Pieces of a model that was closed lie between pieces of those that were not."""
+    """A closed model's pieces are scattered among pieces still in use."""
     pieces = [bytearray(64 * 1024) for _ in range(2 * 1024)]
     kept = pieces[::16]
     del pieces

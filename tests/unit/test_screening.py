@@ -1,4 +1,4 @@
-"""Files made to keep their readers busy: refused, or answered for what their pixels cost."""
+"""Files made to keep their readers busy are refused, or cost no more than their pixels."""
 
 import struct
 import subprocess
@@ -26,27 +26,27 @@ Make = Callable[[], bytes]
 
 
 def jpeg(inserted: bytes) -> bytes:
-    """With something before its other segments."""
+    """Insert data before its other segments."""
     data = encode(PHOTO, "JPEG")
     return data[:2] + inserted + data[2:]
 
 
 def png(inserted: bytes) -> bytes:
-    """With something between its header and its pixels."""
+    """Insert data between its header and its pixels."""
     data = encode(PHOTO, "PNG")
     end_of_header = len(PNG_SIGNATURE) + 25
     return data[:end_of_header] + inserted + data[end_of_header:]
 
 
 def gif(inserted: bytes) -> bytes:
-    """Of one colour, with something before its frame."""
+    """Make one of one colour, with data before its frame."""
     data = save(Image.new("L", (SIDE, SIDE)), "GIF")
     frame = data.index(b",\0\0\0\0")
     return data[:frame] + inserted + data[frame:]
 
 
 def tiff(fields: list[tuple[int, int]], *, big: bool = False, order: str = "<") -> bytes:
-    """A directory of fields without values, given as tag and count."""
+    """Make a directory of fields without values, given as tag and count."""
     start = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}H", 43 if big else 42)
     start += struct.pack(f"{order}HHQ", 8, 0, 16) if big else struct.pack(f"{order}I", 8)
     layout = f"{order}{'HHQQ' if big else 'HHII'}"
@@ -55,7 +55,7 @@ def tiff(fields: list[tuple[int, int]], *, big: bool = False, order: str = "<") 
 
 
 def pieces_of_exif() -> bytes:
-    """An EXIF block in as many segments as it takes to be too long."""
+    """An EXIF block with enough segments to be too long."""
     piece = b"\xff\xe1" + struct.pack(">H", 60_008) + b"Exif\0\0" + bytes(60_000)
     return piece * (MAX_HEADER_BYTES // len(piece) + 2)
 
@@ -67,14 +67,14 @@ def run_length_bmp() -> bytes:
 
 
 def scans(side: int, count: int, between: bytes = b"") -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG that repeats its last scan."""
     data = save(Image.new("L", (side, side), 128), "JPEG", progressive=True)
     last = data[data.rindex(SCAN) : -2]
     return data[:-2] + (between + last) * count + data[-2:]
 
 
 def separate_scans() -> bytes:
-    """A sequential JPEG whose first scan has one component of three, and then more than enough."""
+    """A sequential JPEG whose first scan has one component of three; too many scans follow."""
     data = encode(np.zeros((1000, 1000, 3), dtype=np.uint8), "JPEG")
     start = data.index(SCAN)
     scan = SCAN + bytes([0, 8, 1, 1, 0, 0, 63, 0]) + data[start + 14 : -2]
@@ -105,7 +105,7 @@ TOO_MUCH: Final[dict[str, tuple[Make, str]]] = {
 
 @pytest.mark.parametrize(("make", "reason"), TOO_MUCH.values(), ids=TOO_MUCH)
 def test_what_would_take_too_long_is_refused(make: Make, reason: str) -> None:
-    """Each takes seconds to hours, or a gigabyte, where its like is let through."""
+    """Unchecked, each takes seconds to hours, or a gigabyte."""
     with pytest.raises(UndecodableImage, match=reason):
         decode(make(), 2 * CAP)
 
@@ -136,7 +136,7 @@ def many_pictures() -> bytes:
 
 
 def motion_photo() -> bytes:
-    """A progressive JPEG with a film behind it, in which scans seem to begin."""
+    """A progressive JPEG followed by a film whose bytes look like scans."""
     return scans(1000, 0) + SCAN * 1000
 
 
@@ -157,7 +157,7 @@ HARMLESS: Final[dict[str, tuple[Make, int]]] = {
 
 @pytest.mark.parametrize(("make", "side"), HARMLESS.values(), ids=HARMLESS)
 def test_what_is_merely_odd_is_answered(make: Make, side: int) -> None:
-    """More than any camera writes, and little work."""
+    """More metadata than any camera writes costs little work."""
     assert decode(make(), CAP).size == (side, side)
 
 
@@ -179,7 +179,7 @@ print(peak_kib() - before)
 
 
 def test_memory_follows_from_the_pixels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """At most 24 bytes a pixel, whatever the format, and something for the files themselves."""
+    """At most 24 bytes per pixel in every format, plus the files themselves."""
     folder = tmp_path_factory.mktemp("large")
     side = 2000
     files = {

@@ -48,7 +48,7 @@ def test_the_sha256_is_checked_before_the_graph_is_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_graph_is_named(tmp_path: Path) -> None:
-    """ONNX Runtime's own complaint comes in one line."""
+    """ONNX Runtime's own error is reported in one line."""
     folder = build_artefact(tmp_path)
     path = folder / "network.onnx"
     path.write_bytes(b"not a graph")
@@ -67,14 +67,14 @@ def test_a_graph_without_contract_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_graph_of_another_version_than_the_manifest_is_refused(tmp_path: Path) -> None:
-    """The two must be of one export."""
+    """Both must come from one export."""
     folder = build_artefact(tmp_path, metadata=make_contract(version="9").to_metadata())
     with pytest.raises(ContractError, match=r"version is '1' in manifest\.json, but '9'"):
         load_model(folder)
 
 
 def test_the_warm_up_finds_a_wrong_stride(tmp_path: Path) -> None:
-    """What symbolic dimensions hide, the first run shows."""
+    """Symbolic dimensions hide the size; the first run shows it."""
     folder = build_artefact(tmp_path, stride=32)
     model = load_model(folder, "cpu", threads=1)
     with pytest.raises(ContractError, match=r"stride 16 makes logits \[1, 21, 4, 6\] of a 64x96"):
@@ -82,7 +82,7 @@ def test_the_warm_up_finds_a_wrong_stride(tmp_path: Path) -> None:
 
 
 def test_the_warm_up_runs_every_listed_shape(tiny_artefact: Path) -> None:
-    """Each shape, and the largest once more."""
+    """Each shape runs once, and the largest twice."""
     fake = FakeSession()
     load_model(tiny_artefact, session=fake).warm_up()
     assert len(fake.threads) == len(fake.contract.shapes) + 1
@@ -91,7 +91,7 @@ def test_the_warm_up_runs_every_listed_shape(tiny_artefact: Path) -> None:
 def test_a_gpu_that_cannot_be_used_stops_the_start_or_is_done_without(
     tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asked for, the line says why not; with auto, the CPU serves, and the reason is kept."""
+    """If it was asked for, the error states the reason; with auto, the CPU serves and keeps it."""
 
     def refuse(ordinal: int) -> NoReturn:
         raise DeviceUnavailable(f"GPU {ordinal}: CUDA_ERROR_NO_DEVICE")
@@ -121,7 +121,7 @@ def test_a_runtime_without_cuda_says_what_it_offers(
 def test_a_silent_fallback_is_noticed(
     tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch, provider: Literal["cuda", "tensorrt"]
 ) -> None:
-    """The wheel offers the provider, but the session runs on the CPU: the line says why."""
+    """The wheel offers the provider, but the session runs on the CPU: the error states why."""
     monkeypatch.setattr(session, "CudaDevice", HostDevice)
     offered = [providers.TENSORRT, providers.CUDA, providers.CPU]
     monkeypatch.setattr(ort, "get_available_providers", lambda: offered)
@@ -151,7 +151,7 @@ def test_a_node_that_is_left_to_the_cpu_is_named(
 
 
 def test_bound_buffers_hold_what_a_plain_run_gives(tiny_artefact: Path) -> None:
-    """The path without copies: input and logits where the caller says, one run queued a call."""
+    """No copies: input and logits are the caller's buffers, and each call queues one run."""
     model = load_model(tiny_artefact, "cpu", threads=1)
     batch = np.stack([two_class_photo(), two_class_photo()[::-1]])
     logits = np.full((2, 21, 64 // STRIDE, 96 // STRIDE), np.nan, dtype=np.float32)
@@ -171,7 +171,7 @@ def test_bound_buffers_hold_what_a_plain_run_gives(tiny_artefact: Path) -> None:
 def test_short_memory_is_told_apart(
     tiny_artefact: Path, message: str, raised: type[Exception]
 ) -> None:
-    """By ONNX Runtime's words, because it has no class for it."""
+    """By ONNX Runtime's message, because it has no class for it."""
     real = load_model(tiny_artefact, "cpu", threads=1)
 
     class Short(FakeSession):
@@ -256,7 +256,7 @@ def test_int8_runs_where_it_is_fast_or_asked_for(
 
 
 def test_the_other_networks_file_is_checked_too(tmp_path: Path) -> None:
-    """An int8 network reads its weights out of the fp32 file."""
+    """An int8 network reads its weights from the fp32 file."""
     folder = build_artefact(tmp_path)
     add_precision(folder, "int8")
     (folder / "network.onnx").unlink()
@@ -265,7 +265,7 @@ def test_the_other_networks_file_is_checked_too(tmp_path: Path) -> None:
 
 
 def test_a_precision_that_the_artefact_lacks_is_named(tiny_artefact: Path) -> None:
-    """Never another one silently."""
+    """There is no silent fallback to another precision."""
     with pytest.raises(ContractError, match="no network of precision int8, only fp32"):
         load_model(tiny_artefact, precision="int8")
 
@@ -274,7 +274,7 @@ def test_a_precision_that_the_artefact_lacks_is_named(tiny_artefact: Path) -> No
 def test_half_the_threads_each_for_two_runs_at_once(
     tiny_artefact: Path, threads: int, sessions: int
 ) -> None:
-    """None with a single thread; halves of one thread are one session, which has no threads."""
+    """None with a single thread; two halves of one thread are one session without threads."""
     model = load_model(tiny_artefact, "cpu", threads=threads)
     assert len({id(one) for one in (model.session, *model.shares)}) == sessions
     assert len(model.shares) == (2 if threads > 1 else 0)
@@ -285,7 +285,7 @@ def test_half_the_threads_each_for_two_runs_at_once(
 
 
 def test_the_runtime_is_told_not_to_report_to_its_maker() -> None:
-    """Whoever imports any of `service` or `models` first; an operator's own choice stays."""
+    """Importing `service` or `models` first sets it; an operator's own choice stays."""
     script = "import models.prediction, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     environment = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
     for given, wanted in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):

@@ -1,4 +1,4 @@
-"""Upsampling against PyTorch's in float64."""
+"""Upsampling compared with PyTorch's in float64."""
 
 import tracemalloc
 
@@ -50,7 +50,7 @@ def reference(logits: npt.NDArray[np.float32], geometry: Geometry) -> npt.NDArra
 def assert_same_but_for_ties(
     mask: npt.NDArray[np.uint8], expected: npt.NDArray[np.floating], *, clear_part: float = 0.9
 ) -> None:
-    """The mask is the argmax, but where float32 cannot tell the two best classes apart."""
+    """The mask is the argmax, except where float32 cannot separate the two best classes."""
     assert mask.shape == expected.shape[1:]
     best, second = np.partition(expected, (-2, -1), axis=0)[:-3:-1]
     clear = best - second > 8 * np.finfo(np.float32).eps * max(1.0, np.abs(expected).max())
@@ -79,7 +79,7 @@ def smooth_logits(geometry: Geometry, seed: int) -> npt.NDArray[np.float32]:
 
 
 def adversarial_logits(kind: str, geometry: Geometry, seed: int) -> npt.NDArray[np.float32]:
-    """Logits that are hard for an algorithm that looks at corners only."""
+    """Logits that are hard for an algorithm that uses only the cells' corners."""
     noise = random_logits(geometry, seed=seed)
     _, height, width = noise.shape
     parity = np.indices((height, width)).sum(axis=0) % 2 == 0
@@ -172,7 +172,7 @@ def test_a_class_may_win_without_leading_at_a_corner() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("part", [slice(None), slice(3, 9), slice(20, None)])
 def test_logits_that_are_not_finite_still_give_classes(value: float, part: slice) -> None:
-    """A broken network must not take the service down."""
+    """A broken network must not stop the service."""
     geometry = Geometry.plan((70, 90), 96, SHAPES)
     logits = random_logits(geometry)
     logits[part, ::2] = value
@@ -201,7 +201,7 @@ def test_long_cells_are_cut_without_a_seam() -> None:
 @pytest.mark.parametrize("with_confidence", [False, True])
 @pytest.mark.parametrize("kind", ["smooth", "noisy"])
 def test_memory_is_bounded(kind: str, with_confidence: bool) -> None:
-    """12 megapixels take at most 100 MB beside what is returned, whatever the logits."""
+    """12 megapixels take at most 100 MB beyond the result, for any logits."""
     geometry = Geometry.plan((3000, 4000), 512, ((384, 512),))
     make = smooth_logits if kind == "smooth" else random_logits
     logits = make(geometry, seed=0)
@@ -256,7 +256,7 @@ def test_class_confidence_is_the_mean_over_a_classs_pixels() -> None:
 
 
 def test_confidence_only_where_asked() -> None:
-    """The softmax costs time, so nobody pays for it unasked."""
+    """The softmax costs time, so it is computed only on request."""
     geometry = Geometry.plan((64, 96), 96, SHAPES)
     labels = upsample(random_logits(geometry), geometry)
     assert labels.confidence is None
