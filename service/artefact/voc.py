@@ -1,4 +1,4 @@
-"""PASCAL VOC's 21 segmentation classes and their colours, shared by both halves.
+"""PASCAL VOC's 21 segmentation classes and their colours: the default label set.
 
 Source: the VOC2012 development kit (``VOCdevkit/VOCcode/VOCinit.m`` for the names and their
 order, ``VOCcode/VOClabelcolormap.m`` for the colours).
@@ -41,17 +41,17 @@ CLASSES: Final[tuple[str, ...]] = (
 NUM_CLASSES: Final[int] = len(CLASSES)
 
 IGNORE_INDEX: Final[int] = 255
-"""Label of void pixels: object borders and difficult objects, left out of loss and metrics."""
+"""Label of void pixels: object borders and difficult objects. Loss and metrics ignore them."""
 
 LABELS: Final = LabelSet(
     names=CLASSES,
     colors=[tuple(color) for color in color_map(NUM_CLASSES).tolist()],
     ignore_index=IGNORE_INDEX,
 )
-"""VOC's classes as a label set: that of every artefact that names no other."""
+"""VOC's classes as a label set, the default of every contract."""
 
 FULL_PALETTE: Final[npt.NDArray[np.uint8]] = LABELS.palette
-"""(256, 3) uint8 RGB, read-only: what an indexed PNG carries, void included."""
+"""(256, 3) uint8 RGB, read-only: the palette of an indexed PNG, void included."""
 
 PALETTE: Final[npt.NDArray[np.uint8]] = FULL_PALETTE[:NUM_CLASSES]
 """(21, 3) uint8 RGB, read-only: the colour of each class id."""
