@@ -42,7 +42,7 @@ class Phase(Enum):
 class Service:
     """Every resource of a running service, owned by `open_service`.
 
-    ``busy_with``: the number of concurrent photos that keeps both the pool and the device busy;
+    ``concurrency``: the number of concurrent photos that keeps both the pool and the device busy;
     ``peers``: the other processes behind the same address, if any; ``traces``: records spans where
     configured; ``requests``: the ids of the requests in progress; ``body_bytes``: bytes of request
     bodies held now.
@@ -51,7 +51,7 @@ class Service:
     settings: Settings
     engines: Engines
     segmenter: Segmenter
-    busy_with: int
+    concurrency: int
     metrics: Metrics
     peers: Peers | None = None
     traces: Traces | None = None
@@ -112,8 +112,8 @@ async def open_service(
             deadline_s=settings.deadline_s,
             metrics=metrics,
         )
-        busy_with = min(workers + engines.default.batcher.capacity, queue_size)
-        service = Service(settings, engines, segmenter, busy_with, metrics, phase=Phase.READY)
+        concurrency = min(workers + engines.default.batcher.capacity, queue_size)
+        service = Service(settings, engines, segmenter, concurrency, metrics, phase=Phase.READY)
         try:
             yield service
         finally:

@@ -1,1 +1,1 @@
-"""The command line: `serve`, `predict`, `key`."""
+"""The command line: ``serve``, ``predict``, ``key``."""

@@ -1,4 +1,4 @@
-"""``fcn-segment _worker``: one of several processes that ``serve`` starts."""
+"""``fcn-segment worker``: one of several processes that ``serve`` starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Serve until the supervisor ends it. The supervisor reports its errors, once."""
+    """Serve until the supervisor stops this worker. The supervisor reports its errors."""
     hangup = keep_hangups()
     parent = Parent(parsed.parent_fd)
     try:

@@ -107,7 +107,7 @@ async def segment_batch(
             open_images(request, settings.max_images, settings.max_images_bytes)
         )
         places = resources.enter_context(
-            service.segmenter.hold(min(len(uploads), service.busy_with))
+            service.segmenter.hold(min(len(uploads), service.concurrency))
         )
         archived = media_type == "application/zip"
         if not archived:
