@@ -1,9 +1,9 @@
-"""The serving half: photos in, per-pixel PASCAL VOC classes out, over HTTP or from the shell."""
+"""Segments photos: the class of each pixel, over HTTP or from the command line."""
 
 import os
 
 __version__ = "0.1.0"
 
-# Before anything imports ONNX Runtime, whose wheels report to Microsoft unless told not to. Source:
+# ONNX Runtime's wheels send telemetry to Microsoft unless this is set before the import. Source:
 # its Privacy.md.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
