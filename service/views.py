@@ -87,7 +87,7 @@ class View:
     """One way to show a segmented photo.
 
     ``media_types``: its encodings, the default first; ``parameters``: the fields of `Options` that
-    only some views read; ``needs_photo`` and ``needs_confidence``: what its `Scene` must have.
+    it reads beside `COMMON_PARAMETERS`; ``needs_photo`` and ``needs_confidence``: its needs.
     ``render(scene, options, media_type)`` returns the encoded view.
     """
 
@@ -250,6 +250,10 @@ VIEWS: Final[dict[ViewName, View]] = {
         ),
     )
 }
+
+
+COMMON_PARAMETERS: Final = ("classes", "max_side", "model")
+"""The fields of `Options` that every view reads."""
 
 
 class Options(BaseModel):
