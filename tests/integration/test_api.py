@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from service.artefact import voc
+from service.views import VIEWS
 from tests.artefacts import encode, paint, two_class_photo
 from tests.clients import InProcess, assert_problem, mask_of
 
@@ -293,6 +294,26 @@ async def test_the_label_map(client: InProcess) -> None:
     assert body["ignore_index"] == 255
     assert [one["name"] for one in body["classes"]] == list(voc.CLASSES)
     assert body["classes"][15] == {"id": 15, "name": "person", "color": [192, 128, 128]}
+
+
+async def test_the_views(client: InProcess) -> None:
+    """/views is the table: names, descriptions, media types, and the parameters they read."""
+    body = (await client.http.get("/views")).json()
+    assert body == {
+        "views": [
+            {
+                "name": view.name,
+                "description": view.description,
+                "media_types": list(view.media_types),
+                "parameters": ["classes", "max_side", "model", *view.parameters],
+            }
+            for view in VIEWS.values()
+        ]
+    }
+    document = (await client.http.get("/openapi.json")).json()
+    described = {one["name"] for one in document["paths"]["/segment"]["post"]["parameters"]}
+    listed = {name for view in body["views"] for name in view["parameters"]}
+    assert described == {"view"} | listed
 
 
 async def test_the_model(client: InProcess) -> None:
