@@ -38,10 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = import_module(f"service.cli.{parsed.command}").run(parsed)
     except SegmentError as exc:
         print(f"fcn-segment: {exc}", file=sys.stderr)
-        return 2 if isinstance(exc, SettingsError) else 1
+        return exit_status(exc)
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def exit_status(error: SegmentError) -> int:
+    """The exit status after an error: 2 for wrong settings, else 1."""
+    return 2 if isinstance(error, SettingsError) else 1
 
 
 def _parser(given: Sequence[str]) -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import socket
 
+from service.cli.main import exit_status
 from service.errors import SegmentError
 from service.server.serving import answer, keep_hangups
 from service.server.worker import Parent
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Serve until the supervisor stops this worker. The supervisor reports its errors."""
+    """Serve until the supervisor stops this worker; errors are sent to it and not printed."""
     hangup = keep_hangups()
     parent = Parent(parsed.parent_fd)
     try:
@@ -29,7 +30,7 @@ def run(parsed: argparse.Namespace) -> int:
             answer(listener, settings, hangup, parent)
     except SegmentError as exc:
         parent.tell_error(str(exc))
-        raise
+        return exit_status(exc)
     finally:
         parent.tidy_up()
     return 0
