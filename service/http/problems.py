@@ -21,7 +21,7 @@ from service.telemetry.metrics import OTHER
 MEDIA_TYPE: Final = "application/problem+json"
 
 REFUSAL: Final = "refusal"
-"""Key in a request's state: the error to respond with if the request is malformed HTTP."""
+"""Key in a request's state: the error with which the server refuses it before it is routed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 async def refusal(scope: Scope, exc: Exception) -> Response:
-    """The response to malformed HTTP; ``exc`` is a `SegmentError` or an `HTTPException`."""
+    """The response to a refused request; ``exc`` is a `SegmentError` or an `HTTPException`."""
     handler = _http_exception if isinstance(exc, HTTPException) else _segment_error
     return await handler(Request(scope), exc)
 
