@@ -1,9 +1,9 @@
-"""The serving half: labels every pixel of a photo, over HTTP or from the shell."""
+"""Segments photos: the class of each pixel, over HTTP or from the command line."""
 
 import os
 
 __version__ = "0.2.0"
 
-# Set before anything imports ONNX Runtime, whose wheels otherwise report to Microsoft. Source: its
-# Privacy.md.
+# ONNX Runtime's wheels send telemetry to Microsoft unless this is set before the import. Source:
+# its Privacy.md.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -7,7 +7,7 @@ from service.inference.memory import keep_freed_buffers
 
 def main() -> int:
     """Run the command line; returns the exit status. See `service.cli.main.main`."""
-    # First: some libraries start threads as they are loaded, and memory is shared out by then.
+    # Before other imports: some start threads, and the allocator must be configured before that.
     keep_freed_buffers()
     from service.cli.main import main as run  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""The composition root of HTTP: FastAPI in front of `service.runtime`, and nothing else."""
+"""The composition root of HTTP: FastAPI in front of `service.runtime`."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from service.settings import Settings
 from service.telemetry.metrics import Metrics, Peers
 from service.views import MIN_SIDE
 
-if TYPE_CHECKING:  # it needs the extra `tracing`
+if TYPE_CHECKING:  # needs the extra `tracing`
     from service.telemetry.tracing import Traces
 
 API_VERSION: Final = "1"
-"""Of the API: another one breaks clients. The release is not disclosed to everybody."""
+"""The API's version; it changes when clients break. The package's version is not published."""
 
 TRACES_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-"""Variables of OpenTelemetry that switch traces on and name their destination."""
+"""OpenTelemetry's variables that name the destination of traces. Without one there are none."""
 
 DESCRIPTION: Final = (
     "Labels every pixel of a photo with one of the model's classes, PASCAL VOC's 21 by default.\n\n"
     "An unknown path gets 404, an unknown method 405 with `Allow`, both as "
     "`application/problem+json`. Malformed HTTP gets 400, 408, 414, 429, 431, 501 or 505 in the "
-    "same format, and 503 where there are too many connections."
+    "same format; too many connections get 503."
 )
 
 GUARDED: Final = (
@@ -54,7 +54,7 @@ GUARDED: Final = (
     hugging_face.router,
     label_studio.router,
 )
-"""Need an API key and count towards the rate limit, where these are configured."""
+"""Routers that need an API key and count towards the rate limit, if these are configured."""
 
 OPEN: Final = (
     open_inference.health,
@@ -63,7 +63,7 @@ OPEN: Final = (
     metrics.router,
     page.router,
 )
-"""Probes, and the pages."""
+"""Routers of probes and pages."""
 
 _NO_TELEMETRY: Final[TelemetryConfig] = {
     "tracing": False,
@@ -72,8 +72,8 @@ _NO_TELEMETRY: Final[TelemetryConfig] = {
     "auto_configure": False,
 }
 
-# Bodies that endpoints read and write by hand.
-_REFERRED_TO: Final = (
+# Bodies that endpoints parse or write themselves.
+_REFERENCED: Final = (
     Problem,
     InferenceRequest,
     open_inference.IndexRequest,
@@ -85,16 +85,16 @@ _REFERRED_TO: Final = (
 
 
 class Api(FastAPI):
-    """FastAPI with the whole of the OpenAPI description.
+    """FastAPI with a complete OpenAPI document.
 
     It adds the bodies that endpoints parse themselves and the range of ``max_side``, which is a
-    setting, and removes FastAPI's own form of 422, which no endpoint answers.
+    setting. It removes FastAPI's own format of 422, which no endpoint uses.
     """
 
     max_side: int
 
     def openapi(self) -> dict[str, Any]:
-        """The description, made once."""
+        """The OpenAPI document, made once."""
         if self.openapi_schema is None:
             description = super().openapi()
             schemas = description["components"]["schemas"]
@@ -111,11 +111,11 @@ class Api(FastAPI):
                                 "minimum": MIN_SIDE,
                                 "maximum": self.max_side,
                             }
-            _, referred = models_json_schema(
-                [(model, "validation") for model in _REFERRED_TO],
+            _, referenced = models_json_schema(
+                [(model, "validation") for model in _REFERENCED],
                 ref_template="#/components/schemas/{model}",
             )
-            schemas.update(referred["$defs"])
+            schemas.update(referenced["$defs"])
         return super().openapi()
 
 
@@ -126,13 +126,13 @@ def create_app(
     open_engines: OpenEngines | None = None,
     peers: Peers | None = None,
 ) -> FastAPI:
-    """Build the app; nothing is loaded before its lifespan starts.
+    """Build the app; its lifespan loads the models.
 
-    ``session`` replaces ONNX Runtime's; the artefact is checked all the same. ``open_engines``
-    replaces the loading of models in this process; ``peers`` are the other processes behind the
-    same address, whose metrics are reported with this one's.
-    Raises `SettingsError` for API keys that cannot be read or traces that cannot be sent; so does
-    its lifespan, and `ArtefactError` or `DeviceUnavailable`; one line each.
+    ``session`` replaces ONNX Runtime's; the artefact is still checked. ``open_engines`` replaces
+    the loading of models in this process. ``peers`` are the other processes behind the same
+    address; ``GET /metrics`` reports theirs too.
+    Raises `SettingsError` if the API keys cannot be read or traces cannot be sent. The lifespan
+    raises `SettingsError`, `ArtefactError` or `DeviceUnavailable`. Each message is one line.
     """
     collected = Metrics(problems.REASONS)
     flags = RouteFlags.of((*GUARDED, *OPEN))
@@ -142,7 +142,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[LifespanState]:
         async with AsyncExitStack() as stack:
             if traces is not None:
-                # Left last, so that the spans of drained requests are sent too.
+                # Exited last, so that the spans of drained requests are sent too.
                 await stack.enter_async_context(traces.sent())
             service = await stack.enter_async_context(
                 open_service(settings, session, open_engines=open_engines, metrics=collected)
@@ -174,7 +174,7 @@ def create_app(
             allow_headers=("*",),
             expose_headers=("*",),
         )
-    # Around all others, so that their answers get its headers and log lines too.
+    # Outermost, so that answers of other middleware get its headers and log lines too.
     app.add_middleware(RequestContext, metrics=collected, flags=flags)
     problems.add_handlers(app)
     _include_routers(app, Access.configured(settings))
@@ -193,22 +193,21 @@ def _include_routers(app: FastAPI, access: Access) -> None:
 
 
 def _configured_traces(flags: RouteFlags) -> Traces | None:
-    """Traces, if the environment names an endpoint for them. Raises `SettingsError`."""
+    """Traces, if the environment names their endpoint. Raises `SettingsError`."""
     endpoint = next(filter(os.environ.get, TRACES_ENDPOINTS), None)
     if endpoint is None:
         return None
     try:
-        from service.telemetry.tracing import Traces  # noqa: PLC0415  an extra installs its needs
+        from service.telemetry.tracing import Traces  # noqa: PLC0415  needs the extra `tracing`
     except ImportError as exc:
         raise SettingsError(f"{endpoint} is set: {exc}") from exc
     return Traces(exclude=flags.is_probe)
 
 
 def with_state(app: ASGIApp, state: Mapping[str, Any]) -> ASGIApp:
-    """``app`` with a lifespan's state in each request, as a server that runs lifespans adds it.
+    """``app`` with the lifespan's state in each request, as servers that run lifespans add it.
 
-    For callers that run the lifespan themselves, such as `service.server.serving`, which reports
-    its errors unwrapped.
+    For callers that run the lifespan themselves, such as `service.server.serving`.
     """
 
     async def stateful(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,35 +1,35 @@
-"""What can go wrong, in the service's own words. HTTP is spelt in ``routes``, never here.
+"""The errors of the service. They know nothing of HTTP: `service.http.problems` maps them.
 
 ::
 
     SegmentError
     ├── ArtefactError             the artefact folder cannot be served
-    │   ├── ContractError         the contract, the graph and the manifest do not agree
-    │   └── IntegrityError        a file is missing or is not the file the manifest names
-    ├── DeviceUnavailable         the device that was asked for is not there
-    ├── DeviceMemoryExhausted     the device has no memory left for what was asked of it
-    ├── SettingsError             a setting is unknown or has an impossible value
-    ├── Unauthorized              no API key was sent, or none that is known
-    ├── RateLimited               the client sends more than it may; try again later
-    ├── RequestError              what the caller asked for cannot be answered
-    │   ├── MalformedRequest      the request is not of the protocol's form
-    │   ├── NoImage               nothing that could be an image was sent
-    │   ├── RequestTimeout        the client was too slow to send it
-    │   ├── BodyTooLarge          more bytes than the cap
-    │   ├── InvalidParameter      a parameter is out of its range
+    │   ├── ContractError         contract, graph and manifest differ
+    │   └── IntegrityError        a file is missing or differs from the manifest
+    ├── DeviceUnavailable         the requested device is not available
+    ├── DeviceMemoryExhausted     the device is out of memory
+    ├── SettingsError             a setting is unknown or invalid
+    ├── Unauthorized              the API key is missing or unknown
+    ├── RateLimited               the client exceeds its rate limit; retry later
+    ├── RequestError              the request is invalid
+    │   ├── MalformedRequest      the request does not follow its protocol
+    │   ├── NoImage               the request contains no image
+    │   ├── RequestTimeout        the client sent the request too slowly
+    │   ├── BodyTooLarge          the body has too many bytes
+    │   ├── InvalidParameter      a parameter has an invalid value
     │   ├── UnknownModel          no model of that name is served
-    │   └── NotAcceptable         no representation of the kind the caller accepts
-    ├── ImageError                the bytes that were sent are not a photo this service takes
-    │   ├── UnsupportedImageType  not one of the allowed formats
-    │   ├── UndecodableImage      an allowed format, but broken or truncated
-    │   ├── ImageTooLarge         more pixels than the cap
-    │   └── ImageUnavailable      it is kept elsewhere, and could not be fetched from there
-    ├── RemoteError               another service, asked in this one's place, has no answer
-    │   └── RemoteLost            it cannot be reached
-    ├── ModelUnavailable          a model that is served on demand cannot be loaded
-    ├── Overloaded                the queue is full; try again later
-    ├── Draining                  the service is going down
-    ├── DeadlineExceeded          the answer would have come too late
+    │   └── NotAcceptable         no media type that the client accepts
+    ├── ImageError                the image cannot be segmented
+    │   ├── UnsupportedImageType  the image has no allowed format
+    │   ├── UndecodableImage      the image is broken or truncated
+    │   ├── ImageTooLarge         the image has too many pixels
+    │   └── ImageUnavailable      the image could not be fetched from its URL
+    ├── RemoteError               a remote service failed
+    │   └── RemoteLost            the remote service cannot be reached
+    ├── ModelUnavailable          a model that is loaded on demand cannot be loaded
+    ├── Overloaded                the queue is full; retry later
+    ├── Draining                  the service is shutting down
+    ├── DeadlineExceeded          the deadline passed before the answer was ready
     └── InferenceFailed           the runtime failed on this batch
 """
 
@@ -37,7 +37,7 @@ from __future__ import annotations
 
 
 class SegmentError(Exception):
-    """Root of everything this package raises on purpose."""
+    """Base of all errors that this package raises on purpose."""
 
 
 class ArtefactError(SegmentError):
@@ -45,31 +45,31 @@ class ArtefactError(SegmentError):
 
 
 class ContractError(ArtefactError):
-    """The metadata, the graph, the manifest or ``voc.CLASSES`` differ; the message says how."""
+    """Metadata, graph and manifest differ. The message names the difference."""
 
 
 class IntegrityError(ArtefactError):
-    """A file that the manifest names is missing or has another size or sha256."""
+    """A file of the manifest is missing or has another sha256."""
 
 
 class DeviceUnavailable(SegmentError):
-    """The device that was asked for is not there, or ONNX Runtime fell back from it."""
+    """The requested device is not available, or ONNX Runtime fell back to another one."""
 
 
 class DeviceMemoryExhausted(SegmentError):
-    """The device has no memory left: at the start for a lane, later for a batch."""
+    """The device has no memory left for a lane at start, or for a batch later."""
 
 
 class SettingsError(SegmentError):
-    """A setting is unknown or has an impossible value. The message is one line."""
+    """A setting is unknown or invalid. The message is one line."""
 
 
 class Unauthorized(SegmentError):
-    """No API key was sent, or none that is known."""
+    """The API key is missing or unknown."""
 
 
 class RateLimited(SegmentError):
-    """The client sends more than it may; ``retry_after_s`` from now it may again."""
+    """The client exceeds its rate limit. It may retry after ``retry_after_s`` seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -77,27 +77,27 @@ class RateLimited(SegmentError):
 
 
 class RequestError(SegmentError):
-    """What the caller asked for cannot be answered; asking again will not help."""
+    """The request is invalid; a retry fails too."""
 
 
 class MalformedRequest(RequestError):
-    """The request is not of the form that its protocol wants."""
+    """The request does not follow its protocol."""
 
 
 class NoImage(RequestError):
-    """The request carries nothing that could be an image."""
+    """The request contains no image."""
 
 
 class RequestTimeout(RequestError):
-    """The client was too slow to send the request."""
+    """The client sent the request too slowly."""
 
 
 class BodyTooLarge(RequestError):
-    """The request's body has more bytes than allowed; the rest of it was not read."""
+    """The body has more bytes than allowed. The rest of it is not read."""
 
 
 class InvalidParameter(RequestError):
-    """A parameter is out of its range."""
+    """A parameter has an invalid value."""
 
 
 class UnknownModel(RequestError):
@@ -105,7 +105,7 @@ class UnknownModel(RequestError):
 
 
 class NotAcceptable(RequestError):
-    """Nothing the service can answer here is what the caller accepts; ``available`` is."""
+    """The client accepts none of the ``available`` media types."""
 
     def __init__(self, message: str, available: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -113,42 +113,42 @@ class NotAcceptable(RequestError):
 
 
 class ImageError(SegmentError):
-    """The bytes that were sent are not a photo that this service takes."""
+    """The image cannot be segmented."""
 
 
 class UnsupportedImageType(ImageError):
-    """The bytes are not of an allowed image format, whatever the header said."""
+    """The bytes have no allowed image format. The Content-Type header is ignored."""
 
 
 class UndecodableImage(ImageError):
-    """The bytes are of an allowed format, but broken, truncated or of an unknown variant."""
+    """The image has an allowed format, but is broken, truncated or an unsupported variant."""
 
 
 class ImageTooLarge(ImageError):
-    """The image has more pixels than allowed; known from its header, before decoding."""
+    """The image has more pixels than allowed. Its header is checked before it is decoded."""
 
 
 class ImageUnavailable(ImageError):
-    """The image is kept elsewhere, and could not be fetched from there."""
+    """The image could not be fetched from its URL."""
 
 
 class RemoteError(SegmentError):
-    """A running service that was asked in this one's place did not answer as it should."""
+    """A remote service failed or gave an unexpected answer."""
 
 
 class RemoteLost(RemoteError):
-    """That service cannot be reached: what else it would be asked would fail the same way."""
+    """The remote service cannot be reached; further requests would fail too."""
 
 
 class ModelUnavailable(SegmentError):
-    """A model that is served on demand cannot be loaded; the log says why."""
+    """A model that is loaded on demand cannot be loaded. The log has the reason."""
 
 
 class Overloaded(SegmentError):
     """The queue is full. Nothing was queued."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
-        # With both, so that it survives pickling: in a cluster the queue is in another process.
+        # Both arguments, so that it can be pickled: in a cluster the queue is in another process.
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
 
@@ -157,12 +157,12 @@ class Overloaded(SegmentError):
 
 
 class Draining(SegmentError):
-    """The service is shutting down and takes nothing new."""
+    """The service is shutting down and accepts no photos."""
 
 
 class DeadlineExceeded(SegmentError):
-    """The request's time ran out before its answer was ready."""
+    """The deadline passed before the answer was ready."""
 
 
 class InferenceFailed(SegmentError):
-    """The runtime raised while it ran the batch that the request was in."""
+    """The runtime raised an error while it ran the photo's batch."""

@@ -1,4 +1,4 @@
-"""A running service without HTTP: how it opens and drains, and the state that metrics report.
+"""A running service without HTTP: opening, draining, and its metrics.
 
 `service.app` puts FastAPI in front of it; ``fcn-segment predict`` uses it directly.
 """
@@ -23,11 +23,11 @@ from service.segmenter import POOL_THREAD_NAME, Segmenter
 from service.settings import Settings
 from service.telemetry.metrics import EngineFacts, Families, Metrics, Peers
 
-if TYPE_CHECKING:  # it needs the extra `tracing`
+if TYPE_CHECKING:  # needs the extra `tracing`
     from service.telemetry.tracing import Traces
 
 OpenEngines = Callable[[Settings, Metrics], Awaitable[Engines]]
-"""Opens the engines that a service works with."""
+"""Opens the engines of a service."""
 
 
 class Phase(Enum):
@@ -42,16 +42,16 @@ class Phase(Enum):
 class Service:
     """Every resource of a running service, owned by `open_service`.
 
-    ``busy_with``: the number of concurrent photos that keeps both the pool and the device busy;
-    ``peers``: the other processes behind the same address, if any; ``traces``: records spans where
-    configured; ``requests``: the ids of the requests in progress; ``body_bytes``: bytes of request
-    bodies held now.
+    ``concurrency``: the number of concurrent photos that keeps both the pool and the device busy;
+    ``peers``: the other processes behind the same address, if any; ``traces``: records spans, if
+    configured; ``requests``: ids of the requests in progress; ``body_bytes``: bytes of request
+    bodies in memory.
     """
 
     settings: Settings
     engines: Engines
     segmenter: Segmenter
-    busy_with: int
+    concurrency: int
     metrics: Metrics
     peers: Peers | None = None
     traces: Traces | None = None
@@ -69,7 +69,7 @@ class Service:
         self.phase = Phase.DRAINING
 
     async def families(self) -> Families:
-        """The current metrics of this process."""
+        """This process's current metrics."""
         self.metrics.look_at_service(
             ready=self.phase is Phase.READY,
             in_flight=self.segmenter.in_flight,
@@ -87,7 +87,7 @@ async def open_service(
     open_engines: OpenEngines | None = None,
     metrics: Metrics | None = None,
 ) -> AsyncIterator[Service]:
-    """Load, check and warm up the models; yield a ready service; drain it at the end.
+    """Load, check and warm up the default model; yield a ready service; drain it at the end.
 
     ``session`` replaces ONNX Runtime's, ``open_engines`` the loading of models in this process.
     Raises `ArtefactError` or `DeviceUnavailable` with a one-line reason.
@@ -98,10 +98,10 @@ async def open_service(
         engines = await _load_engines(settings, metrics, session)
     else:
         engines = await open_engines(settings, metrics)
-    # The default engine gets no name here: a reference would keep it alive after a reload.
+    # No variable refers to the default engine: that would keep it alive after a reload.
     on_gpu = engines.default.model.gpu is not None
     queue_size = settings.queue_size or (GPU_QUEUE if on_gpu else CPU_QUEUE)
-    # All cores decode beside a GPU, so that it never waits; on a CPU the network needs them.
+    # With a GPU all cores decode, so that it never waits; without one the network needs them.
     workers = settings.decode_workers or (available_cores() if on_gpu else 2)
     with ThreadPoolExecutor(workers, thread_name_prefix=POOL_THREAD_NAME) as pool:
         segmenter = Segmenter(
@@ -112,8 +112,8 @@ async def open_service(
             deadline_s=settings.deadline_s,
             metrics=metrics,
         )
-        busy_with = min(workers + engines.default.batcher.capacity, queue_size)
-        service = Service(settings, engines, segmenter, busy_with, metrics, phase=Phase.READY)
+        concurrency = min(workers + engines.default.batcher.capacity, queue_size)
+        service = Service(settings, engines, segmenter, concurrency, metrics, phase=Phase.READY)
         try:
             yield service
         finally:
@@ -124,7 +124,7 @@ async def open_service(
 async def _load_engines(
     settings: Settings, metrics: Metrics, session: InferenceSession | None
 ) -> Engines:
-    """Load the default model in this process; the models beside it are loaded on demand."""
+    """Load the default model in this process; other models are loaded on demand."""
     return Engines(
         await open_engine(settings, metrics, settings.model, session),
         settings.model,
@@ -144,7 +144,7 @@ async def _facts(engine: Engine) -> EngineFacts:
     model, contract = engine.model, engine.model.contract
     gpu, memory = None, None
     if model.gpu is not None:
-        # In a thread, because the driver may block.
+        # In a thread, because the driver call may block.
         free, total = await asyncio.to_thread(model.gpu.memory)
         gpu, memory = model.gpu.ordinal, (total - free, total)
     return EngineFacts(

@@ -1,4 +1,4 @@
-"""Response bodies of the JSON endpoints, as pydantic models; they make the OpenAPI page."""
+"""The JSON response bodies as pydantic models. OpenAPI includes them."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ class Schema(BaseModel):
 
 
 class ModelName(Schema):
-    """Which model answered."""
+    """The model that segmented the photo."""
 
     name: str
     version: str
 
 
 class Rle(Schema):
-    """COCO's compressed run lengths, as pycocotools reads them."""
+    """COCO's compressed run lengths, in pycocotools' format."""
 
     size: tuple[int, int] = Field(description="height, width in pixels")
     counts: str
 
 
 class SegmentedClass(Schema):
-    """One class that is present in the photo."""
+    """A class that is present in the photo."""
 
     id: int
     name: str
     color: Color = Field(description="RGB")
     pixels: int
-    fraction: float = Field(description="of the photo's pixels, 0 to 1")
+    fraction: float = Field(description="share of the photo's pixels, 0 to 1")
     bbox: tuple[int, int, int, int] = Field(description="x, y, w, h in pixels")
     confidence: float = Field(
-        description="mean over the class's pixels of the winning softmax probability, 0 to 1"
+        description="mean softmax probability of the class over its pixels, 0 to 1"
     )
     rle: Rle | None = Field(None, description="with mask=rle")
     polygons: list[list[float]] | None = Field(
         None,
-        description="with mask=polygons: a ring `[x, y, x, y, ...]` in pixels for each connected "
-        "region, the largest first, holes cut to it by bridges; filled even-odd, as COCO's tools "
-        "do, at least 98 % IoU with the class's mask. Of more than 1000 outlines the largest",
+        description="with mask=polygons: one ring `[x, y, x, y, ...]` in pixels per connected "
+        "region, largest first; bridges join holes to it. Filled even-odd, as COCO's tools do, the "
+        "IoU with the class's mask is at least 98 %. Only the 1000 largest outlines are kept",
     )
 
 
 class Segmentation(Schema):
-    """A photo's segmentation: the classes present, most pixels first."""
+    """A photo's segmentation: the classes that are present, most pixels first."""
 
     width: int
     height: int
     model: ModelName
     classes: list[SegmentedClass]
-    mask: str | None = Field(None, description="base64 of the palette PNG, with mask=png")
+    mask: str | None = Field(None, description="with mask=png: base64 of the palette PNG")
     timing_ms: dict[str, float] = Field(description="milliseconds per stage")
 
 
@@ -76,16 +76,16 @@ class LabelMap(Schema):
     """A model's classes."""
 
     classes: list[ClassLabel]
-    ignore_index: int = Field(description="value of void pixels in masks to train on; never served")
+    ignore_index: int = Field(description="value of void pixels in training masks; never served")
 
 
 class ListedView(Schema):
-    """One way to answer."""
+    """One entry of the list of views."""
 
-    name: str = Field(description="what `view=` takes")
+    name: str = Field(description="value of `view=`")
     description: str
-    media_types: list[str] = Field(description="what it is encoded as, the default first")
-    parameters: list[str] = Field(description="names of the parameters that it reads")
+    media_types: list[str] = Field(description="encodings, the default first")
+    parameters: list[str] = Field(description="names of the parameters that the view reads")
 
 
 class ViewList(Schema):
@@ -95,7 +95,7 @@ class ViewList(Schema):
 
 
 class ModelDescription(Schema):
-    """The model that is being served."""
+    """The default model."""
 
     name: str
     version: str
@@ -105,7 +105,7 @@ class ModelDescription(Schema):
     precision: Precision
     provider: str = Field(description="ONNX Runtime's execution provider in use")
     stride: int
-    working_size: int = Field(description="pixels of the longest side unless max_side says else")
+    working_size: int = Field(description="pixels of the longest side without max_side")
     shapes: tuple[Shape, ...] = Field(description="height, width that photos are padded to")
     accuracy: Accuracy | None = Field(description="measured with this file")
     data: dict[str, object]
@@ -114,17 +114,17 @@ class ModelDescription(Schema):
 
 
 class ListedModel(Schema):
-    """A model that is served."""
+    """One entry of the list of models."""
 
-    name: str = Field(description="what `model=` takes")
+    name: str = Field(description="value of `model=`")
     version: str
     default: bool
-    loaded: bool = Field(description="whether it is in memory; else the first request loads it")
+    loaded: bool = Field(description="whether it is in memory; if not, the next request loads it")
     accuracy: dict[Precision, Accuracy] = Field(description="measured, by precision")
 
 
 class ModelList(Schema):
-    """All models that are served, the default first."""
+    """All served models, the default first."""
 
     models: list[ListedModel]
 
@@ -136,46 +136,46 @@ class Health(Schema):
 
 
 class ParameterProblem(Schema):
-    """What is wrong with one parameter."""
+    """The error of one parameter."""
 
     parameter: str
     message: str
 
 
 class ErrorMessage(Schema):
-    """An error, as the clients of other services' protocols read it."""
+    """An error in the format of the Open Inference, Hugging Face and Label Studio protocols."""
 
     error: str
 
 
 class Problem(Schema):
-    """An error, as RFC 9457 describes problems."""
+    """An error: problem details by RFC 9457."""
 
-    type: str = Field(description="stable identifier of the kind of problem")
+    type: str = Field(description="stable identifier of the problem type")
     title: str
     status: int
     detail: str
     instance: str = Field(description="path of the request")
     request_id: str
-    available: list[str] | None = Field(None, description="with 406: the media types there are")
-    errors: list[ParameterProblem] | None = Field(None, description="with 422: each parameter")
+    available: list[str] | None = Field(None, description="with 406: the available media types")
+    errors: list[ParameterProblem] | None = Field(None, description="with 422: invalid parameters")
 
 
 class BatchItem(Schema):
-    """One image of a batch: its segmentation, or what was wrong with it."""
+    """One image of a batch: its segmentation, or its problem."""
 
-    index: int = Field(description="place among the images that were sent, from 0")
-    name: str = Field(description="file name as it was sent")
+    index: int = Field(description="position in the request, from 0")
+    name: str = Field(description="file name in the request")
     segmentation: Segmentation | None = None
     problem: Problem | None = None
 
 
 class BatchEntry(Schema):
-    """One image of a batch that is answered as an archive."""
+    """One image of an archive's index: its file, or its problem."""
 
-    index: int = Field(description="place among the images that were sent, from 0")
-    name: str = Field(description="file name as it was sent")
-    file: str | None = Field(None, description="the answer's name in the archive")
+    index: int = Field(description="position in the request, from 0")
+    name: str = Field(description="file name in the request")
+    file: str | None = Field(None, description="name of its file in the archive")
     problem: Problem | None = None
 
 

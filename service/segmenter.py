@@ -1,7 +1,7 @@
-"""The whole data path of one request, from an image file to an encoded answer.
+"""The data path of one photo, from an image file to an encoded answer.
 
-Reading (decoding, preprocessing) and writing (upsampling, encoding) run in a pool of threads, the
-network in the batcher's threads; the event loop only waits.
+Decoding, preprocessing, upsampling and encoding run in a pool of threads, the network in the
+batcher's threads. The event loop only waits.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ T_co = TypeVar("T_co", covariant=True)
 
 POOL_THREAD_NAME: Final = "images"
 
-REST_S: Final = 10.0
-"""Seconds without a photo after which the memory kept for the next one is given back."""
+IDLE_S: Final = 10.0
+"""Seconds without a photo after which freed memory is given back to the operating system."""
 
 _log: Any = structlog.get_logger("service.segmenter")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A photo that was read.
+    """A decoded photo and what its job needs.
 
     ``max_side``: longest side that the network sees, pixels; ``with_confidence``: whether the
-    answer needs the network's confidence; ``shown``: ``(H, W, 3) uint8`` RGB at full size, None
-    unless the answer shows the photo, so that a large photo does not wait for the network too;
-    ``file_bytes``: size of the file it came in, None if it came as an array.
+    answer needs the confidence; ``shown``: ``(H, W, 3) uint8`` RGB at full size, None unless the
+    answer shows the photo, to save memory while the network runs; ``file_bytes``: size of the image
+    file, None if the photo was sent as an array.
     """
 
     photo: DecodedPhoto
@@ -64,14 +64,14 @@ class Reading:
 
 
 class Job(Protocol[T_co]):
-    """One photo to segment. Both methods run in the pool and may raise any error of the service."""
+    """A photo to segment. Both methods run in the pool and may raise any `SegmentError`."""
 
     @property
     def model(self) -> str | None:
         """Name of the model; None: the default."""
 
     def read(self, max_pixels: int, contract: ModelContract) -> Reading:
-        """Decode the photo. ``contract`` is that of the model."""
+        """Decode the photo. ``contract`` is the model's."""
 
     def write(self, scene: Scene) -> T_co:
         """Encode the answer."""
@@ -79,7 +79,7 @@ class Job(Protocol[T_co]):
 
 @dataclass(frozen=True, slots=True)
 class Result(Generic[T]):
-    """A job's answer, the model that gave it, and the stages it took."""
+    """A job's answer, the model that segmented the photo, and the time of each stage."""
 
     content: T
     model: ModelName
@@ -97,7 +97,7 @@ class ViewJob:
 
     @classmethod
     def of(cls, data: bytes, options: Options) -> Self:
-        """The view that ``options`` name, in its default form."""
+        """The view that ``options`` name, in its default media type."""
         view = VIEWS[options.view]
         return cls(data, options, view, view.media_types[0])
 
@@ -109,13 +109,13 @@ class ViewJob:
     def read(self, max_pixels: int, contract: ModelContract) -> Reading:
         """See `Job`."""
         max_side = self.options.max_side or contract.working_size
-        contract.labels.ids(self.options.class_names)  # before the work, not after it
+        contract.labels.ids(self.options.class_names)  # unknown names fail before decoding
         photo = decode(self.data, max_pixels, max_side)
         self.view.check_size(photo.size, self.media_type)
         shown = None
         if self.view.needs_photo:
-            # Decoding twice is faster than bringing a whole large photo to the network's size, and
-            # the network sees the same pixels whatever the view.
+            # Decoding twice is faster than resizing the full-size photo to the network's size, and
+            # the network sees the same pixels in every view.
             scaled = photo.pixels.shape[:2] != photo.size
             shown = decode(self.data, max_pixels).pixels if scaled else photo.pixels
         return Reading(photo, max_side, self.view.needs_confidence, shown, len(self.data))
@@ -126,10 +126,10 @@ class ViewJob:
 
 
 class Segmenter:
-    """Takes jobs from a photo to its answer.
+    """Runs jobs.
 
-    ``pool`` runs everything but the network; ``max_in_flight`` bounds the photos held at once;
-    ``deadline_s`` the seconds for one.
+    ``pool`` runs every stage except the network; ``max_in_flight``: the limit of concurrent photos;
+    ``deadline_s``: the time limit of one photo, seconds.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class Segmenter:
         self._max_pixels = max_pixels
         self._deadline_s = deadline_s
         self._in_flight = 0
-        self._rest: asyncio.TimerHandle | None = None
-        self._began: dict[int, float] = {}
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._started_at_s: dict[int, float] = {}  # by thread
 
     async def segment(self, job: Job[T]) -> Result[T]:
         """Segment one photo.
@@ -162,7 +162,7 @@ class Segmenter:
             return await self.segment_held(job)
 
     async def segment_held(self, job: Job[T]) -> Result[T]:
-        """`segment` in a place that the caller holds: never `Overloaded` for want of one."""
+        """`segment` in a place that the caller holds, so that no free place is needed."""
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await self._segment(job)
@@ -171,12 +171,12 @@ class Segmenter:
 
     async def _segment(self, job: Job[T]) -> Result[T]:
         timings = Timings.of_photo()
-        # Two stages a task: each hop between the threads costs about a tenth of a millisecond.
+        # Two stages per task: each switch between threads costs about a tenth of a millisecond.
         async with self._engines.use(job.model) as engine:
             contract = engine.model.contract
             prepared = await self._in_pool(lambda: self._prepare(job, contract, timings))
             outcome = await _run(engine, prepared.task, timings)
-            # That of the answer: a cluster's device may have loaded another model meanwhile.
+            # Read again: a cluster's device may have loaded another model meanwhile.
             contract = engine.model.contract
         content = await self._in_pool(lambda: _finish(job, prepared, outcome, contract, timings))
         pixels = math.prod(prepared.task.geometry.photo)
@@ -201,35 +201,38 @@ class Segmenter:
 
     @property
     def working_s(self) -> float:
-        """Seconds that the pool's oldest unfinished decoding or encoding has been running."""
-        return time.monotonic() - min(self._began.copy().values(), default=time.monotonic())
+        """Seconds since the start of the oldest task that runs in the pool; 0 if none does."""
+        now_s = time.monotonic()
+        return now_s - min(self._started_at_s.copy().values(), default=now_s)
 
     @contextmanager
     def hold(self, wanted: int = 1) -> Iterator[int]:
-        """Hold up to ``wanted`` places among the photos in flight; yields how many.
+        """Hold up to ``wanted`` of the free places for photos in flight; yields their number.
 
-        Raises `Overloaded` if there is none.
+        Raises `Overloaded` if none is free.
         """
-        # Before decoding: a queue of decoded photos would take far more memory than one of files.
+        # Before decoding: a queue of decoded photos needs far more memory than one of files.
         self.require_place()
         held = min(wanted, self.max_in_flight - self._in_flight)
         self._in_flight += held
-        if self._rest is not None:
-            self._rest.cancel()
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         try:
             yield held
         finally:
             self._in_flight -= held
             if not self._in_flight:
                 loop = asyncio.get_running_loop()
-                self._rest = loop.call_later(REST_S, loop.run_in_executor, None, _rest)
+                self._idle_timer = loop.call_later(
+                    IDLE_S, loop.run_in_executor, None, _give_back_memory
+                )
 
     def require_place(self) -> None:
-        """Raise `Overloaded` while there is no place, so that nobody sends a photo in vain."""
+        """Raise `Overloaded` if no place is free. Uploads call it before they read the body."""
         if self._in_flight >= self.max_in_flight:
             raise Overloaded(
                 f"{self._in_flight} photos are being worked on",
-                # By the deadline all of them are answered, one way or the other.
+                # By the deadline each of them is answered or has failed.
                 min(
                     self._engines.default.batcher.retry_after_s(self._in_flight),
                     self._deadline_s,
@@ -237,22 +240,22 @@ class Segmenter:
             )
 
     async def _in_pool(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in a thread of the pool, watched by `working_s`."""
+        """Run ``work`` in a thread of the pool; `working_s` measures it."""
 
-        def watched() -> T:
+        def measured() -> T:
             thread = threading.get_ident()
-            self._began[thread] = time.monotonic()
+            self._started_at_s[thread] = time.monotonic()
             try:
                 return work()
             finally:
-                del self._began[thread]
+                del self._started_at_s[thread]
 
-        return await asyncio.get_running_loop().run_in_executor(self._pool, watched)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, measured)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """What remains of a `Reading` while the network runs."""
+    """The parts of a `Reading` that are kept while the network runs, preprocessed."""
 
     task: DeviceTask
     shown: npt.NDArray[np.uint8] | None
@@ -260,7 +263,7 @@ class _Prepared:
 
 
 async def _run(engine: Engine, task: DeviceTask, timings: Timings) -> Output:
-    """Run the network, on a GPU the upsampling too; record the stages from the queue on."""
+    """Run the network and, on a GPU, the upsampling; record the stages from ``queue`` on."""
     started_s = time.perf_counter()
     outcome = await engine.batcher.submit(task, key=task.geometry.padded)
     for name, seconds in _device_stages(outcome).items():
@@ -270,11 +273,11 @@ async def _run(engine: Engine, task: DeviceTask, timings: Timings) -> Output:
 
 
 def _device_stages(outcome: BatchResult[Output]) -> dict[str, float]:
-    """Seconds of each stage from the queue to the device's answer, in order."""
+    """Seconds of each stage from the queue to the device's result, in order."""
     result = outcome.result
     if not isinstance(result, Upsampled):
         return {"queue": outcome.queue_s, "infer": outcome.run_s}
-    # Packing, the upload, and waiting for other batches on the device count as queue.
+    # Packing, the upload to the device and the wait for other batches count as queue.
     queue_s = outcome.queue_s + outcome.run_s - result.infer_s - result.upsample_s
     return {"queue": queue_s, "infer": result.infer_s, "upsample": result.upsample_s}
 
@@ -282,7 +285,7 @@ def _device_stages(outcome: BatchResult[Output]) -> dict[str, float]:
 def _finish(
     job: Job[T], prepared: _Prepared, outcome: Output, contract: ModelContract, timings: Timings
 ) -> T:
-    """Upsample, where the device has not, and encode."""
+    """Upsample, unless the device has done it, and encode."""
     if isinstance(outcome, Upsampled):
         labels = outcome.labels
     else:
@@ -293,6 +296,6 @@ def _finish(
         return job.write(Scene(labels, contract, prepared.shown, timings))
 
 
-def _rest() -> None:
+def _give_back_memory() -> None:
     give_back_freed()
     _log.debug("freed memory given back")

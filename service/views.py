@@ -1,7 +1,7 @@
-"""The views of a segmented photo: one table, and how each view is rendered.
+"""The views of a segmented photo: a table, and a function that renders each of them.
 
 To add a view, add its name to `ViewName`, its parameters to `Options` and its entry to `VIEWS`.
-FastAPI's description, ``GET /views``, the web page and the command line's formats follow.
+OpenAPI, ``GET /views``, the web page and the formats of ``fcn-segment predict`` use the table.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.artefact.contract import ModelContract
-from service.errors import NotAcceptable
+from service.errors import InvalidParameter, NotAcceptable
 from service.images.encoding import (
     MAX_SIDES,
     ImageFormat,
@@ -51,15 +51,15 @@ SUFFIXES: Final[dict[MediaType, str]] = {
 }
 
 MIN_SIDE: Final = 64
-"""Least ``max_side``, pixels: below it a photo has too few cells to tell anything apart."""
+"""The smallest ``max_side``, pixels: below it the logits have too few cells to be of use."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A segmented photo, to be rendered.
+    """A segmented photo to render.
 
-    ``labels``: of the photo's size; ``contract``: that of the model; ``photo``: ``(H, W, 3) uint8``
-    RGB, None unless the view needs it; ``timings``: the stages so far.
+    ``labels``: at the photo's size; ``contract``: the model's; ``photo``: ``(H, W, 3) uint8`` RGB,
+    None unless the view needs it; ``timings``: the stages so far.
     """
 
     labels: Labels
@@ -68,25 +68,27 @@ class Scene:
     timings: Timings = field(default_factory=Timings)
 
     def require_photo(self) -> npt.NDArray[np.uint8]:
-        """The photo. Raises `RuntimeError` if the view did not declare that it needs it."""
+        """The photo. Raises `RuntimeError` if it is missing: the view's entry must need it."""
         if self.photo is None:
-            raise RuntimeError("this view needs the photo, and its entry does not say so")
+            raise RuntimeError("the scene has no photo: the view's entry needs needs_photo=True")
         return self.photo
 
     def require_confidence(self) -> npt.NDArray[np.uint8]:
         """``(H, W) uint8`` confidence. Raises `RuntimeError` as `require_photo` does."""
         if self.labels.confidence is None:
-            raise RuntimeError("this view needs the confidence, and its entry does not say so")
+            raise RuntimeError(
+                "the scene has no confidence: the view's entry needs needs_confidence=True"
+            )
         return self.labels.confidence
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One way to answer.
+    """One way to show a segmented photo.
 
-    ``media_types``: what it is encoded as, the default first; ``parameters``: the names in
-    `Options` that it reads beside those of every view; ``needs_photo`` and ``needs_confidence``:
-    what its `Scene` must have. ``render(scene, options, media_type)`` returns the encoded answer.
+    ``media_types``: its encodings, the default first; ``parameters``: the fields of `Options` that
+    it reads beside `COMMON_PARAMETERS`; ``needs_photo`` and ``needs_confidence``: its needs.
+    ``render(scene, options, media_type)`` returns the encoded view.
     """
 
     name: ViewName
@@ -99,21 +101,22 @@ class View:
 
     @property
     def suffix(self) -> str:
-        """Of the files that hold its default form."""
+        """The suffix of files in its default media type."""
         return SUFFIXES[self.media_types[0]]
 
     def check_size(self, size: tuple[int, int], media_type: MediaType) -> None:
         """Raise `NotAcceptable` if ``media_type`` cannot hold a photo of ``(H, W)`` pixels."""
         longest = max(size)
-        if longest > _max_side(media_type):
+        if longest > _longest_side(media_type):
             raise NotAcceptable(
-                f"{media_type} holds at most {_max_side(media_type)} pixels along a side, "
-                f"and this photo has {longest}",
-                tuple(one for one in (*self.media_types, JSON) if longest <= _max_side(one)),
+                f"{media_type} allows at most {_longest_side(media_type)} pixels along a side, "
+                f"but this photo has {longest}",
+                tuple(one for one in (*self.media_types, JSON) if longest <= _longest_side(one)),
             )
 
 
-def _max_side(media_type: MediaType) -> float:
+def _longest_side(media_type: MediaType) -> float:
+    """The most pixels along a side that ``media_type`` can hold."""
     image_format = IMAGE_FORMATS.get(media_type)
     return float("inf") if image_format is None else MAX_SIDES[image_format]
 
@@ -151,7 +154,7 @@ def _render_json(scene: Scene, options: Options, _: MediaType) -> bytes:
     scene.require_confidence()
     labels, label_set, chosen = scene.labels, scene.contract.labels, _chosen(scene, options)
     height, width = labels.mask.shape
-    # Of the whole mask: limiting the classes must not turn the others into background pixels.
+    # Computed on the whole mask, so that unchosen classes do not count as background.
     runs = Runs.of(labels.mask)
     confidence = labels.class_confidence()
     present = [one for one in runs.statistics() if chosen is None or one.class_id in chosen]
@@ -185,14 +188,14 @@ def _render_json(scene: Scene, options: Options, _: MediaType) -> bytes:
         mask=png,
         timing_ms={stage: round(value, 3) for stage, value in scene.timings.ms().items()},
     )
-    # The forms that were not asked for would be null in every class; `mask` stays, null or not.
+    # Forms that were not requested would be null in every class; `mask` is always present.
     absent = {"rle", "polygons"} - {options.mask}
     exclude: Any = {"classes": {"__all__": absent}}
     return body.model_dump_json(exclude=exclude).encode()
 
 
 def _chosen(scene: Scene, options: Options) -> frozenset[int] | None:
-    """The ids of the classes that the answer is limited to; None: all."""
+    """The ids of the classes that the view is limited to; None: all."""
     return None if options.classes is None else scene.contract.labels.ids(options.class_names)
 
 
@@ -214,7 +217,7 @@ VIEWS: Final[dict[ViewName, View]] = {
         ),
         View(
             "overlay",
-            "photo and colours blended",
+            "the photo blended with the classes' colours",
             ("image/png", "image/jpeg", "image/webp"),
             _render_overlay,
             parameters=("alpha",),
@@ -222,15 +225,15 @@ VIEWS: Final[dict[ViewName, View]] = {
         ),
         View(
             "cutout",
-            "the photo where it shows the chosen classes (default: all but background), "
-            "transparent elsewhere",
+            "the pixels of the chosen classes (default: all except background), transparent "
+            "elsewhere",
             ("image/png", "image/webp"),
             _render_cutout,
             needs_photo=True,
         ),
         View(
             "confidence",
-            "greyscale PNG, the softmax probability of each pixel's class in 255ths, 0 outside "
+            "greyscale PNG of the softmax probability of each pixel's class in 255ths, 0 outside "
             "the chosen classes",
             ("image/png",),
             _render_confidence,
@@ -238,7 +241,7 @@ VIEWS: Final[dict[ViewName, View]] = {
         ),
         View(
             "json",
-            "statistics of each class that is present, and its pixels; `Accept: application/json` "
+            "statistics and the mask of each class that is present; `Accept: application/json` "
             "selects it for any view",
             (JSON,),
             _render_json,
@@ -249,8 +252,12 @@ VIEWS: Final[dict[ViewName, View]] = {
 }
 
 
+COMMON_PARAMETERS: Final = ("classes", "max_side", "model")
+"""The fields of `Options` that every view reads."""
+
+
 class Options(BaseModel):
-    """What a caller asks of a photo: the parameters of every way to segment one.
+    """The parameters of a request to segment a photo.
 
     A parameter that the chosen view does not read has no effect.
     """
@@ -261,22 +268,22 @@ class Options(BaseModel):
         "mask",
         description=". ".join(f"`{view.name}`: {view.description}" for view in VIEWS.values()),
     )
-    alpha: float = Field(0.5, ge=0, le=1, description="weight of an overlay's colours")
+    alpha: float = Field(0.5, ge=0, le=1, description="weight of the colours in an overlay")
     classes: str | None = Field(
         None,
-        description="names of classes that any view is limited to, comma-separated (default: all); "
-        "`GET /classes` lists them",
+        description="comma-separated names of the classes that the view is limited to (default: "
+        "all); `GET /classes` lists them",
     )
     max_side: int | None = Field(
         None, ge=MIN_SIDE, description="longest side that the network sees, pixels"
     )
     mask: MaskFormat = Field(
         "rle",
-        description="how JSON carries the mask: `rle`: COCO's run lengths, per class. "
+        description="form of the mask in JSON: `rle`: COCO's run lengths, per class. "
         "`polygons`: COCO's polygons, per class. `png`: base64 of the palette PNG. `none`",
     )
     model: str | None = Field(
-        None, description="name of the model, of those that `GET /models` lists"
+        None, description="name of a model that `GET /models` lists (default: the first)"
     )
 
     @property
@@ -285,13 +292,16 @@ class Options(BaseModel):
         return () if self.classes is None else tuple(self.classes.split(","))
 
 
-assert VIEWS.keys() == set(get_args(ViewName)), "every name of a view has an entry"  # noqa: S101
+def check_side(max_side: int | None, limit: int) -> None:
+    """Raise `InvalidParameter` unless ``max_side`` is None or in `MIN_SIDE` to ``limit`` pixels."""
+    if max_side is not None and not MIN_SIDE <= max_side <= limit:
+        raise InvalidParameter(f"max_side: {max_side} is not in {MIN_SIDE} to {limit}")
 
 
 def offers(name: ViewName) -> dict[MediaType, View]:
-    """The media types that a request for a view may be answered with, the default first.
+    """The media types that a request for a view can get, and their views, the default first.
 
-    JSON is among them, whatever the view, and is an answer of the view ``json``.
+    JSON is one of them for every view; the view ``json`` renders it.
     """
     view = VIEWS[name]
     return {**dict.fromkeys(view.media_types, view), JSON: VIEWS["json"]}

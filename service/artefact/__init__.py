@@ -1,1 +1,1 @@
-"""What the two halves share: the model contract, the manifest, VOC's labels, preprocessing."""
+"""What the service and `models` share: contract, label set, manifest, VOC, preprocessing."""

@@ -1,7 +1,7 @@
-"""What an exported model promises to whoever serves it; shared by both halves.
+"""The contract between an exported model and the service.
 
-The contract travels in the ONNX file's ``metadata_props``, one entry per field under the prefix
-``fcn.``: text as it is, everything else as JSON, so that ``netron`` shows it readably::
+It is stored in the ONNX file's ``metadata_props``, one entry per field under the prefix ``fcn.``:
+text unchanged, everything else as JSON, so that ``netron`` shows it readably::
 
     fcn.schema_version = 2
     fcn.name           = atrous_fcn_resnet50_16s
@@ -9,10 +9,10 @@ The contract travels in the ONNX file's ``metadata_props``, one entry per field 
     fcn.mean           = [0.485, 0.456, 0.406]
     fcn.shapes         = [[384, 512], [512, 384], [512, 512]]
 
-Version 1 has ``fcn.classes``, which must be VOC's names, instead of ``fcn.labels``; it still loads.
+Version 1 has ``fcn.classes`` instead of ``fcn.labels``: VOC's names. It still loads.
 
-The graph takes ``image`` and returns ``logits``; see `ModelContract.check_graph`. Casting and
-normalisation are inside the graph.
+The graph takes ``image`` and returns ``logits``; see `ModelContract.check_graph`. The graph casts
+and normalises.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ METADATA_PREFIX: Final = "fcn."
 INPUT_NAME: Final = "image"
 OUTPUT_NAME: Final = "logits"
 SHAPE_MULTIPLE: Final = 32
-"""Listed shapes and fallback shapes are multiples of this many pixels in both directions."""
+"""Height and width of every padded shape are multiples of this many pixels."""
 
 Precision = Literal["fp32", "fp16", "int8"]
 Shape = tuple[int, int]
@@ -42,7 +42,7 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 class TensorInfo(Protocol):
-    """One input or output of a graph, in ONNX Runtime's words (its ``NodeArg``)."""
+    """One input or output of a graph: ONNX Runtime's ``NodeArg``."""
 
     @property
     def name(self) -> str:
@@ -58,12 +58,11 @@ class TensorInfo(Protocol):
 
 
 class ModelContract(BaseModel):
-    """What varies between models, immutable.
+    """The properties that vary between models, immutable.
 
     ``labels`` are the classes of the logits' channels. ``mean`` and ``std`` are RGB in [0, 1]
-    units; the graph applies them, and `padding_color` is the mean. ``shapes`` are the
-    ``(height, width)`` pixel shapes that requests are padded to, ascending by area. ``metrics`` are
-    fractions such as ``val_miou``.
+    units; the graph applies them. ``shapes`` are the ``(height, width)`` pixel shapes that photos
+    are padded to, ascending by area. ``metrics`` are fractions such as ``val_miou``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,9 +114,9 @@ class ModelContract(BaseModel):
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Self:
-        """Read the contract from ONNX ``metadata_props``; entries of other tools are ignored.
+        """Read the contract from ONNX ``metadata_props``; other tools' entries are ignored.
 
-        Raises `ContractError`, one line that names the missing or wrong key and what differs.
+        Raises `ContractError` with one line that names the missing or wrong key.
         """
         found = metadata.get(METADATA_PREFIX + "schema_version")
         if found == "1":
@@ -148,14 +147,14 @@ class ModelContract(BaseModel):
             raise ContractError(METADATA_PREFIX + one_line(exc)) from exc
 
     def check_graph(self, inputs: Iterable[TensorInfo], outputs: Iterable[TensorInfo]) -> None:
-        """Compare the promise with the graph's own inputs and outputs.
+        """Compare the contract with the graph's inputs and outputs.
 
-        Wanted: one input ``image`` uint8 ``[N, h, w, 3]`` RGB, one output ``logits`` float32
-        ``[N, C, h/stride, w/stride]``, C the number of classes; ``N``, ``h`` and ``w`` dynamic.
-        Symbolic dimensions do not show the stride: the session's warm-up checks it on every listed
-        shape.
+        The graph must have one input ``image`` uint8 ``[N, h, w, 3]`` RGB and one output ``logits``
+        float32 ``[N, C, h/stride, w/stride]``, where C is the number of classes and ``N``, ``h``
+        and ``w`` are dynamic. Symbolic dimensions do not show the stride: the session's warm-up
+        checks it on every listed shape.
 
-        Raises `ContractError` with one line that says what differs.
+        Raises `ContractError` with one line that names the difference.
         """
         _check_tensor("input", inputs, INPUT_NAME, "tensor(uint8)", (None, None, None, 3))
         _check_tensor(
@@ -164,9 +163,9 @@ class ModelContract(BaseModel):
 
 
 def _upgraded(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of schema version 1 as that of version 2.
+    """Convert metadata of schema version 1 to version 2.
 
-    Raises `ContractError` for other classes than VOC's, the only ones that version 1 allows.
+    Raises `ContractError` unless the classes are VOC's: version 1 allows no others.
     """
     key = METADATA_PREFIX + "classes"
     upgraded = {**metadata, METADATA_PREFIX + "schema_version": str(SCHEMA_VERSION)}
@@ -189,7 +188,7 @@ _TEXT_FIELDS: Final = {"color_order", "working_size_rule", "precision"}
 
 
 def one_line(error: ValidationError) -> str:
-    """The first complaint of a pydantic error as ``field: message``, without its URL."""
+    """The first error of a `ValidationError` as ``field: message``, without pydantic's URL."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
@@ -216,7 +215,7 @@ def _check_tensor(
     shape = list(tensor.shape)
     wanted = ", ".join("?" if size is None else str(size) for size in dimensions)
     fits = len(shape) == len(dimensions) and all(
-        # A dynamic dimension is a symbol or None; a fixed one is an int and must be the wanted one.
+        # A dynamic dimension is a symbol or None; a fixed one is an int.
         (not isinstance(got, int)) if size is None else got == size
         for got, size in zip(shape, dimensions, strict=True)
     )

@@ -1,4 +1,4 @@
-"""A model's label set: the names and colours of its classes. VOC's is the default."""
+"""A model's label set: the names and colours of its classes."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from service.artefact import voc
 from service.errors import InvalidParameter
 
 MAX_CLASSES: Final = 255
-"""Class ids are uint8, and one value is left for void."""
+"""Class ids are uint8, and one value is reserved for void."""
 
 VOID_COLOR: Final = (224, 224, 192)
 """RGB of void pixels in a palette: the cream of VOC's borders."""
 
 Level = Annotated[int, Field(ge=0, le=255)]
 Color = tuple[Level, Level, Level]
-"""RGB, each part in [0, 255]."""
+"""RGB, each channel in [0, 255]."""
 
-# A list of classes is separated by commas, in a query and on the command line.
+# In queries and on the command line, commas separate class names.
 _NAME: Final = re.compile(r"[^\s,\x00-\x1f\x7f]([^,\x00-\x1f\x7f]*[^\s,\x00-\x1f\x7f])?")
 _LONGEST_NAME: Final = 64
 
 
 class LabelSet(BaseModel):
-    """Classes by id, immutable. Class 0 is the background: everything that is no other class.
+    """Names and colours by class id, immutable. Class 0 is the background.
 
-    ``names`` and ``colors`` have one entry per class id, 1 to 255 of them; ``ignore_index`` is the
-    value of void pixels in masks to train on, and no class id. Names are distinct, at most 64
-    characters long, and hold no comma, so that ``classes=person,dog`` is unambiguous.
+    ``names`` and ``colors`` have one entry per class id, 1 to 255 in all. ``ignore_index`` is the
+    value of void pixels in training masks; it is not a class id. Names are distinct, have at most
+    64 characters and contain no comma, so that ``classes=person,dog`` is unambiguous.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,11 +69,14 @@ class LabelSet(BaseModel):
 
     @property
     def foreground(self) -> frozenset[int]:
-        """All class ids but the background's."""
+        """All class ids except the background's."""
         return frozenset(range(1, len(self.names)))
 
     def ids(self, names: Iterable[str]) -> frozenset[int]:
-        """The ids of classes by name, spaces around a name aside. Raises `InvalidParameter`."""
+        """The ids of the named classes; spaces around a name are ignored.
+
+        Raises `InvalidParameter` for an unknown name.
+        """
         ids = set()
         for name in map(str.strip, names):
             if name not in self.names:
@@ -85,9 +88,9 @@ class LabelSet(BaseModel):
 
     @cached_property
     def palette(self) -> npt.NDArray[np.uint8]:
-        """``(256, 3) uint8`` RGB, read-only: what an indexed PNG carries, void included.
+        """``(256, 3) uint8`` RGB, read-only: the palette of an indexed PNG, void included.
 
-        Rows that are no class have VOC's colours, which differ from each other.
+        Rows without a class have VOC's colours.
         """
         palette = voc.color_map()
         palette[self.ignore_index] = VOID_COLOR

@@ -1,7 +1,7 @@
-"""``manifest.json``: what an artefact folder holds that its graphs cannot say themselves.
+"""``manifest.json``: the facts about an artefact folder that its graphs cannot carry.
 
-The offline half writes it last, with these same classes; the service reads it first, and loads
-no file whose sha256 differs from the one written here.
+The training stage writes it last, with these classes. The service reads it first and loads no file
+whose sha256 differs from the manifest's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MANIFEST_NAME: Final = "manifest.json"
 
 
 class FileEntry(BaseModel):
-    """One network file: its sha256 (hex), its size in bytes, the precision it computes in."""
+    """One network file: sha256 (hex), size in bytes, precision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,10 +38,10 @@ class FileEntry(BaseModel):
 
 
 class Accuracy(BaseModel):
-    """One confusion matrix over a whole set, as fractions in [0, 1].
+    """Scores of one confusion matrix over a whole set, as fractions in [0, 1].
 
-    ``per_class_iou`` maps every class name to its IoU, or to None where neither truth nor
-    prediction held the class.
+    ``per_class_iou`` maps every class name to its IoU, or to None if neither the ground truth nor
+    the prediction contains the class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,9 +56,9 @@ class Accuracy(BaseModel):
 class Manifest(BaseModel):
     """The manifest of one artefact folder, immutable; see `load_manifest` and `write`.
 
-    ``files`` maps file names in the folder to their entries, ``metrics`` maps a precision to its
-    measured accuracy, ``licences`` a part (``code``, ``data``, ``starting_weights``, ...) to its
-    licence; ``recipe``, ``data`` and ``parity`` are free-form records of the offline stage.
+    ``files`` maps file names to entries, ``metrics`` a precision to its measured accuracy,
+    ``licences`` a part (``code``, ``data``, ``starting_weights``, ...) to its licence. ``recipe``,
+    ``data`` and ``parity`` are free-form records of the training stage.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,19 +91,19 @@ class Manifest(BaseModel):
         return path
 
     def pick_file(self, preference: Sequence[Precision]) -> str:
-        """Name of the file whose precision comes first in ``preference``.
+        """The name of the file whose precision is first in ``preference``.
 
-        Raises `ContractError` if the folder holds none of them.
+        Raises `ContractError` if the folder has none of them.
         """
         for precision in preference:
             for name, entry in self.files.items():
                 if entry.precision == precision:
                     return name
-        held = ", ".join(sorted({entry.precision for entry in self.files.values()}))
-        raise ContractError(f"no network of precision {' or '.join(preference)}, only {held}")
+        available = ", ".join(sorted({entry.precision for entry in self.files.values()}))
+        raise ContractError(f"no network of precision {' or '.join(preference)}, only {available}")
 
     def check_contract(self, contract: ModelContract, file_name: str) -> None:
-        """Compare with the contract in ``file_name``; raises `ContractError` if they differ."""
+        """Compare with the contract in ``file_name``. Raises `ContractError` if they differ."""
         pairs = (
             ("name", self.name, contract.name),
             ("version", self.version, contract.version),
@@ -119,8 +119,8 @@ class Manifest(BaseModel):
 def load_manifest(folder: Path) -> Manifest:
     """Read ``folder/manifest.json``.
 
-    Raises `IntegrityError` if it is not there or unreadable, `ContractError` if its content is
-    not a manifest; both with one line that names the file.
+    Raises `IntegrityError` if it is missing or unreadable, `ContractError` if its content is not
+    a manifest; both with one line that names the file.
     """
     path = folder / MANIFEST_NAME
     try:
@@ -134,10 +134,10 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
-    """Read every file whole, and compare it with the manifest's sha256.
+    """Read every file and compare it with the manifest's sha256.
 
-    Returns them by name, so that what is used is what was compared, whatever becomes of the
-    folder. Raises `IntegrityError` with one line that names the first file that differs.
+    Returns the contents by name: the service uses the bytes that were compared, even if the folder
+    changes later. Raises `IntegrityError` with one line that names the first file that differs.
     """
     files: dict[str, bytes] = {}
     for name, entry in manifest.files.items():

@@ -1,8 +1,8 @@
-"""A photo to the network's input, and the geometry that leads back to the photo's pixels.
+"""A photo to the network's input, and the geometry that maps back to the photo's pixels.
 
-The longest side is brought to the working size, the result is padded at the bottom and on the
-right to a listed shape. The offline half evaluates and calibrates through this module too: a level
-of 255 is enough to move pixels from one class to another.
+The photo is scaled so that its longest side is the working size, then padded at the bottom and on
+the right to a listed shape. Evaluation and calibration use this module too, because a difference of
+one level in 255 can move pixels from one class to another.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ except ImportError:  # no wheel for this platform
     cykooz_resizer = None
 
 Box = tuple[float, float, float, float]
-"""``(left, top, right, bottom)`` in pixels, whole or not."""
+"""``(left, top, right, bottom)`` in pixels, possibly fractional."""
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where a photo's pixels lie in the network's input. All sizes are ``(height, width)`` pixels.
+    """The place of a photo's pixels in the network's input. Sizes are ``(height, width)`` pixels.
 
-    ``photo`` is the photo's own size, ``resized`` what it was scaled to, ``padded`` the network's
-    input, whose top left ``resized`` part holds the photo.
+    ``photo`` is the photo's size, ``resized`` its size after scaling, ``padded`` the size of the
+    network's input, whose top left ``resized`` part is the photo.
     """
 
     photo: Shape
@@ -40,10 +40,10 @@ class Geometry:
 
     @classmethod
     def plan(cls, photo: Shape, max_side: int, shapes: Iterable[Shape]) -> Self:
-        """Plan the way of a photo of size ``photo`` whose longest side becomes ``max_side``.
+        """Plan for a photo of size ``photo`` whose longest side becomes ``max_side``.
 
-        ``shapes`` are the contract's listed shapes, ascending by area: the first that contains
-        the resized photo is taken. If none does, both sides go up to the next multiple of 32.
+        ``shapes`` are the contract's listed shapes, ascending by area; the first that contains
+        the resized photo is used. If none does, both sides are rounded up to a multiple of 32.
         """
         height, width = photo
         scale = max_side / max(height, width)
@@ -62,11 +62,10 @@ def preprocess(
 ) -> npt.NDArray[np.uint8]:
     """Resize and pad a photo to the network's input.
 
-    ``image``: ``(H, W, 3) uint8`` RGB, the photo of ``geometry.photo`` or a smaller copy of it that
-    lies in ``box`` of ``image``: ``(left, top, right, bottom)`` in pixels (None: all of it).
-    Returns ``(h, w, 3) uint8`` RGB of size ``geometry.padded``, contiguous. Bilinear, antialiased
-    where it shrinks: Pillow's ``BILINEAR``, but for the rounding: some values are a level of 255
-    beside Pillow's, hardly any two.
+    ``image``: ``(H, W, 3) uint8`` RGB, the photo itself or a smaller copy of it; ``box``: the part
+    of ``image`` that is the photo (None: all of it). Returns ``(h, w, 3) uint8`` RGB of size
+    ``geometry.padded``, contiguous. The filter is Pillow's ``BILINEAR``, which antialiases when it
+    shrinks; rounding differs, so that some values are one level of 255 off Pillow's, very few two.
     """
     height, width = geometry.resized
     padded = np.empty((*geometry.padded, 3), dtype=np.uint8)
@@ -95,7 +94,7 @@ def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.N
         crop_box=cykooz_resizer.CropBox(left, top, right - left, bottom - top),
         use_alpha=False,
     )
-    # One for each call: it works without the interpreter's lock, in one thread at a time.
+    # One resizer per call: it releases the interpreter's lock and is not thread-safe.
     cykooz_resizer.Resizer().resize(source, resized, options)
     return np.frombuffer(resized.get_buffer(), dtype=np.uint8).reshape(*size, 3)
 

@@ -1,4 +1,4 @@
-"""PASCAL VOC's 21 segmentation classes and their colours, shared by both halves.
+"""PASCAL VOC's 21 segmentation classes and their colours: the default label set.
 
 Source: the VOC2012 development kit (``VOCdevkit/VOCcode/VOCinit.m`` for the names and their
 order, ``VOCcode/VOClabelcolormap.m`` for the colours).
@@ -39,11 +39,11 @@ CLASSES: Final[tuple[str, ...]] = (
 NUM_CLASSES: Final[int] = len(CLASSES)
 
 IGNORE_INDEX: Final[int] = 255
-"""Label of void pixels: object borders and difficult objects, left out of loss and metrics."""
+"""Label of void pixels: object borders and difficult objects. Loss and metrics ignore them."""
 
 
 def color_map(size: int = 256) -> npt.NDArray[np.uint8]:
-    """VOC's label colours: the bits of the id dealt out to R, G, B, most significant first.
+    """VOC's label colours: the id's bits, lowest first, fill R, G, B from the highest bit down.
 
     Returns ``(size, 3) uint8`` RGB. Row 255 is (224, 224, 192), the cream of VOC's borders.
     Source: ``VOClabelcolormap.m``. Raises ``ValueError`` if ``size`` is not in [1, 256].
@@ -60,7 +60,7 @@ def color_map(size: int = 256) -> npt.NDArray[np.uint8]:
 
 
 FULL_PALETTE: Final[npt.NDArray[np.uint8]] = color_map()
-"""(256, 3) uint8 RGB, read-only: what an indexed PNG carries, void included."""
+"""(256, 3) uint8 RGB, read-only: the palette of an indexed PNG, void included."""
 FULL_PALETTE.setflags(write=False)
 
 PALETTE: Final[npt.NDArray[np.uint8]] = FULL_PALETTE[:NUM_CLASSES]

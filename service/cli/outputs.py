@@ -1,4 +1,4 @@
-"""The outputs of ``fcn-segment predict``: their places, and which of them exist already."""
+"""The outputs of ``fcn-segment predict``: their paths, and which of them exist already."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from service.schemas import Segmentation, SegmentedClass
 SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 )
-"""What is taken for a photo in a folder; files that are named themselves may have any name."""
+"""Suffixes of photos in a folder; a file that is an argument itself may have any name."""
 
 VOC_MASKS: Final = Path("SegmentationClass")
 VOC_LIST: Final = Path("ImageSets") / "Segmentation" / "pred.txt"
@@ -27,38 +27,37 @@ COCO_PART_NAME: Final = "annotations.jsonl.part"
 
 
 def find_photos(inputs: Iterable[Path], out: Path | None = None) -> dict[Path, Path]:
-    """The photos that arguments name, each with its place below what was named, each once.
+    """The photos in files and folders: ``{photo: path below its input}``, without duplicates.
 
-    Photos in a folder keep their place below it; what lies in ``out`` is not taken for a photo.
+    Files in ``out`` are left out.
     """
-    places: dict[Path, Path] = {}
+    relative_paths: dict[Path, Path] = {}
     seen: set[Path] = set()
-    for named in inputs:
-        for photo, place in _photos(named, out):
+    for argument in inputs:
+        for photo, relative in _photos(argument, out):
             if photo.resolve() not in seen:
                 seen.add(photo.resolve())
-                places[photo] = place
-    return places
+                relative_paths[photo] = relative
+    return relative_paths
 
 
 def plan_outputs(inputs: Iterable[Path], out: Path, suffix: str) -> dict[Path, Path]:
-    """Where the answer of each photo goes: ``{photo: output}``, sorted by what was named first.
+    """The output of each photo: ``{photo: output}``, in the order of ``inputs``.
 
-    Photos in a folder keep their place below it, stems are kept. Photos that would share an
-    output keep their suffix too (``a.jpg.png``), and past that get a number (``a-2.jpg.png``).
-    What already lies in ``out`` is not taken for a photo. Raises `SettingsError` if an output
-    would overwrite a photo.
+    An output keeps the photo's path below its input, and its stem. Photos that would share an
+    output keep their suffix too (``a.jpg.png``) and, if needed, get a number (``a-2.jpg.png``).
+    Files in ``out`` are not photos. Raises `SettingsError` if an output would overwrite a photo.
     """
-    places = find_photos(inputs, out)
-    photos = {photo.resolve() for photo in places}
-    wanted = [place.with_suffix(suffix) for place in places.values()]
+    relative_paths = find_photos(inputs, out)
+    photos = {photo.resolve() for photo in relative_paths}
+    wanted = [relative.with_suffix(suffix) for relative in relative_paths.values()]
     outputs: dict[Path, Path] = {}
     taken: set[Path] = set()
-    for (photo, place), short in zip(places.items(), wanted, strict=True):
-        target = short if wanted.count(short) == 1 else place.with_name(place.name + suffix)
+    for (photo, relative), short in zip(relative_paths.items(), wanted, strict=True):
+        target = short if wanted.count(short) == 1 else relative.with_name(relative.name + suffix)
         number = 2
         while target in taken:
-            target = place.with_name(f"{place.stem}-{number}{place.suffix}{suffix}")
+            target = relative.with_name(f"{relative.stem}-{number}{relative.suffix}{suffix}")
             number += 1
         taken.add(target)
         if (out / target).resolve() in photos:
@@ -69,7 +68,7 @@ def plan_outputs(inputs: Iterable[Path], out: Path, suffix: str) -> dict[Path, P
 
 @dataclass(frozen=True, slots=True)
 class OutputFiles:
-    """One file per photo; ``folder`` holds them; ``names``: the file that lists them, if any."""
+    """One file per photo in ``folder``; ``names``: the file that lists them, if any."""
 
     outputs: Mapping[Path, Path]
     folder: Path
@@ -81,41 +80,41 @@ class OutputFiles:
         return self.outputs.keys()
 
     def has(self, photo: Path) -> bool:
-        """Whether the answer is there."""
+        """Whether the photo's output exists."""
         return self.outputs[photo].exists()
 
-    def take(self, photo: Path, content: bytes) -> None:
-        """Write an answer."""
+    def add(self, photo: Path, content: bytes) -> None:
+        """Write a photo's output."""
         write_file(self.outputs[photo], content)
 
-    def use(self, labels: LabelSet, chosen: Collection[int] | None) -> None:
-        """Nothing here depends on the classes."""
+    def set_classes(self, labels: LabelSet, chosen: Collection[int] | None) -> None:
+        """No effect: these outputs do not depend on the classes."""
 
     def is_complete(self) -> bool:
-        """Whether nothing is left to do once every photo has its file."""
+        """True: once every photo has its file, only the list is missing; it is written here."""
         self.finish()
         return True
 
     def finish(self) -> None:
-        """Write the list of the files that exist."""
+        """Write the list of existing files, if there is one."""
         if self.names is not None:
-            there = [path for path in self.outputs.values() if path.exists()]
-            lines = [path.relative_to(self.folder).with_suffix("").as_posix() for path in there]
+            existing = [path for path in self.outputs.values() if path.exists()]
+            lines = [path.relative_to(self.folder).with_suffix("").as_posix() for path in existing]
             write_file(self.names, "".join(f"{line}\n" for line in lines).encode())
 
     @classmethod
     def voc(cls, inputs: Iterable[Path], out: Path) -> OutputFiles:
-        """VOC's layout: masks in ``SegmentationClass``, and the list of their names."""
+        """VOC's layout: masks in ``SegmentationClass`` and the list of their names."""
         folder = out / VOC_MASKS
         return cls(plan_outputs(inputs, folder, ".png"), folder, out / VOC_LIST)
 
 
 @dataclass(slots=True)
 class CocoFile:
-    """One COCO file for all photos, with an annotation for each class in each of them.
+    """One COCO file for all photos, with one annotation per photo and class.
 
-    Until all photos are done, records are lines of a file beside it, so that a later run resumes;
-    ``overwrite`` discards what earlier runs left.
+    Until all photos are done, each photo's record is a line of a partial file, from which a later
+    run resumes. ``overwrite`` discards the records of earlier runs.
     """
 
     names: Mapping[Path, str]
@@ -135,22 +134,22 @@ class CocoFile:
 
     @classmethod
     def plan(cls, inputs: Iterable[Path], out: Path, overwrite: bool) -> CocoFile:
-        """Name photos by their place below the given folder, or by whole paths where two clash."""
-        places = find_photos(inputs)
-        short = [place.as_posix() for place in places.values()]
+        """Name photos by their paths below their inputs, or by whole paths if two are equal."""
+        relative_paths = find_photos(inputs)
+        short = [relative.as_posix() for relative in relative_paths.values()]
         names = {
             photo: name if short.count(name) == 1 else photo.as_posix()
-            for photo, name in zip(places, short, strict=True)
+            for photo, name in zip(relative_paths, short, strict=True)
         }
         return cls(names, out, overwrite)
 
-    def use(self, labels: LabelSet, chosen: Collection[int] | None) -> None:
-        """Take the categories from ``labels``: the classes ``chosen``, or all but background."""
+    def set_classes(self, labels: LabelSet, chosen: Collection[int] | None) -> None:
+        """Set the categories: the classes ``chosen`` of ``labels``, or all except background."""
         self._labels = labels
         self._class_ids = labels.foreground if chosen is None else chosen
 
     def is_complete(self) -> bool:
-        """Whether the whole file exists, and nothing that it lacks."""
+        """Whether the COCO file exists and contains every record."""
         return (self.out / COCO_NAME).exists() and not self._part.exists()
 
     @property
@@ -159,11 +158,11 @@ class CocoFile:
         return self.names.keys()
 
     def has(self, photo: Path) -> bool:
-        """Whether the photo's record is there."""
+        """Whether the photo has a record."""
         return self.names[photo] in self._records
 
-    def take(self, photo: Path, content: bytes) -> None:
-        """Note an answer: the JSON of `Segmentation`."""
+    def add(self, photo: Path, content: bytes) -> None:
+        """Add a photo's record; ``content`` is the JSON of `Segmentation`."""
         found = Segmentation.model_validate_json(content)
         name = self.names[photo]
         record = {
@@ -178,7 +177,7 @@ class CocoFile:
             self._records[name] = record
 
     def finish(self) -> None:
-        """Write the whole file: first what was there before, then by the order of the photos."""
+        """Write the COCO file: first records of other photos, then those of this run's photos."""
         order = {name: number for number, name in enumerate(self.names.values())}
         records = sorted(
             self._records.values(), key=lambda one: order.get(one["image"]["file_name"], -1)
@@ -226,15 +225,15 @@ class CocoFile:
     def _unfinished(self) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
             for line in self._part.read_text(encoding="utf-8").splitlines():
-                # The last one may have been cut off.
+                # The last line may be incomplete.
                 with contextlib.suppress(ValueError):
                     yield json.loads(line)
 
 
 def _annotation(found: SegmentedClass) -> dict[str, Any]:
-    """One class of one photo, without ids."""
-    # COCO's own files have polygons for objects and run lengths for what it calls crowds, and
-    # tools tell the two apart by that flag.
+    """The annotation of one class of one photo, without ids."""
+    # COCO's own files have polygons for objects and run lengths for crowds; tools choose the
+    # decoder by `iscrowd`.
     segmentation: Any = found.polygons
     if found.rle is not None:
         segmentation = {"size": list(found.rle.size), "counts": found.rle.counts}
@@ -255,14 +254,14 @@ def write_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _photos(named: Path, out: Path | None) -> list[tuple[Path, Path]]:
-    """The photos that one argument names, each with its place below that."""
-    if not named.is_dir():
-        return [(named, Path(named.name))]
+def _photos(argument: Path, out: Path | None) -> list[tuple[Path, Path]]:
+    """The photos of one argument, each with its path below it."""
+    if not argument.is_dir():
+        return [(argument, Path(argument.name))]
     inside = None if out is None else out.resolve()
     return [
-        (path, path.relative_to(named))
-        for path in sorted(named.rglob("*"))
+        (path, path.relative_to(argument))
+        for path in sorted(argument.rglob("*"))
         if path.suffix.lower() in SUFFIXES
         and path.is_file()
         and not (inside and path.resolve().is_relative_to(inside))

@@ -1,4 +1,4 @@
-"""``fcn-segment predict``: segment files, by the service's data path without HTTP or by a service.
+"""``fcn-segment predict``: segment files with a model in this process or with a running service.
 
 Existing outputs are kept, so rerun the command to resume.
 """
@@ -26,27 +26,27 @@ from service.schemas import LabelMap
 from service.segmenter import ViewJob
 from service.settings import Settings, env_name, given_settings, load_settings
 from service.telemetry import logs
-from service.views import MIN_SIDE, VIEWS, MaskFormat, Options, ViewName
+from service.views import VIEWS, MaskFormat, Options, ViewName, check_side
 
 if TYPE_CHECKING:
     from service.client import AsyncClient
 
 LAYOUTS: Final[dict[str, ViewName]] = {"voc": "mask", "coco": "json"}
-"""Formats that are more than a file for each photo, and the view that each is made of."""
+"""Formats with more than one file per photo, and the view that each uses."""
 
 FORMATS: Final[dict[str, ViewName]] = {**dict(zip(VIEWS, VIEWS, strict=True)), **LAYOUTS}
-"""All formats, and the view that each is made of."""
+"""All formats, and the view that each uses."""
 
 REMOTE_JOBS: Final = 4
-"""Concurrent requests to a service by default."""
+"""The default number of concurrent requests to a service."""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """What segments photos.
+    """Segments photos, in this process or by a service.
 
-    ``predict``: an image file's bytes to an answer in the view's default form; ``labels``: the
-    model's; ``jobs``: photos at once.
+    ``predict``: from an image file's bytes to the view in its default media type; ``labels``: the
+    model's label set; ``jobs``: the number of concurrent photos.
     """
 
     predict: Callable[[bytes, Options], Awaitable[bytes]]
@@ -55,12 +55,12 @@ class Predictor:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Arguments:
     """The arguments of ``predict``.
 
-    ``inputs``: files and folders; ``out``: the output folder; ``classes``: names, comma-separated,
-    that answers are limited to; ``mask``: how JSON carries the mask (None: the format's own
-    default); ``jobs``: photos at once (None: what keeps the model busy).
+    ``inputs``: files and folders; ``out``: the output folder; ``mask``: the form of the mask in
+    JSON (None: the format's default); ``classes``: comma-separated names that outputs are limited
+    to; ``jobs``: the number of concurrent photos (None: as many as keep the model busy).
     """
 
     inputs: Sequence[Path]
@@ -82,39 +82,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--view",
         choices=FORMATS,
         default="mask",
-        help="a file for each photo: "
+        help="one file per photo: "
         + "; ".join(f"{view.name}, {view.description}" for view in VIEWS.values())
-        + "; or voc, a folder of VOC's layout; or coco, one COCO file (default mask)",
+        + "; or voc, a folder in VOC's layout; or coco, one COCO file (default mask)",
     )
     parser.add_argument(
         "--mask",
         choices=get_args(MaskFormat),
-        help="how json and coco carry the mask (default rle in json, polygons in coco)",
+        help="form of the mask in json and coco (default rle in json, polygons in coco)",
     )
     parser.add_argument(
-        "--classes", metavar="NAMES", help="comma-separated names that answers are limited to"
+        "--classes", metavar="NAMES", help="comma-separated names that outputs are limited to"
     )
     parser.add_argument(
         "--max-side", type=int, metavar="N", help="longest side that the network sees, pixels"
     )
-    parser.add_argument("--jobs", type=_positive, metavar="N", help="photos at once")
+    parser.add_argument("--jobs", type=_positive, metavar="N", help="number of concurrent photos")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace existing outputs (default: keep them)"
     )
-    parser.add_argument("--url", help="a running service, instead of a model in this process")
+    parser.add_argument("--url", help="use a running service instead of a model in this process")
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help=f"artefact folder ({env_name('model')}), or with --url the name of a model there",
+        help=f"artefact folder ({env_name('model')}); with --url, name of one of its models",
     )
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Segment the files; 1 if some failed."""
+    """Segment the files; returns 1 if some failed."""
     flags = given_settings(parsed) if parsed.url is None else {}
     settings = load_settings({name: value for name, value in flags.items() if name == "model"})
     logs.configure("warning", settings.log_format)
-    order = Order(
+    arguments = Arguments(
         inputs=parsed.images,
         out=parsed.out,
         format=parsed.format,
@@ -124,14 +124,14 @@ def run(parsed: argparse.Namespace) -> int:
         jobs=parsed.jobs,
         overwrite=parsed.overwrite,
     )
-    failed = predict(settings, order, parsed.url, parsed.model if parsed.url else None)
+    failed = predict(settings, arguments, parsed.url, parsed.model if parsed.url else None)
     if failed:
         print(f"fcn-segment: {failed} photos failed", file=sys.stderr)
     return 1 if failed else 0
 
 
 def _positive(text: str) -> int:
-    """An argument that is a whole number above 0."""
+    """Parse an integer above 0."""
     number = int(text)
     if number < 1:
         raise ValueError
@@ -139,81 +139,85 @@ def _positive(text: str) -> int:
 
 
 def predict(
-    settings: Settings, order: Order, url: str | None = None, model: str | None = None
+    settings: Settings, arguments: Arguments, url: str | None = None, model: str | None = None
 ) -> int:
-    """Segment files and folders; returns how many photos failed.
+    """Segment files and folders; returns the number of photos that failed.
 
     Uses the model of ``settings``, or the model ``model`` of the service at ``url``. A photo that
-    fails is reported on stderr and does not stop the rest. Outputs appear whole or not at all.
+    fails is reported on stderr; the others continue. Each output is written atomically.
     Raises `SettingsError`, `ArtefactError`, `DeviceUnavailable`, or `RemoteError` for a service
     that cannot be reached.
     """
     if url is None:
-        _check_side(settings, order.max_side)
-    options = _options(order, model)
-    outputs = _outputs(order)
-    photos = [photo for photo in outputs.photos if order.overwrite or not outputs.has(photo)]
-    there = len(outputs.photos) - len(photos)
-    if there:
+        try:
+            check_side(arguments.max_side, settings.max_side)
+        except InvalidParameter as exc:
+            raise _flag_error(str(exc)) from exc
+    options = _options(arguments, model)
+    outputs = _outputs(arguments)
+    photos = [photo for photo in outputs.photos if arguments.overwrite or not outputs.has(photo)]
+    done = len(outputs.photos) - len(photos)
+    if done:
         total = len(outputs.photos)
         print(
-            f"fcn-segment: {there} of {total} photos are done already (--overwrite repeats them)",
+            f"fcn-segment: {done} of {total} photos are done already (--overwrite repeats them)",
             file=sys.stderr,
         )
     if not photos and outputs.is_complete():
         return 0
-    opened = _embedded(settings, order) if url is None else _remote(url, model, order.jobs)
-    return asyncio.run(_predict_all(opened, photos, outputs, options, there))
+    opened = _embedded(settings, arguments) if url is None else _remote(url, model, arguments.jobs)
+    return asyncio.run(_predict_all(opened, photos, outputs, options, done))
 
 
-def _check_side(settings: Settings, max_side: int | None) -> None:
-    if max_side is not None and not MIN_SIDE <= max_side <= settings.max_side:
-        raise SettingsError(f"--max-side: {max_side} is not in {MIN_SIDE} to {settings.max_side}")
+def _flag_error(message: str) -> SettingsError:
+    """The error about a parameter (``max_side: reason``), with its flag's name instead."""
+    name, _, reason = message.partition(":")
+    return SettingsError(f"--{name.replace('_', '-')}:{reason}")
 
 
-def _options(order: Order, model: str | None) -> Options:
-    mask = order.mask or ("polygons" if order.format == "coco" else "rle")
-    if order.format == "coco" and mask not in ("polygons", "rle"):
+def _options(arguments: Arguments, model: str | None) -> Options:
+    mask = arguments.mask or ("polygons" if arguments.format == "coco" else "rle")
+    if arguments.format == "coco" and mask not in ("polygons", "rle"):
         raise SettingsError(f"--mask: COCO files carry polygons or rle, not {mask}")
     try:
         return Options(
-            view=FORMATS[order.format],
-            classes=order.classes,
-            max_side=order.max_side,
+            view=FORMATS[arguments.format],
+            classes=arguments.classes,
+            max_side=arguments.max_side,
             mask=mask,
             model=model,
         )
     except ValidationError as exc:
-        raise SettingsError(f"--{one_line(exc).replace('_', '-')}") from exc
+        raise _flag_error(one_line(exc)) from exc
 
 
-def _outputs(order: Order) -> OutputFiles | CocoFile:
-    if order.format == "coco":
-        return CocoFile.plan(order.inputs, order.out, order.overwrite)
-    if order.format == "voc":
-        return OutputFiles.voc(order.inputs, order.out)
-    suffix = VIEWS[FORMATS[order.format]].suffix
-    return OutputFiles(plan_outputs(order.inputs, order.out, suffix), order.out)
+def _outputs(arguments: Arguments) -> OutputFiles | CocoFile:
+    if arguments.format == "coco":
+        return CocoFile.plan(arguments.inputs, arguments.out, arguments.overwrite)
+    if arguments.format == "voc":
+        return OutputFiles.voc(arguments.inputs, arguments.out)
+    suffix = VIEWS[FORMATS[arguments.format]].suffix
+    return OutputFiles(plan_outputs(arguments.inputs, arguments.out, suffix), arguments.out)
 
 
 @contextlib.asynccontextmanager
-async def _embedded(settings: Settings, order: Order) -> AsyncIterator[Predictor]:
+async def _embedded(settings: Settings, arguments: Arguments) -> AsyncIterator[Predictor]:
     """The model in this process."""
     async with open_service(settings) as service:
 
         async def predict(data: bytes, options: Options) -> bytes:
             return (await service.segmenter.segment(ViewJob.of(data, options))).content
 
-        # More than keep it busy would only hold decoded photos.
-        jobs = min(order.jobs or service.busy_with, service.segmenter.max_in_flight)
+        # More photos than keep it busy would only use memory.
+        jobs = min(arguments.jobs or service.concurrency, service.segmenter.max_in_flight)
         yield Predictor(predict, service.engines.default.model.contract.labels, jobs)
 
 
 @contextlib.asynccontextmanager
 async def _remote(url: str, model: str | None, jobs: int | None) -> AsyncIterator[Predictor]:
-    """A running service that has the model."""
+    """A model of a running service."""
     try:
-        # Here, because it takes a package that the service itself does without.
+        # Imported here because it needs a package that the service does not.
         from service.client import AsyncClient, ClientError, ServiceUnreachable  # noqa: PLC0415
     except ImportError as exc:
         raise SettingsError(f"--url: {exc}") from exc
@@ -244,7 +248,7 @@ async def _remote(url: str, model: str | None, jobs: int | None) -> AsyncIterato
 async def _check_model(client: AsyncClient, model: str | None) -> None:
     names = [one.name for one in (await client.models()).models]
     if model is not None and model not in names:
-        raise SettingsError(f"--model: no model {model!r} there; there are {', '.join(names)}")
+        raise SettingsError(f"--model: the service has no {model!r}, only {', '.join(names)}")
 
 
 def _label_set(classes: LabelMap) -> LabelSet:
@@ -260,26 +264,26 @@ async def _predict_all(
     photos: Sequence[Path],
     outputs: OutputFiles | CocoFile,
     options: Options,
-    there: int,
+    done: int,
 ) -> int:
     failed = 0
-    left = iter(photos)
+    remaining = iter(photos)
     async with opened as predictor:
         try:
             chosen = None if options.classes is None else predictor.labels.ids(options.class_names)
         except InvalidParameter as exc:
-            raise SettingsError(f"--{exc}") from exc
-        outputs.use(predictor.labels, chosen)
-        total = there + len(photos)
-        with tqdm(total=total, initial=there, unit="photo", disable=None) as progress:
+            raise _flag_error(str(exc)) from exc
+        outputs.set_classes(predictor.labels, chosen)
+        total = done + len(photos)
+        with tqdm(total=total, initial=done, unit="photo", disable=None) as progress:
 
             async def work() -> None:
                 nonlocal failed
-                for photo in left:
+                for photo in remaining:
                     try:
                         data = await asyncio.to_thread(photo.read_bytes)
                         content = await predictor.predict(data, options)
-                        await asyncio.to_thread(outputs.take, photo, content)
+                        await asyncio.to_thread(outputs.add, photo, content)
                     except RemoteLost:
                         raise
                     except (SegmentError, OSError) as exc:

@@ -1,4 +1,4 @@
-"""``fcn-segment serve``: answer over HTTP, in this process or in workers of it."""
+"""``fcn-segment serve``: serve over HTTP, in this process or in worker processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(parsed: argparse.Namespace) -> int:
     settings = load_settings(flags)
     logs.configure(settings.log_level, settings.log_format)
     workers = [{**flags, **own} for own in plan(settings)]
-    # First of all: loading a model only to find the port taken wastes everybody's time.
+    # Before the model is loaded, so that a port in use is reported at once.
     with _bind(settings.host, settings.port) as listener:
         if len(workers) > 1:
             return supervise(listener, workers, settings)
@@ -41,7 +41,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises `SettingsError` if that cannot be."""
+    """A bound socket that does not listen yet. Raises `SettingsError` if binding fails."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

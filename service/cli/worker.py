@@ -1,11 +1,11 @@
-"""``fcn-segment _worker``: one of several processes that ``serve`` starts."""
+"""``fcn-segment worker``: one of several processes that ``serve`` starts."""
 
 from __future__ import annotations
 
 import argparse
 import socket
 
-from service.cli import exit_status
+from service.cli.main import exit_status
 from service.errors import SegmentError
 from service.server.serving import answer, keep_hangups
 from service.server.worker import Parent
@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Serve until the supervisor ends it. The supervisor reports its errors, once."""
+    """Serve until the supervisor stops this worker; errors are sent to it and not printed."""
     hangup = keep_hangups()
     parent = Parent(parsed.parent_fd)
     try:

@@ -1,4 +1,4 @@
-"""What endpoints depend on: the running service, typed."""
+"""The dependencies of endpoints: the running service, typed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ServiceDep = Annotated[Service, Depends(get_service)]
 
 
 async def get_ready_service(service: ServiceDep) -> Service:
-    """The service, if it accepts photos. Raises `Draining`."""
+    """The service, if it is ready. Raises `Draining`."""
     service.require_ready()
     return service
 

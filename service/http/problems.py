@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problem details: the one place where an exception becomes a status."""
+"""Errors as RFC 9457 problem details: the only module that maps exceptions to statuses."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from service.telemetry.metrics import OTHER
 
 MEDIA_TYPE: Final = "application/problem+json"
 
-
 REFUSAL: Final = "refusal"
-"""In a request's state: the error that is to be answered, because what came is no request."""
+"""Key in a request's state: the error with which the server refuses it before it is routed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of problem: its status, its stable ``type`` and its title."""
+class ProblemType:
+    """A problem type: its status, its stable ``type`` and its title."""
 
     status: HTTPStatus
     type: str
@@ -35,87 +34,90 @@ class Kind:
 
     @property
     def reason(self) -> str:
-        """What metrics and log call it: the end of ``type``; one that has no type is `OTHER`."""
+        """Its name in metrics and log: the end of ``type``, or `OTHER` for ``about:blank``."""
         _, _, reason = self.type.rpartition("/problems/")
         return OTHER if ":" in reason else reason
 
 
-INTERNAL: Final = Kind(
+INTERNAL: Final = ProblemType(
     HTTPStatus.INTERNAL_SERVER_ERROR, "/problems/internal-error", "Internal error"
 )
 
 LOGGED: Final = "The error was logged under this request's id."
 
-KINDS: Final[dict[type[errors.SegmentError], Kind]] = {
-    errors.MalformedRequest: Kind(
+PROBLEM_TYPES: Final[dict[type[errors.SegmentError], ProblemType]] = {
+    errors.MalformedRequest: ProblemType(
         HTTPStatus.BAD_REQUEST, "/problems/malformed-request", "Malformed request"
     ),
-    errors.NoImage: Kind(HTTPStatus.BAD_REQUEST, "/problems/no-image", "No image was sent"),
-    errors.RequestTimeout: Kind(
+    errors.NoImage: ProblemType(HTTPStatus.BAD_REQUEST, "/problems/no-image", "No image was sent"),
+    errors.RequestTimeout: ProblemType(
         HTTPStatus.REQUEST_TIMEOUT, "/problems/request-timeout", "The request came too slowly"
     ),
-    errors.Unauthorized: Kind(
+    errors.Unauthorized: ProblemType(
         HTTPStatus.UNAUTHORIZED, "/problems/unauthorized", "An API key is needed"
     ),
-    errors.RateLimited: Kind(
+    errors.RateLimited: ProblemType(
         HTTPStatus.TOO_MANY_REQUESTS, "/problems/rate-limited", "Too many requests"
     ),
-    errors.NotAcceptable: Kind(
+    errors.NotAcceptable: ProblemType(
         HTTPStatus.NOT_ACCEPTABLE, "/problems/not-acceptable", "No acceptable representation"
     ),
-    errors.BodyTooLarge: Kind(
+    errors.BodyTooLarge: ProblemType(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "/problems/body-too-large", "Too many bytes"
     ),
-    errors.ImageTooLarge: Kind(
+    errors.ImageTooLarge: ProblemType(
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "/problems/image-too-large", "Too many pixels"
     ),
-    errors.UnsupportedImageType: Kind(
+    errors.UnsupportedImageType: ProblemType(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         "/problems/unsupported-image-type",
         "Not an image of an allowed type",
     ),
-    errors.UndecodableImage: Kind(
+    errors.UndecodableImage: ProblemType(
         HTTPStatus.UNPROCESSABLE_ENTITY,
         "/problems/undecodable-image",
         "The image cannot be decoded",
     ),
-    errors.ImageUnavailable: Kind(
+    errors.ImageUnavailable: ProblemType(
         HTTPStatus.BAD_GATEWAY, "/problems/image-unavailable", "The image cannot be fetched"
     ),
-    errors.InvalidParameter: Kind(
+    errors.InvalidParameter: ProblemType(
         HTTPStatus.UNPROCESSABLE_ENTITY, "/problems/invalid-parameter", "Invalid parameter"
     ),
-    errors.UnknownModel: Kind(HTTPStatus.NOT_FOUND, "/problems/unknown-model", "No such model"),
-    errors.ModelUnavailable: Kind(
+    errors.UnknownModel: ProblemType(
+        HTTPStatus.NOT_FOUND, "/problems/unknown-model", "No such model"
+    ),
+    errors.ModelUnavailable: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/model-unavailable", "The model is unavailable"
     ),
-    errors.Overloaded: Kind(
+    errors.Overloaded: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/overloaded", "The service is overloaded"
     ),
-    errors.Draining: Kind(
+    errors.Draining: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/not-ready", "The service is not ready"
     ),
-    errors.InferenceFailed: Kind(
+    errors.InferenceFailed: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/inference-failed", "The network failed"
     ),
-    errors.DeadlineExceeded: Kind(
+    errors.DeadlineExceeded: ProblemType(
         HTTPStatus.GATEWAY_TIMEOUT, "/problems/deadline-exceeded", "The answer took too long"
     ),
 }
 
-_STATUS_KINDS: Final = {
-    400: Kind(HTTPStatus.BAD_REQUEST, "/problems/malformed-request", "Malformed request"),
-    401: KINDS[errors.Unauthorized],
-    404: Kind(HTTPStatus.NOT_FOUND, "/problems/not-found", "No such resource"),
-    405: Kind(
+_STATUS_TYPES: Final = {
+    400: ProblemType(HTTPStatus.BAD_REQUEST, "/problems/malformed-request", "Malformed request"),
+    401: PROBLEM_TYPES[errors.Unauthorized],
+    404: ProblemType(HTTPStatus.NOT_FOUND, "/problems/not-found", "No such resource"),
+    405: ProblemType(
         HTTPStatus.METHOD_NOT_ALLOWED, "/problems/method-not-allowed", "Method not allowed here"
     ),
 }
 
 REASONS: Final = frozenset(
-    kind.reason for kind in (INTERNAL, *KINDS.values(), *_STATUS_KINDS.values())
+    problem_type.reason
+    for problem_type in (INTERNAL, *PROBLEM_TYPES.values(), *_STATUS_TYPES.values())
 )
-"""Of all problems that there are; what has no type of its own is counted as `OTHER`."""
+"""The reasons of all problem types; other statuses count as `OTHER`."""
 
 _EXHAUSTED: Final = frozenset(
     {errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
@@ -125,19 +127,18 @@ _log: Any = structlog.get_logger("service.problems")
 
 DESCRIPTIONS: Final = {
     400: "Malformed request, or no image in it",
-    401: "No API key was sent, or none that is known here",
+    401: "The API key is missing or unknown",
     404: "No such model, or not that version of it",
-    406: "No acceptable representation; `available` lists what there is",
+    406: "No acceptable media type; `available` lists those there are",
     408: "The body came too slowly",
     413: "Too many bytes or pixels",
-    415: "Not an image of an allowed type, judged by its bytes",
-    422: "A parameter is out of range, or the image cannot be decoded",
-    429: "More requests than one client may send; `Retry-After` says when to try again",
-    502: "An image could not be fetched from where it is kept",
-    503: "Overloaded, draining, or the network failed; `Retry-After` says when to try again",
+    415: "Not an image of an allowed type; its bytes decide, not its Content-Type",
+    422: "A parameter is invalid, or the image cannot be decoded",
+    429: "Rate limit exceeded; `Retry-After` says when to retry",
+    502: "An image could not be fetched from its URL",
+    503: "Overloaded, draining, or the network failed; `Retry-After` says when to retry",
     504: "The deadline passed",
 }
-
 
 _RETRY_AFTER: Final = {"Retry-After": {"schema": {"type": "integer"}, "description": "seconds"}}
 _HEADERS: Final = {
@@ -148,7 +149,7 @@ _HEADERS: Final = {
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI ``responses`` of an endpoint's problems."""
+    """OpenAPI ``responses`` for an endpoint's problems."""
     return {
         status: {
             "description": DESCRIPTIONS[status],
@@ -160,7 +161,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def documented_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI ``responses`` of an endpoint of a `ServiceRouter` with foreign errors."""
+    """OpenAPI ``responses`` for the errors of a `ServiceRouter` with ``foreign_errors``."""
     return {
         status: {
             "description": DESCRIPTIONS[status],
@@ -173,59 +174,62 @@ def documented_errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 def problem_response(
     scope: Scope,
-    kind: Kind,
+    problem_type: ProblemType,
     detail: str,
     *,
     headers: dict[str, str] | None = None,
     available: list[str] | None = None,
     parameters: list[ParameterProblem] | None = None,
 ) -> Response:
-    """One problem as a response."""
-    scope["state"]["problem"] = kind.reason  # for metrics and log
+    """A problem as a response, in the format of the path's protocol."""
+    scope["state"]["problem"] = problem_type.reason  # for metrics and log
     if scope["state"]["flags"].foreign_errors(scope):
         message = ErrorMessage(error=detail)
         return Response(
             message.model_dump_json(),
-            status_code=kind.status,
+            status_code=problem_type.status,
             media_type="application/json",
             headers=headers,
         )
-    problem = Problem(
-        type=kind.type,
-        title=kind.title,
-        status=kind.status,
-        detail=detail,
-        instance=scope["path"],
-        request_id=scope["state"]["request_id"],
-        available=available,
-        errors=parameters,
-    )
+    problem = _problem(scope, problem_type, detail, available, parameters)
     return Response(
         problem.model_dump_json(exclude_none=True),
-        status_code=kind.status,
+        status_code=problem_type.status,
         media_type=MEDIA_TYPE,
         headers=headers,
     )
 
 
 def embedded_problem(scope: Scope, exc: Exception) -> Problem:
-    """What went wrong with one part of a request, as a part of its answer."""
-    exc = _in_own_words(exc)
-    found = _kind_of(exc)
-    kind = found or INTERNAL
-    scope["state"]["service"].metrics.refusal(kind.reason)
+    """The problem of one part of a request, to include in the response."""
+    exc = _translated(exc)
+    found = _problem_type(exc)
+    problem_type = found or INTERNAL
+    scope["state"]["service"].metrics.refusal(problem_type.reason)
+    return _problem(scope, problem_type, LOGGED if found is None else str(exc))
+
+
+def _problem(
+    scope: Scope,
+    problem_type: ProblemType,
+    detail: str,
+    available: list[str] | None = None,
+    parameters: list[ParameterProblem] | None = None,
+) -> Problem:
     return Problem(
-        type=kind.type,
-        title=kind.title,
-        status=kind.status,
-        detail=LOGGED if found is None else str(exc),
+        type=problem_type.type,
+        title=problem_type.title,
+        status=problem_type.status,
+        detail=detail,
         instance=scope["path"],
         request_id=scope["state"]["request_id"],
+        available=available,
+        errors=parameters,
     )
 
 
-def _in_own_words(exc: Exception) -> Exception:
-    """An `Overloaded` for what is raised where the machine has no more of something."""
+def _translated(exc: Exception) -> Exception:
+    """``exc``, or `Overloaded` if the machine is out of memory, disk or file descriptors."""
     if not isinstance(exc, MemoryError) and getattr(exc, "errno", None) not in _EXHAUSTED:
         return exc
     _log.error("the machine is exhausted", reason=repr(exc))
@@ -233,9 +237,9 @@ def _in_own_words(exc: Exception) -> Exception:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make ``app`` answer every expected error as a problem.
+    """Make ``app`` respond to every expected error with a problem.
 
-    What nobody expected is left to `service.http.middleware`.
+    `service.http.middleware` handles unexpected ones.
     """
     for expected in (errors.SegmentError, MemoryError, OSError):
         app.add_exception_handler(expected, _segment_error)
@@ -244,33 +248,35 @@ def add_handlers(app: FastAPI) -> None:
 
 
 async def refusal(scope: Scope, exc: Exception) -> Response:
-    """The answer to what came in place of a request: a `SegmentError` or an `HTTPException`."""
+    """The response to a refused request; ``exc`` is a `SegmentError` or an `HTTPException`."""
     handler = _http_exception if isinstance(exc, HTTPException) else _segment_error
     return await handler(Request(scope), exc)
 
 
-def _kind_of(exc: Exception) -> Kind | None:
-    return next((KINDS[cls] for cls in type(exc).__mro__ if cls in KINDS), None)
+def _problem_type(exc: Exception) -> ProblemType | None:
+    return next((PROBLEM_TYPES[cls] for cls in type(exc).__mro__ if cls in PROBLEM_TYPES), None)
 
 
 async def _segment_error(request: Request, exc: Exception) -> Response:
-    exc = _in_own_words(exc)
-    kind = _kind_of(exc)
-    if kind is None:  # no caller's doing: logged with its cause, answered without it
+    exc = _translated(exc)
+    problem_type = _problem_type(exc)
+    if problem_type is None:  # not the caller's fault: the middleware logs it and responds 500
         raise exc
     available = list(exc.available) if isinstance(exc, errors.NotAcceptable) else None
-    headers = _headers(exc, kind)
-    return problem_response(request.scope, kind, str(exc), headers=headers, available=available)
+    headers = _headers(exc, problem_type)
+    return problem_response(
+        request.scope, problem_type, str(exc), headers=headers, available=available
+    )
 
 
-def _headers(exc: Exception, kind: Kind) -> dict[str, str]:
+def _headers(exc: Exception, problem_type: ProblemType) -> dict[str, str]:
     if isinstance(exc, errors.Unauthorized):
         return {"WWW-Authenticate": "Bearer"}
     if isinstance(exc, errors.Overloaded | errors.RateLimited):
         return {"Retry-After": str(math.ceil(exc.retry_after_s))}
     if isinstance(exc, errors.Draining):
         return {"Retry-After": "1", "Connection": "close"}
-    return {"Retry-After": "1"} if kind.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
+    return {"Retry-After": "1"} if problem_type.status == HTTPStatus.SERVICE_UNAVAILABLE else {}
 
 
 async def _validation_error(request: Request, exc: Exception) -> Response:
@@ -281,17 +287,17 @@ async def _validation_error(request: Request, exc: Exception) -> Response:
         for error in exc.errors()
     ]
     detail = "; ".join(f"{one.parameter}: {one.message}" for one in parameters)
-    kind = KINDS[errors.InvalidParameter]
-    return problem_response(request.scope, kind, detail, parameters=parameters)
+    problem_type = PROBLEM_TYPES[errors.InvalidParameter]
+    return problem_response(request.scope, problem_type, detail, parameters=parameters)
 
 
 async def _http_exception(request: Request, exc: Exception) -> Response:
     if not isinstance(exc, HTTPException):
         raise exc
-    kind = _STATUS_KINDS.get(exc.status_code)
-    if kind is None:
+    problem_type = _STATUS_TYPES.get(exc.status_code)
+    if problem_type is None:
         status = HTTPStatus(exc.status_code)
-        kind = Kind(status, "about:blank", status.phrase)
-    # Keeps what belongs to the status, such as 405's Allow.
+        problem_type = ProblemType(status, "about:blank", status.phrase)
+    # Some statuses have headers of their own, such as 405's Allow.
     headers = dict(exc.headers) if exc.headers else None
-    return problem_response(request.scope, kind, exc.detail, headers=headers)
+    return problem_response(request.scope, problem_type, exc.detail, headers=headers)

@@ -1,4 +1,4 @@
-"""Routers with the flags by which errors and observation treat their endpoints."""
+"""Routers with flags that errors and observation read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from starlette.types import Scope
 
 
 class ServiceRouter(APIRouter):
-    """A router whose endpoints may differ from the rest in two ways.
+    """A router with two flags for its endpoints.
 
-    ``foreign_errors``: they follow another service's protocol, where an error is
-    ``{"error": "what is wrong"}``. ``probe``: orchestrators and Prometheus ask them every few
-    seconds, so that requests that succeed are neither logged at level info nor traced.
+    ``foreign_errors``: they follow another service's protocol, whose errors are
+    ``{"error": "reason"}``. ``probe``: orchestrators and Prometheus request them every few seconds,
+    so successful requests are logged at level debug and not traced.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class ServiceRouter(APIRouter):
 class RouteFlags:
     """The flags of an app's routers, by path.
 
-    By path and not by route, because a path that matches no route, and a request that is broken
-    before it is routed, are answered too.
+    By path and not by route, because responses to unknown paths and to malformed HTTP, which have
+    no route, need them too.
     """
 
     foreign_prefixes: tuple[str, ...]
@@ -58,7 +58,7 @@ class RouteFlags:
         )
 
     def foreign_errors(self, scope: Scope) -> bool:
-        """Whether a request's errors are those of another service's protocol."""
+        """Whether a request's errors follow another service's protocol."""
         return f"{scope['path']}/".startswith(self.foreign_prefixes)
 
     def is_probe(self, scope: Scope) -> bool:

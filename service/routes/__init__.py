@@ -1,1 +1,1 @@
-"""HTTP: one module per family of endpoints, and what they share."""
+"""Endpoints: one module per group."""

@@ -1,9 +1,8 @@
-"""``POST /segment/batch``: several photos in, an archive or JSON lines out.
+"""``POST /segment/batch``: several photos in, a zip archive or JSON lines out.
 
-The photos take as many of the free places among those in flight as they can use, at least one, and
-go through them in turns. So a batch is refused where a single photo would be, and once it is taken
-none of its photos is. As many answers wait to be sent as there are places, however slowly the
-client reads.
+A batch holds as many free places in flight as it can use, at least one, and its photos share them.
+So a batch is refused if a single photo would be; once it is accepted, no photo of it is refused.
+The number of places also limits the results that wait for a slow client.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from service.http.disconnects import unless_gone
 from service.http.negotiation import negotiate
 from service.http.parameters import OptionsDep
 from service.http.problems import documented, embedded_problem
+from service.http.responses import BINARY, DOCUMENTED_HEADERS
 from service.http.routers import ServiceRouter
 from service.http.uploads import FIELD, MULTIPART, Upload, open_images
 from service.routes.archive import Archive
@@ -40,7 +40,7 @@ BATCH_TYPES: Final[tuple[Literal["application/zip", "application/x-ndjson"], ...
     "application/zip",
     "application/x-ndjson",
 )
-"""What a batch can be answered as, the default first."""
+"""The media types of a batch's response, the default first."""
 
 INDEX_NAME: Final = "index.json"
 
@@ -50,35 +50,30 @@ router = ServiceRouter(tags=["segmentation"])
 
 
 class JsonLines(JSONResponse):
-    """For OpenAPI alone: lines that are a `BatchItem` each."""
+    """For OpenAPI only: each line is a `BatchItem`."""
 
     media_type = "application/x-ndjson"
 
 
 _REQUEST_BODY: Final = {
     "required": True,
-    "description": f"The image files: the form field `{FIELD}`, once for each.",
+    "description": f"The image files, each in a form field `{FIELD}`.",
     "content": {
         MULTIPART: {
             "schema": {
                 "type": "object",
                 "required": [FIELD],
-                "properties": {
-                    FIELD: {"type": "array", "items": {"type": "string", "format": "binary"}}
-                },
+                "properties": {FIELD: {"type": "array", "items": BINARY["schema"]}},
             }
         }
     },
 }
-_ANSWER: Final = {
-    "description": "By `Accept`, in the order of the images. An archive: the view of each in its "
-    f"default form, named after its file, and `{INDEX_NAME}`, which maps images to files and "
-    "problems. JSON lines: one `BatchItem` for each",
-    "content": {"application/zip": {"schema": {"type": "string", "format": "binary"}}},
-    "headers": {
-        "X-Model": {"schema": {"type": "string"}, "description": "name/version"},
-        "X-Request-ID": {"schema": {"type": "string"}},
-    },
+_RESPONSE: Final = {
+    "description": "By `Accept`, in the order of the images. Zip archive: each image's view in its "
+    f"default media type, named after the image, and `{INDEX_NAME}`, which maps images to files "
+    "and problems. JSON lines: one `BatchItem` per image",
+    "content": {"application/zip": BINARY},
+    "headers": DOCUMENTED_HEADERS,
     "model": BatchItem,
 }
 
@@ -87,7 +82,7 @@ _ANSWER: Final = {
     "/segment/batch",
     summary="Segment several photos",
     response_class=JsonLines,
-    responses={200: _ANSWER, **documented(400, 404, 406, 408, 413, 422, 503)},
+    responses={200: _RESPONSE, **documented(400, 404, 406, 408, 413, 422, 503)},
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def segment_batch(
@@ -95,8 +90,8 @@ async def segment_batch(
 ) -> Response:
     """Label every pixel of each photo.
 
-    The answer begins with the first photo that is done. An image that cannot be answered does not
-    stop the others: a problem stands in its place.
+    The response starts as soon as the first photo is done. An image that fails does not stop the
+    others: its entry is a problem.
     """
     media_type = negotiate(request.headers.get("Accept"), BATCH_TYPES)
     engines, settings = service.engines, service.settings
@@ -107,23 +102,23 @@ async def segment_batch(
             open_images(request, settings.max_images, settings.max_images_bytes)
         )
         places = resources.enter_context(
-            service.segmenter.hold(min(len(uploads), service.busy_with))
+            service.segmenter.hold(min(len(uploads), service.concurrency))
         )
         archived = media_type == "application/zip"
         if not archived:
             options = options.model_copy(update={"view": "json"})
-        answers = await resources.enter_async_context(
+        results = await resources.enter_async_context(
             aclosing(
                 in_order(
-                    (_answer(request, service, upload, options) for upload in uploads),
+                    (_segment(request, service, upload, options) for upload in uploads),
                     places,
                 )
             )
         )
         written = (
-            _write_archive(answers, model, VIEWS[options.view].suffix)
+            _write_archive(results, model, VIEWS[options.view].suffix)
             if archived
-            else _write_lines(answers)
+            else _write_lines(results)
         )
         content = await resources.enter_async_context(aclosing(written))
         return _Streamed(
@@ -136,37 +131,39 @@ async def segment_batch(
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    """An image's encoded answer or what was wrong with it; one of the two."""
+class _ImageResult:
+    """An image's encoded view or its problem; the other one is None."""
 
     name: str
     content: bytes | None
     problem: Problem | None
 
 
-async def _answer(request: Request, service: Service, upload: Upload, options: Options) -> _Answer:
+async def _segment(
+    request: Request, service: Service, upload: Upload, options: Options
+) -> _ImageResult:
     try:
         data = await upload.read(service.settings.max_bytes)
         result = await service.segmenter.segment_held(ViewJob.of(data, options))
-    # One image must not fail the others, whatever it was.
+    # No error of one image may fail the others.
     except Exception as exc:  # noqa: BLE001
         problem = embedded_problem(request.scope, exc)
         if problem.status == HTTPStatus.INTERNAL_SERVER_ERROR:
             _log.exception("unforeseen error", image=upload.name)
-        return _Answer(upload.name, None, problem)
-    return _Answer(upload.name, result.content, None)
+        return _ImageResult(upload.name, None, problem)
+    return _ImageResult(upload.name, result.content, None)
 
 
-async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> AsyncGenerator[T, None]:
-    """The results of ``work`` in its order, so many of it running or waiting to be taken.
+async def in_order(work: Iterable[Coroutine[Any, Any, T]], limit: int) -> AsyncGenerator[T, None]:
+    """The results of ``work`` in its order.
 
-    The rest is cancelled when the iterator is closed.
+    At most ``limit`` of them run or wait to be consumed. Closing the iterator cancels the rest.
     """
     running: deque[asyncio.Task[T]] = deque()
     try:
         for one in work:
             running.append(asyncio.create_task(one))
-            if len(running) == at_once:
+            if len(running) == limit:
                 yield await running[0]
                 running.popleft()
         while running:
@@ -178,30 +175,30 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], at_once: int) -> Asyn
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _write_lines(answers: AsyncIterator[_Answer]) -> AsyncGenerator[bytes, None]:
+async def _write_lines(results: AsyncIterator[_ImageResult]) -> AsyncGenerator[bytes, None]:
     index = 0
-    async for answer in answers:
-        item = BatchItem(index=index, name=answer.name, problem=answer.problem)
+    async for result in results:
+        item = BatchItem(index=index, name=result.name, problem=result.problem)
         line = item.model_dump_json(exclude_none=True).encode()
-        if answer.content is not None:
-            # Encoded already: reading it only to write it again would take as long as making it.
-            line = line[:-1] + b',"segmentation":' + answer.content + b"}"
+        if result.content is not None:
+            # It is JSON already: parsing it to write it again would take as long as encoding it.
+            line = line[:-1] + b',"segmentation":' + result.content + b"}"
         yield line + b"\n"
         index += 1
 
 
 async def _write_archive(
-    answers: AsyncIterator[_Answer], model: ModelName, suffix: str
+    results: AsyncIterator[_ImageResult], model: ModelName, suffix: str
 ) -> AsyncGenerator[bytes, None]:
     archive = Archive()
     entries: list[BatchEntry] = []
-    async for answer in answers:
+    async for result in results:
         name = None
-        if answer.content is not None:
-            name = archive.name(answer.name, suffix)
-            yield archive.add(name, answer.content)
+        if result.content is not None:
+            name = archive.name(result.name, suffix)
+            yield archive.add(name, result.content)
         entries.append(
-            BatchEntry(index=len(entries), name=answer.name, file=name, problem=answer.problem)
+            BatchEntry(index=len(entries), name=result.name, file=name, problem=result.problem)
         )
     index = BatchIndex(model=model, images=entries)
     yield archive.add(INDEX_NAME, index.model_dump_json(indent=2, exclude_none=True).encode())
@@ -209,7 +206,7 @@ async def _write_archive(
 
 
 class _Streamed(StreamingResponse):
-    """A stream that ends when the client hangs up, and gives up ``resources`` when it ends."""
+    """A stream that stops when the client disconnects and closes ``resources`` at its end."""
 
     def __init__(
         self,

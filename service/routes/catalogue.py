@@ -1,4 +1,4 @@
-"""``GET /classes``, ``/models``, ``/model`` and ``/views``: what is served, and what it means."""
+"""``GET /classes``, ``/views``, ``/models`` and ``/model``: the served models and views."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from service.schemas import (
     ModelList,
     ViewList,
 )
-from service.views import VIEWS
+from service.views import COMMON_PARAMETERS, VIEWS
 
 router = ServiceRouter(tags=["catalogue"])
 
 
 @router.get("/classes", summary="The label map", responses=documented(404, 503))
 async def classes(service: ServiceDep, model: ModelQuery = None) -> LabelMap:
-    """The classes of a model: id (the mask's pixel value), name and colour."""
+    """The classes of a model: id (the pixel value in the mask), name and colour."""
     async with service.engines.use(model) as engine:
         labels = engine.model.contract.labels
     return LabelMap(
@@ -36,23 +36,23 @@ async def classes(service: ServiceDep, model: ModelQuery = None) -> LabelMap:
 
 @router.get("/views", summary="The views of a photo")
 async def views() -> ViewList:
-    """What `view=` takes, the media types of each, and the parameters that it reads."""
+    """The values of `view=`, and the media types and parameters of each view."""
     return ViewList(
         views=[
             ListedView(
                 name=view.name,
                 description=view.description,
                 media_types=list(view.media_types),
-                parameters=["classes", "max_side", "model", *view.parameters],
+                parameters=[*COMMON_PARAMETERS, *view.parameters],
             )
             for view in VIEWS.values()
         ]
     )
 
 
-@router.get("/models", summary="The models that are served", responses=documented(503))
+@router.get("/models", summary="The served models", responses=documented(503))
 async def models(service: ServiceDep) -> ModelList:
-    """The default first, then the artefact folders beside it."""
+    """The default model first, then those of the artefact folders beside it."""
     engines = service.engines
     listed = []
     for number, name in enumerate(engines.names):
@@ -71,7 +71,7 @@ async def models(service: ServiceDep) -> ModelList:
 
 @router.get("/model", summary="The default model")
 async def model(service: ServiceDep) -> ModelDescription:
-    """Its name, file and sha256, measured accuracy per class, provider in use and licences."""
+    """Its name, file, sha256, measured accuracy per class, provider and licences."""
     loaded = service.engines.default.model
     contract, manifest = loaded.contract, loaded.manifest
     return ModelDescription(

@@ -12,11 +12,11 @@ router = ServiceRouter(probe=True, tags=["health"])
 
 @router.get("/healthz", summary="Alive")
 async def healthz() -> Health:
-    """The process is alive: its event loop answers."""
+    """The process is alive: its event loop responds."""
     return Health(status="alive")
 
 
 @router.get("/readyz", summary="Ready", responses=documented(503))
 async def readyz(_: ReadyServiceDep) -> Health:
-    """The model is loaded and warm, and the service is not shutting down."""
+    """The default model is loaded and warm, and the service is not shutting down."""
     return Health(status="ready")

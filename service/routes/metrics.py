@@ -21,7 +21,7 @@ router = ServiceRouter(probe=True, tags=["health"])
 async def metrics(request: Request, service: ServiceDep) -> Response:
     """Counters, gauges and histograms in Prometheus's text format, or OpenMetrics by `Accept`.
 
-    Several processes behind one port answer together; the label `worker` tells them apart.
+    The response covers all processes behind one address; the label `worker` distinguishes them.
     """
     if service.peers is None:
         families = await service.families()

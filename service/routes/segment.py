@@ -11,7 +11,7 @@ from service.http.disconnects import unless_gone
 from service.http.negotiation import negotiate
 from service.http.parameters import OptionsDep
 from service.http.problems import documented
-from service.http.responses import answer_headers
+from service.http.responses import BINARY, DOCUMENTED_HEADERS, answer_headers
 from service.http.routers import ServiceRouter
 from service.http.uploads import FIELD, MULTIPART, read_image
 from service.images.decoding import IMAGE_MEDIA_TYPES
@@ -21,31 +21,30 @@ from service.views import IMAGE_FORMATS, VIEWS, offers
 
 router = ServiceRouter(tags=["segmentation"])
 
-_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
 _REQUEST_BODY: Final = {
     "required": True,
-    # One type for all images: the header is not believed, and few generators know `image/*`.
-    "description": "The image file: as the form field `image`, or as the whole body. "
-    f"{', '.join(IMAGE_MEDIA_TYPES)}, told by its bytes, whatever Content-Type the body claims.",
+    # One type for all images: the header is ignored, and few generators know `image/*`.
+    "description": "The image file, as the form field `image` or as the whole body: "
+    f"{', '.join(IMAGE_MEDIA_TYPES)}. Its bytes decide its type; its Content-Type is ignored.",
     "content": {
         MULTIPART: {
             "schema": {
                 "type": "object",
                 "required": [FIELD],
-                "properties": {FIELD: {"type": "string", "format": "binary"}},
+                "properties": {FIELD: BINARY["schema"]},
             }
         },
-        "application/octet-stream": _BINARY,
+        "application/octet-stream": BINARY,
     },
 }
-_ANSWER: Final = {
-    "description": "The segmentation, of the photo's own size. By `Accept`: "
+_RESPONSE: Final = {
+    "description": "The segmentation, at the photo's size. By `Accept`: "
     + "; ".join(f"`{name}` as {', '.join(offers(name))}" for name in VIEWS),
-    "content": dict.fromkeys(IMAGE_FORMATS, _BINARY),
+    "content": dict.fromkeys(IMAGE_FORMATS, BINARY),
     "headers": {
-        "X-Model": {"schema": {"type": "string"}, "description": "name/version"},
+        **DOCUMENTED_HEADERS,
         "Server-Timing": {"schema": {"type": "string"}, "description": "ms per stage"},
-        "X-Request-ID": {"schema": {"type": "string"}},
     },
     "model": Segmentation,
 }
@@ -55,13 +54,14 @@ _ANSWER: Final = {
     "/segment",
     summary="Segment a photo",
     response_class=Response,
-    responses={200: _ANSWER, **documented(400, 404, 406, 408, 413, 415, 422, 503, 504)},
+    responses={200: _RESPONSE, **documented(400, 404, 406, 408, 413, 415, 422, 503, 504)},
     openapi_extra={"requestBody": _REQUEST_BODY},
 )
 async def segment(request: Request, service: ReadyServiceDep, options: OptionsDep) -> Response:
     """Label every pixel of a photo with one of the model's classes.
 
-    `Accept: application/json` answers any view with statistics of each class that is present.
+    With `Accept: application/json` the response of any view is statistics of each class that is
+    present.
     """
     offered = offers(options.view)
     media_type = negotiate(request.headers.get("Accept"), tuple(offered))

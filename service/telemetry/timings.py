@@ -1,6 +1,6 @@
-"""How long each stage of a request took, recorded where it runs.
+"""The duration of each stage of a request, recorded where the stage runs.
 
-The `Server-Timing` header, the metrics, the log line and the trace spans all read the same record.
+The `Server-Timing` header, the metrics, the log line and the trace spans read the same record.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 
 
 class Stage(NamedTuple):
-    """A stage that has ended. ``started_s`` is a time of `time.perf_counter`."""
+    """A finished stage. ``started_s`` is a `time.perf_counter` time."""
 
     name: str
     started_s: float
@@ -23,8 +23,8 @@ class Stage(NamedTuple):
 class Timings:
     """The stages of one photo or one request, in the order in which they ended.
 
-    ``within``: a record that gets the same stages too, such as that of the request around a photo.
-    Stages may be recorded from any thread, one at a time.
+    ``within``: a record to which the stages are added too, such as the photo's request.
+    Any thread may record stages, one at a time.
     """
 
     def __init__(self, within: Timings | None = None) -> None:
@@ -34,12 +34,12 @@ class Timings:
 
     @classmethod
     def of_photo(cls) -> Self:
-        """A record for one photo, whose stages the surrounding request records too, if any does."""
+        """A record for one photo. Its stages are added to the surrounding `of_request` too."""
         return cls(_request.get())
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Record what is done within as a stage, even if it fails."""
+        """Record the body of the ``with`` statement as a stage, even if it fails."""
         started_s = time.perf_counter()
         self._open = (name, started_s)
         try:
@@ -55,7 +55,7 @@ class Timings:
             self._within.add(name, started_s, seconds)
 
     def ms(self) -> dict[str, float]:
-        """Milliseconds by stage, those of equal name added up; an open stage counts until now."""
+        """Milliseconds by name; equal names are summed, an open stage counts until now."""
         sums: dict[str, float] = {}
         for name, _, seconds in self.stages:
             sums[name] = sums.get(name, 0.0) + seconds * 1000
@@ -65,7 +65,7 @@ class Timings:
         return sums
 
     def header(self) -> str:
-        """The value of a `Server-Timing` header. Source: W3C Server Timing."""
+        """The value of the `Server-Timing` header. Source: W3C Server Timing."""
         return ", ".join(f"{name};dur={ms:.2f}" for name, ms in self.ms().items())
 
 
@@ -74,7 +74,7 @@ _request: ContextVar[Timings | None] = ContextVar("request_timings", default=Non
 
 @contextmanager
 def of_request() -> Iterator[Timings]:
-    """A record of everything that is timed within, in whatever task it runs."""
+    """A record of all photos within the ``with`` statement, in any task that it starts."""
     timings = Timings()
     token = _request.set(timings)
     try:

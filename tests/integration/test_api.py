@@ -1,4 +1,4 @@
-"""The API over ASGI, with the tiny network that knows VOC's colours."""
+"""The API over ASGI, with a tiny network that labels VOC's colours."""
 
 import asyncio
 import base64
@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from service.artefact import voc
+from service.views import VIEWS
 from tests.artefacts import encode, paint, two_class_photo
 from tests.clients import InProcess, assert_problem, mask_of
 
@@ -23,7 +24,7 @@ JSON = {"Accept": "application/json"}
 
 
 async def test_a_raw_body_gives_vocs_mask(client: InProcess) -> None:
-    """By default: a palette PNG of the photo's size, right in the middle of each area."""
+    """The default is a palette PNG of the photo's size with the right class in each area."""
     response = await client.http.post("/segment", content=PHOTO)
     assert response.status_code == 200
     assert response.headers["Content-Type"] == "image/png"
@@ -35,7 +36,7 @@ async def test_a_raw_body_gives_vocs_mask(client: InProcess) -> None:
 
 
 async def test_a_form_gives_the_same(client: InProcess) -> None:
-    """The field ``image`` of a multipart form, beside small other fields."""
+    """A form field ``image`` beside small other fields gives the raw body's mask."""
     raw = await client.http.post("/segment", content=PHOTO)
     form = await client.http.post(
         "/segment", files={"image": ("x.png", PHOTO)}, data={"note": "hello"}
@@ -47,10 +48,10 @@ async def test_a_form_gives_the_same(client: InProcess) -> None:
 @pytest.mark.parametrize(
     "content_type", ["application/x-www-form-urlencoded", "text/plain", "image/gif", "nonsense"]
 )
-async def test_the_content_type_of_a_raw_body_is_not_believed(
+async def test_the_content_type_of_a_raw_body_is_ignored(
     client: InProcess, content_type: str
 ) -> None:
-    """The bytes tell; curl's --data-binary claims a form."""
+    """The bytes decide; curl's --data-binary sends a form's type."""
     response = await client.http.post(
         "/segment", content=PHOTO, headers={"Content-Type": content_type}
     )
@@ -58,7 +59,7 @@ async def test_the_content_type_of_a_raw_body_is_not_believed(
 
 
 async def test_a_chunked_body(client: InProcess) -> None:
-    """A body without a Content-Length is a body."""
+    """A body without a Content-Length is accepted."""
 
     async def chunks() -> AsyncIterator[bytes]:
         for start in range(0, len(PHOTO), 100):
@@ -69,7 +70,7 @@ async def test_a_chunked_body(client: InProcess) -> None:
 
 
 async def test_the_headers(client: InProcess) -> None:
-    """Model, request id, and every stage's milliseconds."""
+    """The headers are the model, the request id and each stage's milliseconds."""
     response = await client.http.post("/segment", content=JPEG, headers={"X-Request-ID": "mine-1"})
     assert response.headers["X-Model"] == "tiny/1"
     assert response.headers["X-Request-ID"] == "mine-1"
@@ -78,8 +79,8 @@ async def test_the_headers(client: InProcess) -> None:
     assert all(float(value) >= 0 for value in stages.values())
 
 
-async def test_the_answer_has_the_photos_upright_size(client: InProcess) -> None:
-    """EXIF orientation 6: stored lying, answered standing."""
+async def test_the_mask_has_the_photos_upright_size(client: InProcess) -> None:
+    """EXIF orientation is applied: a photo stored in landscape gets a portrait mask."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(two_class_photo(), "JPEG", exif=exif, quality=95)
@@ -89,16 +90,16 @@ async def test_the_answer_has_the_photos_upright_size(client: InProcess) -> None
 
 
 @pytest.mark.parametrize("max_side", [64, 100, 512])
-async def test_max_side_does_not_change_the_size_of_the_answer(
+async def test_max_side_does_not_change_the_size_of_the_mask(
     client: InProcess, max_side: int
 ) -> None:
-    """The network sees more or less; the mask stays the photo's size."""
+    """The mask has the photo's size for any size that the network sees."""
     response = await client.http.post("/segment", content=JPEG, params={"max_side": max_side})
     assert mask_of(response).shape == (200, 300)
 
 
 async def test_an_overlay_is_a_png_by_default(client: InProcess) -> None:
-    """Photo and colours half and half; background as it was."""
+    """The overlay is half photo, half colour; the background is unchanged."""
     response = await client.http.post("/segment", content=PHOTO, params={"view": "overlay"})
     assert response.headers["Content-Type"] == "image/png"
     with Image.open(io.BytesIO(response.content)) as image:
@@ -109,7 +110,7 @@ async def test_an_overlay_is_a_png_by_default(client: InProcess) -> None:
 
 
 async def test_an_overlay_on_another_photo(client: InProcess) -> None:
-    """A pixel of a class is (1 - alpha) of the photo and alpha of the class's colour."""
+    """A pixel of a class is (1 - alpha) * photo + alpha * colour."""
     photo = np.full((64, 96, 3), (190, 130, 120), dtype=np.uint8)  # nearest: person
     response = await client.http.post(
         "/segment", content=encode(photo), params={"view": "overlay", "alpha": 0.25}
@@ -121,7 +122,7 @@ async def test_an_overlay_on_another_photo(client: InProcess) -> None:
 
 
 async def test_an_overlay_as_jpeg(client: InProcess) -> None:
-    """By Accept."""
+    """Accept selects JPEG."""
     response = await client.http.post(
         "/segment",
         content=JPEG,
@@ -134,7 +135,7 @@ async def test_an_overlay_as_jpeg(client: InProcess) -> None:
 
 
 async def test_an_overlay_as_webp(client: InProcess) -> None:
-    """By Accept; a view that has no WebP says what it has."""
+    """Accept selects WebP; a view without WebP lists its media types."""
     webp = {"Accept": "image/webp"}
     response = await client.http.post(
         "/segment", content=JPEG, params={"view": "overlay"}, headers=webp
@@ -151,7 +152,7 @@ async def test_an_overlay_as_webp(client: InProcess) -> None:
     ("classes", "kept"), [(None, {*range(1, 21)}), ("cat,background", {0, CAT}), ("dog", {12})]
 )
 async def test_a_cutout(client: InProcess, classes: str | None, kept: set[int]) -> None:
-    """The chosen classes' pixels, by default all but background; the rest is transparent."""
+    """The pixels of the chosen classes are opaque, by default all except background."""
     mask = mask_of(await client.http.post("/segment", content=PHOTO))
     params = {"view": "cutout"} | ({} if classes is None else {"classes": classes})
     response = await client.http.post("/segment", content=PHOTO, params=params)
@@ -166,7 +167,7 @@ async def test_a_cutout(client: InProcess, classes: str | None, kept: set[int]) 
 
 
 async def test_a_cutout_as_webp(client: InProcess) -> None:
-    """By Accept, transparent too."""
+    """Accept selects WebP, with transparency."""
     response = await client.http.post(
         "/segment", content=JPEG, params={"view": "cutout"}, headers={"Accept": "image/webp"}
     )
@@ -176,7 +177,7 @@ async def test_a_cutout_as_webp(client: InProcess) -> None:
 
 
 async def test_confidence(client: InProcess) -> None:
-    """Greyscale, high inside areas and low between them; JSON's means are of these pixels."""
+    """Greyscale, high inside areas and low between them; JSON has its mean per class."""
     params = {"view": "confidence"}
     response = await client.http.post("/segment", content=PHOTO, params=params)
     assert response.headers["Content-Type"] == "image/png"
@@ -196,7 +197,7 @@ async def test_confidence(client: InProcess) -> None:
 
 
 async def test_json_describes_the_mask(client: InProcess) -> None:
-    """Size, model, and the classes present, largest first, with everything about them."""
+    """JSON has the size, the model and the statistics of each class present, largest first."""
     mask = mask_of(await client.http.post("/segment", content=PHOTO))
     body = (await client.http.post("/segment", content=PHOTO, headers=JSON)).json()
     assert (body["width"], body["height"]) == (96, 64)
@@ -222,7 +223,7 @@ async def test_json_describes_the_mask(client: InProcess) -> None:
 
 
 async def test_json_with_the_mask_as_polygons(client: InProcess) -> None:
-    """COCO's, per class; also of the classes that were asked for alone."""
+    """The polygons of each class cover its mask, also if `classes` limits them."""
     mask = mask_of(await client.http.post("/segment", content=JPEG))
     for only in ({}, {"classes": "person"}):
         params = {"mask": "polygons", **only}
@@ -238,7 +239,7 @@ async def test_json_with_the_mask_as_polygons(client: InProcess) -> None:
 
 
 async def test_json_with_the_mask_as_png(client: InProcess) -> None:
-    """Base64 of the very file that the mask view answers."""
+    """The mask is base64 of the same file as the view `mask`."""
     png = await client.http.post("/segment", content=PHOTO)
     body = (
         await client.http.post("/segment", content=PHOTO, params={"mask": "png"}, headers=JSON)
@@ -248,7 +249,7 @@ async def test_json_with_the_mask_as_png(client: InProcess) -> None:
 
 
 async def test_json_without_a_mask(client: InProcess) -> None:
-    """Statistics alone."""
+    """mask=none leaves only the statistics."""
     body = (
         await client.http.post("/segment", content=PHOTO, params={"mask": "none"}, headers=JSON)
     ).json()
@@ -257,7 +258,7 @@ async def test_json_without_a_mask(client: InProcess) -> None:
 
 
 async def test_classes_limit_any_view(client: InProcess) -> None:
-    """Others become background in the mask, keep the photo in the overlay, leave the list."""
+    """Other classes are background in the mask, photo in the overlay, absent in JSON."""
     only = {"classes": "person, dog"}
     mask = mask_of(await client.http.post("/segment", content=PHOTO, params=only))
     assert set(np.unique(mask)) == {0, PERSON}
@@ -271,32 +272,52 @@ async def test_classes_limit_any_view(client: InProcess) -> None:
 
 
 async def test_many_at_once(client: InProcess) -> None:
-    """Photos of several shapes together each get their own mask."""
+    """Concurrent photos of several shapes each get their own mask."""
     ids = [CAT, PERSON, 1, 2, 3, 4]
     shapes = [(4, 6), (6, 4), (6, 6)] * 2
     photos = [
         encode(paint(np.full(shape, index, dtype=np.uint8)))
         for index, shape in zip(ids, shapes, strict=True)
     ]
-    answers = await asyncio.gather(
+    responses = await asyncio.gather(
         *(client.http.post("/segment", content=photo) for photo in photos)
     )
-    for answer, index, (height, width) in zip(answers, ids, shapes, strict=True):
-        mask = mask_of(answer)
+    for response, index, (height, width) in zip(responses, ids, shapes, strict=True):
+        mask = mask_of(response)
         assert mask.shape == (height * 16, width * 16)
         assert (mask == index).all()
 
 
 async def test_the_label_map(client: InProcess) -> None:
-    """21 classes with VOC's colours, and the ignore index."""
+    """The label map has 21 classes with VOC's colours, and the ignore index."""
     body = (await client.http.get("/classes")).json()
     assert body["ignore_index"] == 255
     assert [one["name"] for one in body["classes"]] == list(voc.CLASSES)
     assert body["classes"][15] == {"id": 15, "name": "person", "color": [192, 128, 128]}
 
 
+async def test_the_views(client: InProcess) -> None:
+    """/views is the table: names, descriptions, media types, and the parameters they read."""
+    body = (await client.http.get("/views")).json()
+    assert body == {
+        "views": [
+            {
+                "name": view.name,
+                "description": view.description,
+                "media_types": list(view.media_types),
+                "parameters": ["classes", "max_side", "model", *view.parameters],
+            }
+            for view in VIEWS.values()
+        ]
+    }
+    document = (await client.http.get("/openapi.json")).json()
+    described = {one["name"] for one in document["paths"]["/segment"]["post"]["parameters"]}
+    listed = {name for view in body["views"] for name in view["parameters"]}
+    assert described == {"view"} | listed
+
+
 async def test_the_model(client: InProcess) -> None:
-    """What is served, with the sha256 of the very file, and where it runs."""
+    """The description has the file's sha256 and the provider."""
     body = (await client.http.get("/model")).json()
     assert (body["name"], body["version"], body["precision"]) == ("tiny", "1", "fp32")
     manifest = client.service.engines.default.model.manifest
@@ -306,13 +327,13 @@ async def test_the_model(client: InProcess) -> None:
 
 
 async def test_alive_and_ready(client: InProcess) -> None:
-    """200 both, once the lifespan has started."""
+    """Both are 200 once the lifespan has started."""
     assert (await client.http.get("/healthz")).json() == {"status": "alive"}
     assert (await client.http.get("/readyz")).json() == {"status": "ready"}
 
 
 async def test_draining(client: InProcess) -> None:
-    """Alive, not ready, and new photos are refused with Retry-After."""
+    """A draining service is alive, not ready, and refuses photos with Retry-After."""
     client.service.begin_draining()
     assert (await client.http.get("/healthz")).status_code == 200
     assert_problem(await client.http.get("/readyz"), 503, "not-ready")
@@ -321,8 +342,8 @@ async def test_draining(client: InProcess) -> None:
     assert refused.headers["Retry-After"] == "1"
 
 
-async def test_openapi_tells_the_body_and_every_answer(client: InProcess) -> None:
-    """Form and raw types in; media types and problems out; every reference resolves."""
+async def test_openapi_describes_the_body_and_every_response(client: InProcess) -> None:
+    """It has the request's and responses' media types; every reference resolves."""
     document = (await client.http.get("/openapi.json")).json()
     post = document["paths"]["/segment"]["post"]
     assert set(post["requestBody"]["content"]) == {
@@ -362,7 +383,7 @@ def _references(node: object) -> list[str]:
 
 
 async def test_the_docs_page(client: InProcess) -> None:
-    """/docs is there."""
+    """/docs loads the API's description."""
     response = await client.http.get("/docs")
     assert response.status_code == 200
     assert "/openapi.json" in response.text

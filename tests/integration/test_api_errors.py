@@ -1,4 +1,4 @@
-"""Every error of the API over ASGI: its status, its problem, and nothing of the inside."""
+"""The API's errors over ASGI: status and problem, and no internals."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ JPEG = encode(paint(np.full((12, 18), 15, dtype=np.uint8)), "JPEG")
 
 
 async def test_no_body(client: InProcess) -> None:
-    """Nothing sent: 400."""
+    """A request without a body is 400."""
     assert_problem(await client.http.post("/segment"), 400, "no-image")
 
 
@@ -36,7 +36,7 @@ async def test_no_body(client: InProcess) -> None:
     ],
 )
 async def test_a_form_without_an_image(client: InProcess, form: dict[str, Any]) -> None:
-    """Another field, an empty file, or text: 400."""
+    """Another field, an empty file or text is 400."""
     assert_problem(await client.http.post("/segment", **form), 400, "no-image")
 
 
@@ -57,7 +57,7 @@ async def test_a_form_without_an_image(client: InProcess, form: dict[str, Any]) 
     ],
 )
 async def test_a_broken_form(client: InProcess, content: bytes, content_type: str) -> None:
-    """Neither a form nor an image: 400."""
+    """A malformed form is 400."""
     response = await client.http.post(
         "/segment", content=content, headers={"Content-Type": content_type}
     )
@@ -66,13 +66,13 @@ async def test_a_broken_form(client: InProcess, content: bytes, content_type: st
 
 
 async def test_a_form_of_two_files(client: InProcess) -> None:
-    """One photo a request: 400."""
+    """More than one photo is 400."""
     files = [("image", ("a.png", PHOTO)), ("image", ("b.png", PHOTO))]
     assert_problem(await client.http.post("/segment", files=files), 400, "malformed-request")
 
 
 async def test_a_text_file(client: InProcess) -> None:
-    """Not an image, whatever the header says: 415, and the allowed types."""
+    """A text file with an image's Content-Type is 415; the detail lists the allowed types."""
     response = await client.http.post(
         "/segment", content=b"hello", headers={"Content-Type": "image/png"}
     )
@@ -80,13 +80,13 @@ async def test_a_text_file(client: InProcess) -> None:
 
 
 async def test_a_truncated_jpeg(client: InProcess) -> None:
-    """An image that stops halfway: 422."""
+    """Half of an image is 422."""
     response = await client.http.post("/segment", content=JPEG[: len(JPEG) // 2])
     assert_problem(response, 422, "undecodable-image")
 
 
 async def test_an_image_over_the_pixel_cap(client: InProcess) -> None:
-    """Few bytes, many pixels: 413."""
+    """Few bytes with many pixels are 413."""
     big = encode(np.zeros((400, 300, 3), dtype=np.uint8))
     problem = assert_problem(
         await client.http.post("/segment", content=big), 413, "image-too-large"
@@ -96,7 +96,7 @@ async def test_an_image_over_the_pixel_cap(client: InProcess) -> None:
 
 @pytest.mark.parametrize("as_form", [False, True])
 async def test_a_body_over_the_cap(client: InProcess, as_form: bool) -> None:
-    """By its Content-Length, raw or in a form: 413."""
+    """A Content-Length over the cap is 413, raw or in a form."""
     data = JPEG + bytes(200_000)
     sent = {"files": {"image": ("x.jpg", data)}} if as_form else {"content": data}
     problem = assert_problem(
@@ -111,7 +111,7 @@ async def test_a_body_over_the_cap(client: InProcess, as_form: bool) -> None:
 async def test_an_endless_chunked_body_is_not_read_to_its_end(
     client: InProcess, content_type: str
 ) -> None:
-    """Without a Content-Length the bytes are counted as they come."""
+    """Without a Content-Length the received bytes are counted."""
     taken = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -129,7 +129,7 @@ async def test_an_endless_chunked_body_is_not_read_to_its_end(
 
 
 async def test_a_form_whose_file_alone_is_over_the_cap(client: InProcess) -> None:
-    """The overhead that forms are given is not for the file."""
+    """The allowance for a form's overhead does not apply to the file."""
     data = JPEG + bytes(100_001 - len(JPEG))
     response = await client.http.post("/segment", files={"image": ("x.jpg", data)})
     assert_problem(response, 413, "body-too-large")
@@ -153,7 +153,7 @@ async def test_a_form_whose_file_alone_is_over_the_cap(client: InProcess) -> Non
 async def test_a_parameter_out_of_range(
     client: InProcess, params: dict[str, str], parameter: str
 ) -> None:
-    """422, and the parameter is named."""
+    """It is 422, and the detail names the parameter."""
     response = await client.http.post("/segment", content=PHOTO, params=params)
     assert assert_problem(response, 422, "invalid-parameter")["detail"].startswith(f"{parameter}: ")
 
@@ -175,7 +175,7 @@ async def test_a_parameter_out_of_range(
 async def test_no_acceptable_representation(
     client: InProcess, view: str, accept: str, available: list[str]
 ) -> None:
-    """406, and what there is."""
+    """It is 406, and the problem lists the available types."""
     response = await client.http.post(
         "/segment", content=PHOTO, params={"view": view}, headers={"Accept": accept}
     )
@@ -183,7 +183,7 @@ async def test_no_acceptable_representation(
 
 
 async def test_unknown_paths_and_methods(client: InProcess) -> None:
-    """404 and 405 are problems too; 405 says what is allowed."""
+    """404 and 405 are problems too; 405 lists the allowed methods."""
     assert_problem(await client.http.get("/nowhere"), 404, "not-found")
     response = await client.http.get("/segment")
     assert_problem(response, 405, "method-not-allowed")
@@ -191,18 +191,18 @@ async def test_unknown_paths_and_methods(client: InProcess) -> None:
 
 
 class Unread:
-    """A body that nobody should wait for."""
+    """A body that fails if it is read."""
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> bytes:
-        """Its first piece."""
-        raise AssertionError("it is read")
+        """Fail."""
+        raise AssertionError("the body was read")
 
 
-async def test_overload_says_when_to_come_back(make_settings: Callable[..., Settings]) -> None:
-    """503 with Retry-After before the photo is sent; the one that holds the place is answered."""
+async def test_overload_says_when_to_retry(make_settings: Callable[..., Settings]) -> None:
+    """It is 503 with Retry-After before the body is read; the photo in flight succeeds."""
     fake = FakeSession()
     async with in_process(make_settings(queue_size=1), fake) as client:
         fake.gate.clear()
@@ -217,7 +217,7 @@ async def test_overload_says_when_to_come_back(make_settings: Callable[..., Sett
 
 
 async def test_the_deadline(make_settings: Callable[..., Settings]) -> None:
-    """504 when the answer would come too late."""
+    """A photo that takes longer than the deadline is 504."""
     fake = FakeSession()
     async with in_process(make_settings(deadline_s=0.05), fake) as client:
         fake.gate.clear()
@@ -234,13 +234,13 @@ async def test_the_deadline(make_settings: Callable[..., Settings]) -> None:
         (RuntimeError("Failed to allocate memory for the secret inside"), "overloaded"),
     ],
 )
-async def test_a_failing_runtime_says_nothing_of_its_inside(
+async def test_a_failing_runtime_reveals_no_internals(
     make_settings: Callable[..., Settings],
     error: Exception,
     slug: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """503, and when to come back; the cause is in the log under the request's id."""
+    """It is 503 with Retry-After; the log has the cause and the request's id."""
     fake = FakeSession()
     async with in_process(make_settings(), fake) as client:
         fake.error = error
@@ -253,10 +253,10 @@ async def test_a_failing_runtime_says_nothing_of_its_inside(
     assert problem["request_id"] in logged
 
 
-async def test_a_caller_who_hangs_up_frees_its_place(
+async def test_a_client_that_disconnects_frees_its_place(
     make_settings: Callable[..., Settings],
 ) -> None:
-    """The work is cancelled, and nothing of it counts as in flight."""
+    """The work is cancelled and no longer counts as in flight."""
     fake = FakeSession()
     async with in_process(make_settings(queue_size=1), fake) as client:
         fake.gate.clear()
@@ -294,7 +294,7 @@ async def test_a_caller_who_hangs_up_frees_its_place(
 async def test_a_bad_artefact_stops_the_lifespan(
     make_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    """By its contract before the warm-up, by its stride in the warm-up, by its folder's absence."""
+    """A bad contract, a wrong stride in the warm-up and a missing manifest stop the start."""
     strange = build_artefact(tmp_path / "strange", metadata={"fcn.schema_version": "2"})
     with pytest.raises(ContractError, match=r"lacks fcn\.name"):
         async with in_process(make_settings(model=strange)):

@@ -39,7 +39,7 @@ def files(*photos: tuple[str, bytes], field: str = "image") -> Files:
 
 
 def of_class(name: str, height: int = 4, width: int = 6) -> bytes:
-    """A photo of one class all over."""
+    """A photo of one class."""
     return encode(paint(np.full((height, width), voc.CLASSES.index(name), dtype=np.uint8)))
 
 
@@ -54,7 +54,7 @@ MIXED = files(
 
 
 async def test_an_archive(client: InProcess) -> None:
-    """A PNG for each photo under its own name, and an index that says what was wrong."""
+    """The archive has a PNG named after each photo, and an index with the problems."""
     response = await client.http.post("/segment/batch", files=MIXED)
     assert response.status_code == 200
     assert response.headers["Content-Type"] == "application/zip"
@@ -81,7 +81,7 @@ async def test_an_archive(client: InProcess) -> None:
 
 
 async def test_json_lines(client: InProcess) -> None:
-    """One for each image in its place: what /segment says, or the problem."""
+    """Each line is /segment's JSON or a problem, in the order of the images."""
     params = {"mask": "polygons", "classes": "cat"}
     response = await client.http.post("/segment/batch", files=MIXED, headers=LINES, params=params)
     assert response.headers["Content-Type"] == "application/x-ndjson"
@@ -115,7 +115,7 @@ def _untimed(segmentation: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_the_views_of_an_archive(client: InProcess) -> None:
-    """The parameters are /segment's."""
+    """An archive has the same files as /segment with the same parameters."""
     response = await client.http.post(
         "/segment/batch", files=files(("a.png", PHOTO)), params={"view": "cutout"}
     )
@@ -125,7 +125,7 @@ async def test_the_views_of_an_archive(client: InProcess) -> None:
 
 
 async def test_the_other_name_of_the_field(client: InProcess) -> None:
-    """`images`, and both in the order they were sent; other fields do not matter."""
+    """`images` is accepted too, both in their order in the form; other fields are ignored."""
     sent = [
         *files(("1.png", PHOTO), field="images"),
         *files(("x.png", PHOTO), field="other"),
@@ -147,12 +147,12 @@ async def test_the_other_name_of_the_field(client: InProcess) -> None:
     ],
 )
 async def test_no_images(client: InProcess, sent: dict[str, Any]) -> None:
-    """Neither a raw body nor another field: 400."""
+    """A raw body or another field is 400."""
     assert_problem(await client.http.post("/segment/batch", **sent), 400, "no-image")
 
 
-async def test_what_is_wrong_with_all_of_it(client: InProcess) -> None:
-    """Parameters, model and Accept are judged before any image."""
+async def test_errors_of_the_whole_request(client: InProcess) -> None:
+    """Errors in parameters, model or Accept fail the request."""
     for status, slug, options in (
         (404, "unknown-model", {"params": {"model": "other"}}),
         (406, "not-acceptable", {"headers": {"Accept": "image/png"}}),
@@ -168,7 +168,7 @@ async def test_what_is_wrong_with_all_of_it(client: InProcess) -> None:
 
 
 async def test_the_caps(make_settings: Callable[..., Settings]) -> None:
-    """Images: 400; bytes together: 413; bytes of one: a problem in its place."""
+    """Too many images are 400, too many bytes 413; one image too large is its own problem."""
     settings = make_settings(max_images=3, max_images_bytes=40_000, max_bytes=30_000)
     async with in_process(settings) as client:
         many = await client.http.post("/segment/batch", files=files(*[("a.png", PHOTO)] * 4))
@@ -191,7 +191,7 @@ async def test_the_caps(make_settings: Callable[..., Settings]) -> None:
 async def test_a_failing_device_fails_no_other_image(
     make_settings: Callable[..., Settings], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is nobody's fault is told without its inside, and logged with it."""
+    """The problem reveals no internals; the log has them."""
     fake = FakeSession()
     async with in_process(make_settings(), fake) as client:
         fake.error = RuntimeError("secret inside")
@@ -212,7 +212,7 @@ async def test_a_failing_device_fails_no_other_image(
         (OSError(errno.ENOSPC, "secret inside"), 503, "overloaded"),
     ],
 )
-async def test_an_image_that_nobody_foresaw_fails_no_other(
+async def test_an_unexpected_error_fails_no_other_image(
     client: InProcess,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -220,7 +220,7 @@ async def test_an_image_that_nobody_foresaw_fails_no_other(
     status: int,
     slug: str,
 ) -> None:
-    """Whatever is raised while it is decoded is told without its inside, and logged with it."""
+    """The problem of any error while decoding reveals no internals; the log has them."""
 
     def fail(data: bytes, *sizes: int) -> DecodedPhoto:
         if data == b"x":
@@ -239,8 +239,8 @@ async def test_an_image_that_nobody_foresaw_fails_no_other(
     assert "secret inside" in capsys.readouterr().out
 
 
-async def test_a_batch_takes_the_places_there_are(make_settings: Callable[..., Settings]) -> None:
-    """With one place left a batch goes through it; with none it is refused, as a photo would be."""
+async def test_a_batch_uses_the_free_places(make_settings: Callable[..., Settings]) -> None:
+    """One free place is enough for a batch; without one it is refused, as a photo would be."""
     fake = FakeSession()
     async with in_process(make_settings(queue_size=2), fake) as client:
         segmenter = client.service.segmenter
@@ -262,7 +262,7 @@ async def test_a_batch_takes_the_places_there_are(make_settings: Callable[..., S
 
 @dataclass
 class Holding(FakeSession):
-    """Lets so many runs pass, closes the gate before the next, and says so in ``held``."""
+    """Closes the gate after ``passes`` runs, and sets ``held``."""
 
     passes: int | None = None
     held: threading.Event = field(default_factory=threading.Event)
@@ -277,10 +277,10 @@ class Holding(FakeSession):
         return super().run(output_names, input_feed)
 
 
-async def test_the_answer_begins_with_the_first_photo(
+async def test_the_response_starts_with_the_first_photo(
     make_settings: Callable[..., Settings],
 ) -> None:
-    """And a caller who hangs up ends the work: the places are free, the rest is never begun."""
+    """If the client then disconnects, the places are free and no other photo is started."""
     fake = Holding()
     async with in_process(make_settings(queue_size=1), fake) as client:
         runs = len(fake.threads)
@@ -296,14 +296,14 @@ async def test_the_answer_begins_with_the_first_photo(
         assert not any(message.get("more_body") is False for message in sent)
         fake.gate.set()
         assert (await client.http.post("/segment", content=PHOTO)).status_code == 200
-        # The first and the one that was held; the third is the other request's.
+        # The first and the held one; the third is the other request's.
         assert len(fake.threads) == runs + 3
 
 
 def _post(
     client: InProcess, *photos: tuple[str, bytes]
 ) -> tuple[asyncio.Task[None], asyncio.Queue[Message], list[Message]]:
-    """A batch as the server hands it on, so that the test sees each piece of the answer."""
+    """Send a batch by ASGI messages, so that the test sees each piece of the response."""
     built = httpx.Request("POST", "http://service/segment/batch", files=files(*photos))
     messages: asyncio.Queue[Message] = asyncio.Queue()
     messages.put_nowait({"type": "http.request", "body": built.read(), "more_body": False})
@@ -333,7 +333,7 @@ def _post(
 
 
 async def test_results_come_in_order() -> None:
-    """However long each takes, so many at once; closing early cancels what runs."""
+    """Results keep their order, at most three run at once, and closing cancels the rest."""
     running, most = 0, 0
     gates = [asyncio.Event() for _ in range(6)]
 

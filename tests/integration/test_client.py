@@ -1,4 +1,4 @@
-"""The client against a running service."""
+"""The Python client against a running service."""
 
 import asyncio
 import io

@@ -1,7 +1,7 @@
-"""The committed model on real photos, over a real socket: what a user of `make serve` gets.
+"""The committed model on real photos over a real socket, as with `make serve`.
 
-The photos are scikit-image's ``chelsea`` (CC0, Stefan van der Walt) and ``astronaut`` (public
-domain, NASA), which its wheel carries.
+The photos are ``chelsea`` (CC0, Stefan van der Walt) and ``astronaut`` (public domain, NASA) from
+scikit-image's wheel.
 """
 
 import io
@@ -28,13 +28,13 @@ JPEGS = {name: encode(photo, "JPEG", quality=90) for name, photo in PHOTOS.items
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """The default model on all cores."""
+    """The default model on two threads."""
     with serving(DEFAULT_MODEL, threads=2, deadline_s=300) as running:
         yield running
 
 
 def post(server: Server, name: str, **options: str) -> httpx.Response:
-    """Segment one of the photos; ``accept`` is a header, the rest are parameters."""
+    """Segment a photo; ``accept`` is a header, other options are parameters."""
     accept = options.pop("accept", "*/*")
     response = httpx.post(
         f"{server.url}/segment",
@@ -49,7 +49,7 @@ def post(server: Server, name: str, **options: str) -> httpx.Response:
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_the_mask_finds_what_is_in_the_photo(server: Server, name: str) -> None:
-    """A palette PNG of the photo's size; its largest class is the photo's, on over 15 %."""
+    """The largest class except background is the photo's, with over 15 % of the pixels."""
     mask = mask_of(post(server, name))
     assert mask.shape == PHOTOS[name].shape[:2]
     pixels = np.bincount(mask.ravel(), minlength=21)
@@ -60,7 +60,7 @@ def test_the_mask_finds_what_is_in_the_photo(server: Server, name: str) -> None:
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_json_agrees_with_the_mask(server: Server, name: str) -> None:
-    """The same pixels, counted; fractions add up to one."""
+    """JSON has the mask's pixel counts; fractions sum to one."""
     mask = mask_of(post(server, name))
     body = post(server, name, accept="application/json").json()
     counted = {one["id"]: one["pixels"] for one in body["classes"]}
@@ -72,7 +72,7 @@ def test_json_agrees_with_the_mask(server: Server, name: str) -> None:
 
 
 def test_the_overlay_is_the_photo_under_colors(server: Server) -> None:
-    """Background pixels are the photo's, the cat's are half VOC's colour."""
+    """Background pixels are the photo's; the cat's are half photo, half VOC's colour."""
     mask = mask_of(post(server, "cat"))
     with Image.open(io.BytesIO(post(server, "cat", view="overlay").content)) as image:
         overlay = np.asarray(image).astype(int)
@@ -86,7 +86,7 @@ def test_the_overlay_is_the_photo_under_colors(server: Server) -> None:
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_polygons_and_run_lengths_are_the_mask(server: Server, name: str) -> None:
-    """As pycocotools reads them: run lengths exactly, polygons to at least 98 % IoU."""
+    """Decoded by pycocotools, run lengths equal the mask and polygons have 98 % IoU or more."""
     mask = mask_of(post(server, name))
     lengths = post(server, name, accept="application/json").json()
     outlines = post(server, name, accept="application/json", mask="polygons").json()
@@ -98,7 +98,7 @@ def test_polygons_and_run_lengths_are_the_mask(server: Server, name: str) -> Non
 
 
 def test_the_cutout_is_the_cat_alone(server: Server) -> None:
-    """The photo's own pixels where the mask says cat, and nothing elsewhere."""
+    """The cat's pixels are the photo's; all others are transparent."""
     cat = mask_of(post(server, "cat")) == voc.CLASSES.index("cat")
     with Image.open(io.BytesIO(post(server, "cat", view="cutout", classes="cat").content)) as image:
         cutout = np.asarray(image)
@@ -108,21 +108,21 @@ def test_the_cutout_is_the_cat_alone(server: Server) -> None:
 
 
 def test_the_overlay_as_jpeg(server: Server) -> None:
-    """By Accept, of the photo's size."""
+    """Accept selects a JPEG of the photo's size."""
     response = post(server, "person", view="overlay", accept="image/jpeg")
     with Image.open(io.BytesIO(response.content)) as image:
         assert (image.format, image.size) == ("JPEG", (512, 512))
 
 
-def test_max_side_keeps_the_answer_about_the_same(server: Server) -> None:
-    """A coarser look at the cat is a mask of the same size that mostly agrees."""
+def test_max_side_changes_the_mask_little(server: Server) -> None:
+    """With half the resolution the cat's mask has the same size and mostly agrees."""
     fine, coarse = mask_of(post(server, "cat")), mask_of(post(server, "cat", max_side="256"))
     assert coarse.shape == fine.shape
     assert (coarse == fine).mean() > 0.6
 
 
-def test_the_model_says_how_good_it_is(server: Server) -> None:
-    """Name, accuracy and the licences of what it was made from."""
+def test_the_model_reports_its_accuracy(server: Server) -> None:
+    """/model has the name, the accuracy and the licences of code, data and weights."""
     body = httpx.get(f"{server.url}/model").json()
     assert body["name"] == DEFAULT_MODEL.name
     assert body["accuracy"]["miou"] >= 0.5

@@ -1,4 +1,4 @@
-"""Models of other label sets than VOC's, through every endpoint, the clients and `predict`."""
+"""Models with other label sets than VOC's in every endpoint, the client and `predict`."""
 
 import base64
 import io
@@ -38,26 +38,26 @@ STREET = LabelSet(
 
 @dataclass(frozen=True)
 class Case:
-    """A label set, and two of its classes that are in a photo, most pixels first."""
+    """A label set, and the two of its classes that are in the photo, most pixels first."""
 
     labels: LabelSet
     present: tuple[int, int]
 
     @property
     def mask(self) -> npt.NDArray[np.uint8]:
-        """(64, 96) uint8: the first class on the right half, the other one in the left."""
+        """(64, 96) uint8: the first class on the right half, the second on the left."""
         ids = np.zeros((4, 6), dtype=np.uint8)
         ids[:, 3:], ids[2:, :2] = self.present
         return ids.repeat(16, axis=0).repeat(16, axis=1)
 
     @property
     def photo(self) -> bytes:
-        """A PNG file of the classes' colours."""
+        """A PNG file in the classes' colours."""
         return encode(paint(self.mask[::16, ::16], labels=self.labels))
 
     @property
     def names(self) -> list[str]:
-        """Of the classes that are present."""
+        """The names of the classes that are present."""
         return [self.labels.names[index] for index in self.present]
 
 
@@ -73,9 +73,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def artefact(case: Case, tmp_path: Path) -> Path:
-    """A folder whose network labels each pixel by the nearest colour, and one of VOC beside it."""
+    """An artefact that labels each pixel by the nearest colour, with one for VOC beside it."""
     build_artefact(tmp_path / "models" / "vocs", name="vocs")
-    # Stride 1: nothing is interpolated, so that a photo's mask is known to the pixel.
+    # Stride 1: nothing is interpolated, so that the mask is exact.
     metadata = make_contract(name="own", labels=case.labels, stride=1).to_metadata()
     return build_artefact(
         tmp_path / "models" / "own", name="own", labels=case.labels, metadata=metadata, stride=1
@@ -86,13 +86,13 @@ def artefact(case: Case, tmp_path: Path) -> Path:
 async def client(
     artefact: Path, make_settings: Callable[..., Settings]
 ) -> AsyncIterator[InProcess]:
-    """The app on that artefact."""
+    """The app with that artefact."""
     async with in_process(make_settings(model=artefact)) as running:
         yield running
 
 
 async def segment(client: InProcess, case: Case, accept: str, **query: str) -> httpx.Response:
-    """A photo's answer, which must be there."""
+    """The response to a photo, which must be 200."""
     headers = {"Accept": accept}
     answer = await client.http.post("/segment", content=case.photo, headers=headers, params=query)
     assert answer.status_code == 200, answer.text
@@ -100,7 +100,7 @@ async def segment(client: InProcess, case: Case, accept: str, **query: str) -> h
 
 
 async def test_the_label_map_is_the_models(client: InProcess, case: Case) -> None:
-    """The default's, and by `model=` that of another one."""
+    """/classes lists the default model's classes, or with `model=` another one's."""
     found = (await client.http.get("/classes")).json()
     assert [one["name"] for one in found["classes"]] == list(case.labels.names)
     assert [tuple(one["color"]) for one in found["classes"]] == list(case.labels.colors)
@@ -110,7 +110,7 @@ async def test_the_label_map_is_the_models(client: InProcess, case: Case) -> Non
 
 
 async def test_the_mask_carries_the_models_palette(client: InProcess, case: Case) -> None:
-    """Pixel values are class ids, and colours are the classes'."""
+    """Pixel values are class ids; the palette has the classes' colours."""
     answer = await segment(client, case, "image/png")
     np.testing.assert_array_equal(mask_of(answer), case.mask)
     with Image.open(io.BytesIO(answer.content)) as image:
@@ -119,7 +119,7 @@ async def test_the_mask_carries_the_models_palette(client: InProcess, case: Case
 
 
 async def test_every_view_has_the_models_classes(client: InProcess, case: Case) -> None:
-    """Overlay in its colours, cut-out of all but background or of chosen classes, confidence."""
+    """Overlay, cut-out and confidence use the model's colours and names."""
     overlay = await segment(client, case, "image/png", view="overlay", alpha="1")
     with Image.open(io.BytesIO(overlay.content)) as image:
         inside = case.mask > 0
@@ -140,7 +140,7 @@ async def test_every_view_has_the_models_classes(client: InProcess, case: Case) 
 
 @pytest.mark.parametrize("form", ["rle", "polygons", "png", "none"])
 async def test_json_names_the_models_classes(client: InProcess, case: Case, form: str) -> None:
-    """Ids, names, colours and pixels, in each form of the mask."""
+    """JSON has ids, names, colours and pixels in each form of the mask."""
     found = (await segment(client, case, "application/json", mask=form)).json()
     by_id = {one["id"]: one for one in found["classes"]}
     assert by_id.keys() == {0, *case.present}
@@ -160,7 +160,7 @@ async def test_json_names_the_models_classes(client: InProcess, case: Case, form
 
 
 async def test_classes_are_chosen_by_the_models_names(client: InProcess, case: Case) -> None:
-    """Those of VOC are unknown; of another model they are known."""
+    """VOC's names are unknown, except with `model=` of VOC's model."""
     only = await segment(client, case, "image/png", classes=case.names[1])
     np.testing.assert_array_equal(
         mask_of(only), np.where(case.mask == case.present[1], case.mask, 0)
@@ -180,7 +180,7 @@ async def test_classes_are_chosen_by_the_models_names(client: InProcess, case: C
 
 
 async def test_batches(client: InProcess, case: Case) -> None:
-    """Masks in an archive, and lines of JSON."""
+    """Archive and JSON lines have the model's classes."""
     files = [("image", ("a.png", case.photo)), ("image", ("b.png", case.photo))]
     archive = await client.http.post("/segment/batch", files=files)
     with zipfile.ZipFile(io.BytesIO(archive.content)) as opened:
@@ -195,7 +195,7 @@ async def test_batches(client: InProcess, case: Case) -> None:
 
 
 async def test_hugging_face(client: InProcess, case: Case) -> None:
-    """Segments are labelled by the model's names."""
+    """Segments have the model's names."""
     answer = await client.http.post("/hf/image-segmentation", content=case.photo)
     segments = {one["label"]: one["mask"] for one in answer.json()}
     assert segments.keys() == {"background", *case.names}
@@ -205,7 +205,7 @@ async def test_hugging_face(client: InProcess, case: Case) -> None:
 
 
 async def test_label_studio(client: InProcess, case: Case) -> None:
-    """A configuration's labels stand for the model's classes, VOC's for none."""
+    """A configuration's labels match the model's classes; VOC's match none."""
 
     def config(label: str) -> str:
         return (
@@ -227,7 +227,7 @@ async def test_label_studio(client: InProcess, case: Case) -> None:
 
 
 async def test_open_inference_protocol(client: InProcess, case: Case) -> None:
-    """The metadata names the classes; the mask holds their ids."""
+    """The metadata lists the classes; the mask has their ids."""
     metadata = (await client.http.get("/v2/models/own")).json()
     assert metadata["parameters"] == {"classes": ",".join(case.labels.names)}
     text = base64.b64encode(case.photo).decode()
@@ -238,7 +238,7 @@ async def test_open_inference_protocol(client: InProcess, case: Case) -> None:
 
 
 async def test_the_catalogue(client: InProcess, case: Case) -> None:
-    """Both models are listed, and the default one is described."""
+    """/models lists both models, /model describes the default one."""
     listed = (await client.http.get("/models")).json()["models"]
     assert [one["name"] for one in listed] == ["own", "vocs"]
     assert (await client.http.get("/model")).json()["name"] == "own"
@@ -249,13 +249,13 @@ async def test_the_catalogue(client: InProcess, case: Case) -> None:
 
 @pytest.fixture
 def server(artefact: Path) -> Iterator[Server]:
-    """A process that serves that artefact."""
+    """A server process with that artefact."""
     with serving(artefact) as running, drained(running):
         yield running
 
 
 def check_coco(folder: Path, case: Case) -> None:
-    """One COCO file: all of the model's classes but background, and what is in the photo."""
+    """The categories are all classes except background; the annotations are the photo's."""
     found: dict[str, Any] = json.loads((folder / "annotations.json").read_text())
     names = {one["id"]: one["name"] for one in found["categories"]}
     assert names == dict(list(enumerate(case.labels.names))[1:])
@@ -263,7 +263,7 @@ def check_coco(folder: Path, case: Case) -> None:
 
 
 def test_predict(artefact: Path, case: Case, tmp_path: Path) -> None:
-    """Files by a model in this process: masks and COCO; a class of VOC is refused."""
+    """`predict` writes masks and COCO with the model's classes; a class of VOC is an error."""
     photo = tmp_path / "photo.png"
     photo.write_bytes(case.photo)
     arguments = ["predict", str(photo), "--model", str(artefact), "--out"]
@@ -276,7 +276,7 @@ def test_predict(artefact: Path, case: Case, tmp_path: Path) -> None:
 
 
 def test_the_client_and_predict_by_a_service(server: Server, case: Case, tmp_path: Path) -> None:
-    """The label map by the client, and COCO's categories from it."""
+    """The client reads the label map; `predict --url` uses it for COCO's categories."""
     with Client(server.url) as client:
         assert [one.name for one in client.classes().classes] == list(case.labels.names)
         assert [one.name for one in client.classes("vocs").classes] == list(voc.CLASSES)

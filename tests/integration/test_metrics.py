@@ -25,7 +25,7 @@ from structlog.typing import EventDict
 from service.app import with_state
 from service.errors import NotAcceptable, Overloaded, RateLimited, SegmentError
 from service.http.middleware import RequestContext
-from service.http.problems import KINDS, Kind
+from service.http.problems import PROBLEM_TYPES, ProblemType
 from service.http.routers import RouteFlags
 from service.settings import Settings
 from service.telemetry.metrics import STAGES
@@ -135,10 +135,12 @@ async def test_a_requests_line(client: InProcess, written: list[EventDict]) -> N
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(("error", "kind"), KINDS.items(), ids=lambda one: getattr(one, "type", ""))
-async def test_every_refusal_is_values(
+@pytest.mark.parametrize(
+    ("error", "kind"), PROBLEM_TYPES.items(), ids=lambda one: getattr(one, "type", "")
+)
+async def test_every_refusal_is_told(
     error: type[SegmentError],
-    kind: Kind,
+    kind: ProblemType,
     client: InProcess,
     written: list[EventDict],
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""The API's own description: valid, complete, and enough to generate a client from."""
+"""The API's OpenAPI document: valid, complete, and enough to generate a client."""
 
 import importlib
 import io
@@ -19,8 +19,8 @@ from tests.clients import Server
 
 PHOTO = encode(two_class_photo())
 
-# What the generator needs to be told: it knows no archives. It formats by a command that may not
-# be on PATH unless it is told not to.
+# The generator's configuration: it does not know zip archives, and its default hooks run commands
+# that may not be on PATH.
 GENERATOR = """
 post_hooks: []
 content_type_overrides:
@@ -45,13 +45,13 @@ def operations(description: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 
 def test_the_description_is_valid_openapi(description: dict[str, Any]) -> None:
-    """By the specification's own schema, every reference followed."""
+    """It is valid by the specification's schema, and every reference resolves."""
     assert description["openapi"].startswith("3.1")
     OpenAPIV31SpecValidator(description).validate()
 
 
 def test_every_operation_is_described(description: dict[str, Any]) -> None:
-    """A name of its own, a summary, an explanation and a tag."""
+    """Each operation has a unique id, a summary, a description and a tag."""
     names = [operation["operationId"] for _, operation in operations(description)]
     assert len(set(names)) == len(names)
     for path, operation in operations(description):
@@ -60,8 +60,8 @@ def test_every_operation_is_described(description: dict[str, Any]) -> None:
         assert operation["tags"], path
 
 
-def test_errors_have_the_form_that_their_clients_read(description: dict[str, Any]) -> None:
-    """RFC 9457's, but for the paths that speak other services' protocols."""
+def test_errors_have_their_protocols_format(description: dict[str, Any]) -> None:
+    """Errors are RFC 9457's, except on the paths of other services' protocols."""
     for path, operation in operations(description):
         own = path.startswith(OWN_ERRORS)
         media_type = "application/json" if own else "application/problem+json"
@@ -75,7 +75,7 @@ def test_errors_have_the_form_that_their_clients_read(description: dict[str, Any
 
 @pytest.fixture(scope="module")
 def generated(protocol_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The name of a package generated from what a server says of itself, ready for import."""
+    """The name of an importable package generated from a server's OpenAPI document."""
     folder = tmp_path_factory.mktemp("generated")
     (folder / "openapi.json").write_bytes(httpx.get(f"{protocol_server.url}/openapi.json").content)
     (folder / "generator.yml").write_text(GENERATOR)
@@ -100,7 +100,7 @@ def generated(protocol_server: Server, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def call(generated: str, protocol_server: Server) -> Callable[..., Any]:
-    """Calls an operation of the generated client: its module's name, then its arguments."""
+    """A function that calls an operation of the generated client by its module's name."""
     package = importlib.import_module(generated)
 
     def call(operation: str, *arguments: object, **options: object) -> Any:  # noqa: ANN401
@@ -117,7 +117,7 @@ def call(generated: str, protocol_server: Server) -> Callable[..., Any]:
 
 
 def test_the_generated_client_segments(call: Callable[..., Any], generated: str) -> None:
-    """A form, parameters and an answer, all typed."""
+    """Form, parameters and response are typed."""
     models = importlib.import_module(f"{generated}.models")
     types = importlib.import_module(f"{generated}.types")
     file = types.File(payload=io.BytesIO(PHOTO), file_name="photo.png", mime_type="image/png")
@@ -135,7 +135,7 @@ def test_the_generated_client_segments(call: Callable[..., Any], generated: str)
 
 
 def test_the_generated_client_sends_a_raw_body(call: Callable[..., Any], generated: str) -> None:
-    """The image as the body, and run lengths back."""
+    """The image is the body; the response has run lengths."""
     types = importlib.import_module(f"{generated}.types")
     answer = call("segmentation.segment", body=types.File(payload=io.BytesIO(PHOTO)))
     assert {one.name for one in answer.classes} >= {"person", "cat", "background"}
@@ -143,7 +143,7 @@ def test_the_generated_client_sends_a_raw_body(call: Callable[..., Any], generat
 
 
 def test_the_generated_client_reads_problems(call: Callable[..., Any], generated: str) -> None:
-    """An error is a typed answer too."""
+    """An error is a typed response too."""
     models = importlib.import_module(f"{generated}.models")
     types = importlib.import_module(f"{generated}.types")
     problem = call("segmentation.segment", body=types.File(payload=io.BytesIO(b"hello")))
@@ -152,7 +152,7 @@ def test_the_generated_client_reads_problems(call: Callable[..., Any], generated
 
 
 def test_the_generated_client_reads_the_catalogue(call: Callable[..., Any]) -> None:
-    """Classes and models."""
+    """It reads classes and models."""
     labels = call("catalogue.classes")
     assert [one.name for one in labels.classes] == list(voc.CLASSES)
     assert labels.classes[15].color == [192, 128, 128]
@@ -163,7 +163,7 @@ def test_the_generated_client_reads_the_catalogue(call: Callable[..., Any]) -> N
 def test_the_generated_client_speaks_the_protocols(
     call: Callable[..., Any], generated: str
 ) -> None:
-    """Other services' protocols are in the description as well."""
+    """The document includes other services' protocols."""
     models = importlib.import_module(f"{generated}.models")
     metadata = call("open_inference_protocol.model_metadata", "tiny")
     assert [one.name for one in metadata.inputs] == ["image"]

@@ -32,13 +32,13 @@ JPEG = encode(data.astronaut(), "JPEG")  # type: ignore[no-untyped-call]
 
 @pytest.fixture(autouse=True)
 def tiny_model(tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every command uses the tiny artefact."""
+    """Use the tiny artefact in every command."""
     monkeypatch.setenv("FCN_MODEL", str(tiny_artefact))
     monkeypatch.setenv("FCN_THREADS", "1")
 
 
 def test_masks_of_a_file_and_a_folder(tmp_path: Path) -> None:
-    """Palette PNGs under the stems, in the folder's own shape, and the exit status 0."""
+    """Masks are palette PNGs named after the stems, in the folder's structure; status 0."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "deep" / "a.png").write_bytes(PHOTO)
     (tmp_path / "single.photo").write_bytes(PHOTO)
@@ -55,7 +55,7 @@ def test_masks_of_a_file_and_a_folder(tmp_path: Path) -> None:
 def test_one_bad_file_does_not_stop_the_rest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each is one line on stderr, and the exit status is 1 at the end."""
+    """Each bad file is one line on stderr, and the exit status is 1."""
     (tmp_path / "a.jpg").write_bytes(b"hello")
     (tmp_path / "b.png").write_bytes(PHOTO)
     (tmp_path / "c.png").write_bytes(PHOTO[:60])
@@ -75,7 +75,7 @@ def test_one_bad_file_does_not_stop_the_rest(
 
 
 def test_other_formats(tmp_path: Path) -> None:
-    """Overlay, cut-out and JSON; `--view` is another name of `--format`."""
+    """Overlay, cut-out and JSON are formats; `--view` is an alias of `--format`."""
     photo = tmp_path / "a.png"
     photo.write_bytes(PHOTO)
     for name, mode in (("overlay", "RGB"), ("cutout", "RGBA")):
@@ -92,8 +92,8 @@ def test_other_formats(tmp_path: Path) -> None:
     assert [path.name for path in out.iterdir()] == ["a.json"]
 
 
-def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Unless it is to be done again; without anything to do no model is loaded."""
+def test_existing_outputs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only --overwrite replaces them; if all exist, no model is loaded."""
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(PHOTO)
     out = tmp_path / "out"
@@ -115,7 +115,7 @@ def test_what_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_vocs_layout(tmp_path: Path) -> None:
-    """Masks in SegmentationClass and the list of their names; photos without an answer are not."""
+    """Masks are in SegmentationClass; the list has the names of all photos that have a mask."""
     photos = tmp_path / "JPEGImages"
     (photos / "deep").mkdir(parents=True)
     (photos / "2007_000001.jpg").write_bytes(PHOTO)
@@ -136,7 +136,7 @@ def test_vocs_layout(tmp_path: Path) -> None:
 
 
 def masks_of(out: Path, file_name: str) -> tuple[dict[int, npt.NDArray[np.bool_]], COCO]:
-    """The masks of one photo in a COCO file, by category, as pycocotools has them."""
+    """The masks of one photo in a COCO file, by category, decoded by pycocotools."""
     with contextlib.redirect_stdout(None):
         dataset = COCO(str(out / "annotations.json"))
     (image,) = (one for one in dataset.dataset["images"] if one["file_name"] == file_name)
@@ -146,7 +146,7 @@ def masks_of(out: Path, file_name: str) -> tuple[dict[int, npt.NDArray[np.bool_]
 
 @pytest.mark.parametrize(("mask", "least_iou"), [("polygons", 0.98), ("rle", 1.0)])
 def test_a_coco_file(tmp_path: Path, mask: str, least_iou: float) -> None:
-    """One annotation for each class in each photo, which pycocotools reads as the same masks."""
+    """Each class of each photo has one annotation, which pycocotools decodes to its mask."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     (photos / "deep").mkdir(parents=True)
     (photos / "a.jpg").write_bytes(JPEG)
@@ -170,10 +170,10 @@ def test_a_coco_file(tmp_path: Path, mask: str, least_iou: float) -> None:
     assert not (out / "annotations.jsonl.part").exists()
 
 
-def test_a_coco_file_is_gone_on_with(
+def test_a_coco_file_is_resumed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a run that was killed, after one that was whole, and not where it is to be new."""
+    """A run resumes after a killed one and after a complete one, but not with --overwrite."""
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
     for name in ("a.png", "b.png", "c.png"):
@@ -189,7 +189,7 @@ def test_a_coco_file_is_gone_on_with(
     assert [path.name for path in out.iterdir()] == ["annotations.jsonl.part"]
     lines = (out / "annotations.jsonl.part").read_text().splitlines(keepends=True)
     assert len(lines) == 3
-    # The second photo is still to be done, and the third one's line was cut off.
+    # The second photo is missing, and the third photo's line is incomplete.
     (out / "annotations.jsonl.part").write_text(lines[0] + lines[2][:50])
     assert main(command) == 0
     assert "1 of 3 photos are done already" in capsys.readouterr().err
@@ -207,8 +207,8 @@ def test_a_coco_file_is_gone_on_with(
     assert ids == list(range(1, len(ids) + 1))
 
     assert main([*command, "--overwrite"]) == 0
-    anew = json.loads((out / "annotations.json").read_text())
-    assert [one["file_name"] for one in anew["images"]] == ["b.png", "c.png", "d.png"]
+    replaced = json.loads((out / "annotations.json").read_text())
+    assert [one["file_name"] for one in replaced["images"]] == ["b.png", "c.png", "d.png"]
 
     (out / "annotations.json").write_text("[]")
     assert main(command) == 2
@@ -216,7 +216,7 @@ def test_a_coco_file_is_gone_on_with(
 
 
 def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 2 before anything is loaded."""
+    """Wrong options are exit status 2 and one line."""
     command = ["predict", str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
     for options, reason in (
         (["--classes", "unicorn"], "--classes: no class 'unicorn'"),
@@ -234,7 +234,7 @@ def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_by_a_service(
     tmp_path: Path, protocol_server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same files as by the model in this process, from a model of that name."""
+    """A service's model of the given name writes the same files as the one in this process."""
     photos = tmp_path / "photos"
     photos.mkdir()
     for number in range(6):
@@ -263,13 +263,13 @@ def test_by_a_service(
     assert [one["name"] for one in answer["classes"]] == ["person"]
 
 
-def test_a_service_that_is_not_there_or_goes_away(
+def test_a_service_that_is_unreachable_or_stops(
     tmp_path: Path,
     protocol_server: Server,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One line, and the rest is not tried; a model that it does not have is wrong usage."""
+    """It is one line, and no further photo is sent; an unknown model is wrong usage."""
     monkeypatch.setattr(Retries.__init__, "__defaults__", (1, 0.0, 0.0))
     for number in range(5):
         (tmp_path / f"{number}.png").write_bytes(PHOTO)
@@ -281,7 +281,7 @@ def test_a_service_that_is_not_there_or_goes_away(
     assert shown.startswith(f"fcn-segment: {url}: ")
     assert shown.count("\n") == 1
     assert main([*command, protocol_server.url, "--model", "third"]) == 2
-    assert "no model 'third' there; there are tiny, second" in capsys.readouterr().err
+    assert "--model: the service has no 'third', only tiny, second" in capsys.readouterr().err
     assert main([*command, "nonsense"]) == 1
     assert "'nonsense' is not a URL" in capsys.readouterr().err
 
@@ -303,10 +303,10 @@ def test_a_service_that_is_not_there_or_goes_away(
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def test_without_httpx_a_service_cannot_be_asked(
+def test_a_service_needs_httpx(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It says what to install."""
+    """Without it, the error says what to install."""
     monkeypatch.setitem(sys.modules, "httpx", None)
     for name in ("service.client", "service.client.client", "service.client.requests"):
         monkeypatch.delitem(sys.modules, name)
@@ -316,7 +316,7 @@ def test_without_httpx_a_service_cannot_be_asked(
 
 
 def test_max_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Passed on within its bounds, refused in one line outside."""
+    """--max-side is accepted within its bounds; outside it is an error in one line."""
     photo = tmp_path / "a.png"
     photo.write_bytes(PHOTO)
     command = ["predict", str(photo), "--out", str(tmp_path / "out"), "--max-side"]
@@ -326,7 +326,7 @@ def test_max_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--model names the artefact; nothing is written without one."""
+    """A folder that is no artefact is one line, and nothing is written."""
     out = tmp_path / "out"
     assert main(["predict", "x.png", "--out", str(out), "--model", str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -334,7 +334,7 @@ def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_terminal_shows_a_progress_bar(tmp_path: Path) -> None:
-    """Photos done, photos in all; a pipe would get none."""
+    """The bar shows the number of photos that are done and in all."""
     (tmp_path / "a.png").write_bytes(PHOTO)
     controller, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 80))

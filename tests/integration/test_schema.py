@@ -1,6 +1,7 @@
-"""Schemathesis against a server process: whatever the description allows, and whatever it does not.
+"""Schemathesis against a server process, with requests that OpenAPI allows and forbids.
 
-All its checks, by `tests/schemathesis.toml`, in its one phase without random examples. All phases::
+It runs all checks (see `tests/schemathesis.toml`) in its only phase without random examples. To
+run all phases::
 
     schemathesis --config-file tests/schemathesis.toml run http://localhost:8000/openapi.json
 """
@@ -23,7 +24,7 @@ CONFIG = Path(__file__).parents[1] / "schemathesis.toml"
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[Logged, str]]:
-    """A server that asks for a key, and the key."""
+    """A server that needs a key, and the key."""
     key, line = new_key("schemathesis")
     keys = tmp_path / "api_keys"
     keys.write_text(line)
@@ -33,7 +34,7 @@ def server(tmp_path: Path) -> Iterator[tuple[Logged, str]]:
 
 
 def test_schemathesis_finds_nothing(server: tuple[Logged, str], tmp_path: Path) -> None:
-    """At the edges of each constraint, right and wrong; other methods; no key and wrong ones."""
+    """It tests the limits of each constraint, other methods, and missing and wrong keys."""
     running, key = server
     done = subprocess.run(
         [

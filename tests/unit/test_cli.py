@@ -1,4 +1,4 @@
-"""The command line's own words; what its commands do is in tests/integration."""
+"""The command line's help and usage errors; tests/integration runs its commands."""
 
 import hashlib
 
@@ -10,7 +10,7 @@ from service.settings import Settings
 
 
 def test_every_setting_is_a_flag_of_serve(capsys: pytest.CaptureFixture[str]) -> None:
-    """With its description, its variable and its default."""
+    """The help lists each setting with its description and variable."""
     with pytest.raises(SystemExit) as caught:
         main(["serve", "--help"])
     assert caught.value.code == 0
@@ -23,15 +23,15 @@ def test_every_setting_is_a_flag_of_serve(capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("arguments", [[], ["predict"], ["predict", "x.jpg"], ["dance"]])
 def test_wrong_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 2 and the usage on stderr."""
+    """Wrong usage is exit status 2 and the usage on stderr."""
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert "usage: fcn-segment" in capsys.readouterr().err
 
 
-def test_the_supervisors_own_command_is_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    """People have three commands."""
+def test_the_workers_command_is_not_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help lists three commands."""
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
@@ -40,7 +40,7 @@ def test_the_supervisors_own_command_is_not_listed(capsys: pytest.CaptureFixture
 
 
 def test_a_key_is_made(capsys: pytest.CaptureFixture[str]) -> None:
-    """The file's line on stdout, for >>; the key beside it, and another one each time."""
+    """The key file's line is on stdout, the key on stderr; each key is different."""
     shown = []
     for _ in range(2):
         assert main(["key", "alice"]) == 0
@@ -52,10 +52,10 @@ def test_a_key_is_made(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a:b", "é", "x" * 65])
-def test_a_name_that_cannot_stand_in_the_file(
+def test_a_name_that_is_invalid_in_the_key_file(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Is wrong usage, and says what would be right."""
+    """It is wrong usage; the error says what is allowed."""
     with pytest.raises(SystemExit) as caught:
         main(["key", name])
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""The model contract: round trip, and every disagreement named."""
+"""The model contract: round trip, and an error that names each mismatch."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ LOGITS = Tensor("logits", "tensor(float)", [None, 21, "lh", "lw"])
 
 
 def test_metadata_round_trip() -> None:
-    """What is written into a graph is read back unchanged, beside other tools' entries."""
+    """A contract is read back unchanged; other tools' entries are ignored."""
     contract = make_contract(metrics={"val_miou": 0.5125}, stride=32, precision="int8")
     metadata = {**contract.to_metadata(), "someone": "else"}
     assert ModelContract.from_metadata(metadata) == contract
@@ -37,7 +37,7 @@ def test_metadata_round_trip() -> None:
 
 @pytest.mark.parametrize("key", sorted(make_contract().to_metadata()))
 def test_a_missing_key_is_named(key: str) -> None:
-    """No key is optional, and the error says which one is missing."""
+    """Every key is required; the error names the missing one."""
     metadata = make_contract().to_metadata()
     del metadata[key]
     with pytest.raises(ContractError, match=f"lacks {key}"):
@@ -63,7 +63,7 @@ def test_a_missing_key_is_named(key: str) -> None:
     ],
 )
 def test_a_wrong_value_is_named_in_one_line(key: str, value: str, message: str) -> None:
-    """The error names key and value, on one line."""
+    """The error names the key and the value in one line."""
     metadata = {**make_contract().to_metadata(), key: value}
     with pytest.raises(ContractError, match=message) as caught:
         ModelContract.from_metadata(metadata)
@@ -71,14 +71,14 @@ def test_a_wrong_value_is_named_in_one_line(key: str, value: str, message: str) 
 
 
 def first_version(classes: Sequence[str]) -> dict[str, str]:
-    """Metadata as schema version 1 has it: class names instead of a label set."""
+    """Metadata of schema version 1: class names instead of a label set."""
     metadata = make_contract().to_metadata()
     del metadata["fcn.labels"]
     return {**metadata, "fcn.schema_version": "1", "fcn.classes": json.dumps(classes)}
 
 
 def test_the_first_version_still_loads() -> None:
-    """Its classes are VOC's, and so is its label set."""
+    """Version 1 metadata gives the contract with VOC's label set."""
     contract = ModelContract.from_metadata(first_version(voc.CLASSES))
     assert contract == make_contract()
     assert contract.labels == VOC_LABELS
@@ -97,13 +97,13 @@ SWAPPED = [*voc.CLASSES[:8], "dog", *voc.CLASSES[9:12], "cat", *voc.CLASSES[13:]
     ],
 )
 def test_the_first_version_has_vocs_classes(changes: dict[str, str], message: str) -> None:
-    """Another list, or another order, is refused, and the first difference is named."""
+    """Other classes or another order are an error that names the first difference."""
     with pytest.raises(ContractError, match=message):
         ModelContract.from_metadata({**first_version(voc.CLASSES), **changes})
 
 
 def test_the_first_version_needs_its_classes() -> None:
-    """Without them there is nothing to compare."""
+    """Version 1 metadata without classes is an error."""
     metadata = first_version(voc.CLASSES)
     del metadata["fcn.classes"]
     with pytest.raises(ContractError, match=r"lacks fcn\.classes"):
@@ -111,7 +111,7 @@ def test_the_first_version_needs_its_classes() -> None:
 
 
 def test_any_label_set_is_carried() -> None:
-    """Names and colours are read back unchanged, and the logits have a channel for each class."""
+    """Names and colours are read back unchanged; the logits need one channel per class."""
     labels = LabelSet(
         names=["background", "traffic light", "Straße"], colors=[(0, 0, 0), (1, 2, 3), (255, 0, 9)]
     )
@@ -124,7 +124,7 @@ def test_any_label_set_is_carried() -> None:
 
 
 def test_the_promised_graph_is_accepted() -> None:
-    """Dynamic batch and size, in symbols or None, are what the contract wants."""
+    """Dynamic dimensions may be symbols or None."""
     assert make_contract().check_graph([IMAGE], [LOGITS]) is None  # type: ignore[func-returns-value]
 
 
@@ -144,11 +144,11 @@ def test_the_promised_graph_is_accepted() -> None:
 def test_another_graph_is_refused(
     inputs: list[Tensor], outputs: list[Tensor], message: str
 ) -> None:
-    """Names, types and shapes of the graph must be the promised ones."""
+    """Other names, types or shapes are an error."""
     with pytest.raises(ContractError, match=message):
         make_contract().check_graph(inputs, outputs)
 
 
 def test_padding_color_is_the_mean() -> None:
-    """ImageNet's mean, rounded to 8 bits."""
+    """The padding colour is ImageNet's mean, rounded to 8 bits."""
     assert make_contract().padding_color == (124, 116, 104)

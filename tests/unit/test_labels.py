@@ -1,4 +1,4 @@
-"""Label sets: what a model's classes may be called and look like."""
+"""Label sets: valid names, colours and palettes."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ COLORS = ((0, 0, 0), (10, 20, 30), (255, 255, 255))
 
 
 def test_ids_by_name() -> None:
-    """Spaces around a name do not matter, spaces inside it do."""
+    """Spaces around a name are ignored, spaces inside it are not."""
     labels = LabelSet(names=NAMES, colors=COLORS)
     assert labels.ids(["chair", " dining table "]) == {1, 2}
     assert labels.foreground == {1, 2}
@@ -21,7 +21,7 @@ def test_ids_by_name() -> None:
 
 
 def test_the_palette_has_the_colors_of_the_classes() -> None:
-    """256 rows, void in cream, read-only; VOC's is VOC's own."""
+    """The palette has 256 rows, cream for void, and is read-only; VOC's rows are distinct."""
     palette = LabelSet(names=NAMES, colors=COLORS, ignore_index=254).palette
     assert palette.shape == (256, 3)
     assert palette.dtype == np.uint8
@@ -34,7 +34,7 @@ def test_the_palette_has_the_colors_of_the_classes() -> None:
 
 
 def test_at_most_255_classes() -> None:
-    """One value of a byte is left for void."""
+    """One value of a byte is reserved for void."""
     names = [f"class {number}" for number in range(256)]
     labels = LabelSet(names=names[:MAX_CLASSES], colors=[(1, 2, 3)] * MAX_CLASSES)
     assert len(labels) == 255
@@ -46,7 +46,7 @@ def test_at_most_255_classes() -> None:
 
 @pytest.mark.parametrize("name", ["", " chair", "chair ", "a,b", "a\nb", "a\x7f", "n" * 65])
 def test_a_name_is_one_word_of_a_list(name: str) -> None:
-    """Names are put into comma-separated lists, and into headings."""
+    """Names must fit into comma-separated lists and headings."""
     with pytest.raises(ValidationError, match=r"class 1: .* is not a name"):
         LabelSet(names=("background", name), colors=COLORS[:2])
 
@@ -60,7 +60,7 @@ def test_a_name_is_one_word_of_a_list(name: str) -> None:
         ({"names": NAMES, "colors": [*COLORS[:2], (0, 0, 256)]}, "less than or equal to 255"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(fields: dict[str, object], message: str) -> None:
-    """The reason is named."""
+def test_inconsistent_fields_are_refused(fields: dict[str, object], message: str) -> None:
+    """The error names the reason."""
     with pytest.raises(ValidationError, match=message):
         LabelSet.model_validate(fields)

@@ -1,4 +1,4 @@
-"""The manifest: round trip, and every file that is not the one it names."""
+"""The manifest: round trip, and an error for each file that differs from it."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.artefacts import build_artefact, make_contract
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An artefact of its own, to be broken."""
+    """An artefact that the test may break."""
     return build_artefact(tmp_path / "artefact")
 
 
@@ -23,7 +23,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 def test_round_trip(folder: Path) -> None:
-    """What is written is read back unchanged, classes without an IoU included."""
+    """A manifest is read back unchanged, classes without an IoU included."""
     accuracy = Accuracy(
         miou=0.5,
         pixel_accuracy=0.9,
@@ -38,8 +38,8 @@ def test_round_trip(folder: Path) -> None:
     assert load_manifest(folder) == manifest
 
 
-def test_the_files_of_a_fresh_artefact_are_its_own(folder: Path) -> None:
-    """The sha256 on disk is the manifest's; what was read is what is there."""
+def test_the_files_of_a_fresh_artefact_match_its_manifest(folder: Path) -> None:
+    """`read_files` accepts them and returns their contents."""
     manifest = load_manifest(folder)
     content = (folder / "network.onnx").read_bytes()
     assert read_files(folder, manifest) == {"network.onnx": content}
@@ -47,7 +47,7 @@ def test_the_files_of_a_fresh_artefact_are_its_own(folder: Path) -> None:
 
 
 def test_a_changed_file_is_named(folder: Path) -> None:
-    """One changed byte is found, and the line names the file and both sums."""
+    """One changed byte is an error that names the file and both sums."""
     path = folder / "network.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     with pytest.raises(IntegrityError, match=r"network\.onnx: sha256 is .* says "):
@@ -55,14 +55,14 @@ def test_a_changed_file_is_named(folder: Path) -> None:
 
 
 def test_a_missing_file_is_named(folder: Path) -> None:
-    """A file that the manifest lists must be there."""
+    """Every file that the manifest lists must exist."""
     (folder / "network.onnx").unlink()
     with pytest.raises(IntegrityError, match=r"network\.onnx: No such file"):
         read_files(folder, load_manifest(folder))
 
 
 def test_a_folder_without_manifest_is_no_artefact(tmp_path: Path) -> None:
-    """The missing manifest is named."""
+    """The error names the missing manifest."""
     with pytest.raises(IntegrityError, match=r"manifest\.json: No such file"):
         load_manifest(tmp_path)
 
@@ -79,7 +79,7 @@ def test_a_folder_without_manifest_is_no_artefact(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_field_is_named(folder: Path, changes: dict[str, object], message: str) -> None:
-    """The error names the manifest and the field, on one line."""
+    """The error names the manifest and the field in one line."""
     edit(folder, **changes)
     with pytest.raises(ContractError, match=rf"manifest\.json: .*{message}") as caught:
         load_manifest(folder)
@@ -87,7 +87,7 @@ def test_a_wrong_field_is_named(folder: Path, changes: dict[str, object], messag
 
 
 def test_a_manifest_of_another_model_is_refused(folder: Path) -> None:
-    """Name, version and precision must be those of the graph."""
+    """Name, version and precision must equal the graph's."""
     manifest = load_manifest(folder)
     with pytest.raises(ContractError, match=r"version is '1' in .*, but '2' in network\.onnx"):
         manifest.check_contract(make_contract(version="2"), "network.onnx")
@@ -96,7 +96,7 @@ def test_a_manifest_of_another_model_is_refused(folder: Path) -> None:
 
 
 def test_files_are_picked_by_precision(folder: Path) -> None:
-    """The first precision that is there wins; none at all is an error that lists what is."""
+    """The first available precision is used; if there is none, the error lists those there are."""
     manifest = load_manifest(folder)
     assert manifest.pick_file(["int8", "fp32"]) == "network.onnx"
     with pytest.raises(ContractError, match="no network of precision int8, only fp32"):

@@ -19,23 +19,23 @@ SHAPES = ((384, 512), (512, 384), (512, 512))
         ((375, 500), 512, (384, 512), (384, 512)),  # VOC's usual landscape, up
         ((500, 375), 512, (512, 384), (512, 384)),
         ((1000, 1000), 512, (512, 512), (512, 512)),
-        ((400, 500), 512, (410, 512), (512, 512)),  # past the flat shape
+        ((400, 500), 512, (410, 512), (512, 512)),  # too tall for 384x512
         ((300, 300), 256, (256, 256), (384, 512)),  # smaller than all: the smallest
         ((750, 1000), 1000, (750, 1000), (768, 1024)),  # larger than all: multiples of 32
-        ((1, 5000), 512, (1, 512), (384, 512)),  # never less than one pixel
+        ((1, 5000), 512, (1, 512), (384, 512)),  # at least one pixel
         ((5000, 1), 512, (512, 1), (512, 384)),
     ],
 )
 def test_plan(
     photo: tuple[int, int], max_side: int, resized: tuple[int, int], padded: tuple[int, int]
 ) -> None:
-    """The longest side becomes max_side, up or down; the smallest shape that contains it wins."""
+    """The longest side becomes max_side; the smallest shape that contains the result is used."""
     assert Geometry.plan(photo, max_side, SHAPES) == Geometry(photo, resized, padded)
 
 
 @given(st.integers(1, 9000), st.integers(1, 9000), st.integers(32, 2048))
 def test_every_plan_holds_its_photo(height: int, width: int, max_side: int) -> None:
-    """Whatever the photo: its longest side is max_side, it fits, and the input is of 32s."""
+    """For any photo: its longest side is max_side, it fits, and the input's sides are 32s."""
     geometry = Geometry.plan((height, width), max_side, SHAPES)
     assert max(geometry.resized) == max_side
     assert min(geometry.resized) >= 1
@@ -45,7 +45,7 @@ def test_every_plan_holds_its_photo(height: int, width: int, max_side: int) -> N
 
 
 def test_preprocess_resizes_as_pillow_and_pads_with_the_mean() -> None:
-    """The top left holds Pillow's bilinear resize to a level, the rest the padding colour."""
+    """The top left equals Pillow's bilinear resize to one level; the rest is the padding colour."""
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     geometry = Geometry((90, 120), (45, 60), (64, 96))
     padded = preprocess(image, geometry, (1, 2, 3))
@@ -58,14 +58,14 @@ def test_preprocess_resizes_as_pillow_and_pads_with_the_mean() -> None:
 
 
 def test_a_photo_of_the_right_size_is_not_touched() -> None:
-    """No resampling where none is needed."""
+    """A photo that needs no scaling is not resampled."""
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     geometry = Geometry((64, 96), (64, 96), (64, 96))
     assert np.array_equal(preprocess(image, geometry, (0, 0, 0)), image)
 
 
 def test_only_the_box_is_seen() -> None:
-    """A smaller copy of the photo, whose last row and column the photo covers only in part."""
+    """The box of a smaller copy is resized; it covers the last row and column only in part."""
     image = np.random.default_rng(0).integers(0, 256, (46, 61, 3), dtype=np.uint8)
     geometry = Geometry((361, 481), (48, 64), (64, 64))
     box = (0.0, 0.875, 60.125, 46.0)
@@ -76,7 +76,7 @@ def test_only_the_box_is_seen() -> None:
 
 
 def test_pillow_resizes_where_the_faster_resizer_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its very pixels, boxes included; the fast resizer has no wheel for Linux on ARM."""
+    """The result equals Pillow's, boxes included; the fast one has no wheel for Linux on ARM."""
     image = np.random.default_rng(0).integers(0, 256, (46, 61, 3), dtype=np.uint8)
     geometry = Geometry((361, 481), (48, 64), (64, 64))
     box = (0.0, 0.875, 60.125, 46.0)
@@ -91,14 +91,14 @@ def test_pillow_resizes_where_the_faster_resizer_is_not(monkeypatch: pytest.Monk
 @settings(deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 90), st.integers(1, 90))
 def test_every_size_becomes_every_other(height: int, width: int, new_h: int, new_w: int) -> None:
-    """Up, down, both at once and from single pixels, as Pillow does it."""
+    """Up, down, both at once and from single pixels, the result is close to Pillow's."""
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     geometry = Geometry((height, width), (new_h, new_w), (new_h, new_w))
     expected = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BILINEAR)
-    # Either of its two passes rounds to the level beside now and then.
+    # Each of its two passes may round to the neighbouring level.
     assert levels_apart(preprocess(image, geometry, (0, 0, 0)), np.asarray(expected)) <= 2
 
 
 def levels_apart(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> int:
-    """The greatest difference of any pixel's value."""
+    """The greatest difference between two pixel values."""
     return int(np.abs(ours.astype(int) - theirs).max())

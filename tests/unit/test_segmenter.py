@@ -1,4 +1,4 @@
-"""The data path of one request, without HTTP."""
+"""The data path of one photo, without HTTP."""
 
 import asyncio
 import io
@@ -34,14 +34,14 @@ STAGES = ["decode", "preprocess", "queue", "infer", "upsample", "encode"]
 
 @pytest.fixture
 def session() -> Iterator[FakeSession]:
-    """A session whose gate is open at the end, whatever the test did."""
+    """A session whose gate is opened after the test."""
     fake = FakeSession()
     yield fake
     fake.gate.set()
 
 
 def mask_size(result: Result[bytes]) -> tuple[int, int]:
-    """Width and height of an answered mask."""
+    """Width and height of the mask in a result."""
     with Image.open(io.BytesIO(result.content)) as image:
         return image.size
 
@@ -49,7 +49,7 @@ def mask_size(result: Result[bytes]) -> tuple[int, int]:
 async def test_stages_run_off_the_event_loop(
     make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Decoding, preprocessing, upsampling and encoding in the pool, the network in its thread."""
+    """The network runs in the batcher's thread, all other stages in the pool."""
     threads: dict[str, str] = {}
 
     def spy(place: ModuleType, name: str) -> None:
@@ -78,7 +78,7 @@ async def test_stages_run_off_the_event_loop(
 async def test_past_the_limit_photos_are_refused_before_decoding(
     make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many as queue_size are held; the next one is told when to come back."""
+    """queue_size photos are accepted; the next one is refused with a time to retry."""
     async with open_service(make_settings(queue_size=2), session) as service:
         session.gate.clear()
         held = [asyncio.create_task(service.segmenter.segment(JOB)) for _ in range(2)]
@@ -95,7 +95,7 @@ async def test_past_the_limit_photos_are_refused_before_decoding(
 async def test_places_can_be_held_for_several_photos(
     make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
-    """As many as are free, and at least one; photos in held places need no other."""
+    """`hold` gives at most the free places; photos in held places need no other."""
     async with open_service(make_settings(queue_size=3), session) as service:
         segmenter = service.segmenter
         with segmenter.hold(2) as two, segmenter.hold(2) as one:
@@ -108,10 +108,10 @@ async def test_places_can_be_held_for_several_photos(
         assert segmenter.in_flight == 0
 
 
-async def test_memory_is_given_back_at_rest(
+async def test_memory_is_given_back_when_idle(
     make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once no photo has come for a while, and not while one is worked on."""
+    """Freed memory is given back after a time without photos, never while one is in flight."""
     given_back: asyncio.Queue[int] = asyncio.Queue()
     async with open_service(make_settings(), session) as service:
         loop, segmenter = asyncio.get_running_loop(), service.segmenter
@@ -120,14 +120,14 @@ async def test_memory_is_given_back_at_rest(
             loop.call_soon_threadsafe(given_back.put_nowait, segmenter.in_flight)
 
         monkeypatch.setattr(module, "give_back_freed", give_back)
-        monkeypatch.setattr(module, "REST_S", 0.0)
+        monkeypatch.setattr(module, "IDLE_S", 0.0)
         with segmenter.hold():
             pass
-        with segmenter.hold():  # the rest has not begun
+        with segmenter.hold():  # cancels the timer
             for _ in range(3):
                 await segmenter.segment(JOB)
             assert given_back.empty()
-        for _ in range(2):  # and again after the next
+        for _ in range(2):  # after each idle time
             assert await asyncio.wait_for(given_back.get(), 10) == 0
             assert given_back.empty()
             with segmenter.hold():
@@ -137,7 +137,7 @@ async def test_memory_is_given_back_at_rest(
 async def test_a_photo_that_the_format_cannot_hold(
     make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
-    """WebP ends at 16,383 pixels, JPEG at 65,500: refused, with what there is."""
+    """WebP allows 16,383 pixels a side, JPEG 65,500; the error lists the other types."""
     async with open_service(make_settings(), session) as service:
         for width, unable in ((16_384, ["image/webp"]), (65_501, ["image/webp", "image/jpeg"])):
             photo = encode(np.zeros((1, width, 3), dtype=np.uint8))
@@ -155,7 +155,7 @@ async def test_a_photo_that_the_format_cannot_hold(
 async def test_the_deadline_ends_the_wait(
     make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
-    """A device that does not answer costs its caller the deadline and no more."""
+    """If the device does not answer, the caller waits no longer than the deadline."""
     async with open_service(make_settings(deadline_s=0.05), session) as service:
         session.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.05 s"):
@@ -163,10 +163,10 @@ async def test_the_deadline_ends_the_wait(
         session.gate.set()
 
 
-async def test_a_failing_device_is_told_apart(
+async def test_a_failing_device_has_its_own_error(
     make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
-    """The runtime's error is the cause; the next photo works again."""
+    """The error's cause is the runtime's error; the next photo succeeds."""
     async with open_service(make_settings(), session) as service:
         session.error = RuntimeError("device lost")
         with pytest.raises(InferenceFailed) as caught:
@@ -176,10 +176,10 @@ async def test_a_failing_device_is_told_apart(
         assert mask_size(await service.segmenter.segment(JOB)) == (96, 64)
 
 
-async def test_a_large_photo_is_answered_at_its_own_size(
+async def test_a_large_photo_keeps_its_size(
     make_settings: Callable[..., Settings],
 ) -> None:
-    """A JPEG that is scaled while decoding has the whole photo's mask, and its pixels are shown."""
+    """A JPEG that is scaled while decoding gets a mask and an overlay of its full size."""
     large = two_class_photo().repeat(12, axis=0).repeat(12, axis=1)
     jpeg, png = encode(large, "JPEG", quality=95), encode(large)
     async with open_service(make_settings()) as service:

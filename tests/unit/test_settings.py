@@ -9,7 +9,7 @@ from service.settings import DEFAULT_MODEL, Settings, env_name, load_settings
 
 
 def test_defaults() -> None:
-    """With nothing said, the committed model is served on port 8000."""
+    """Without settings, the committed model is served on port 8000."""
     settings = load_settings()
     assert settings.port == 8000
     assert settings.model == DEFAULT_MODEL
@@ -17,7 +17,7 @@ def test_defaults() -> None:
 
 
 def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment sets, a flag wins over it."""
+    """A flag overrides the environment."""
     monkeypatch.setenv("FCN_PORT", "9000")
     monkeypatch.setenv("FCN_MODEL", "/some/where")
     assert load_settings() == Settings(port=9000, model=Path("/some/where"))
@@ -55,7 +55,7 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_wrong_variable_is_named_in_one_line(
     monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
 ) -> None:
-    """Unknown names and impossible values stop the start, and are named."""
+    """The error names the unknown variable or the invalid value."""
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError, match=message) as caught:
         load_settings()
@@ -63,36 +63,36 @@ def test_a_wrong_variable_is_named_in_one_line(
 
 
 def test_a_clients_key_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may lie in the same environment."""
+    """The client's FCN_API_KEY may be set in the same environment."""
     monkeypatch.setenv("FCN_API_KEY", "fcn_x")
     assert load_settings() == Settings()
 
 
-def test_access_is_open_unless_said() -> None:
-    """No keys, no limit, no origins; and what may be said."""
+def test_access_is_open_by_default() -> None:
+    """By default there are no keys, no limit and no origins; each can be set."""
     settings = load_settings()
     assert (settings.api_keys_file, settings.rate_limit, settings.allowed_origins) == (
         None,
     ) * 2 + ((),)
-    said = load_settings(
+    restricted = load_settings(
         {
             "rate_limit": "5/second;1000/day",
             "trusted_proxies": "10.0.0.0/8, ::1",
             "cors_origins": "https://one.example,http://localhost:3000",
         }
     )
-    assert said.allowed_origins == ("https://one.example", "http://localhost:3000")
+    assert restricted.allowed_origins == ("https://one.example", "http://localhost:3000")
     assert load_settings({"cors_origins": "*"}).allowed_origins == ("*",)
 
 
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
 def test_devices(device: str) -> None:
-    """A GPU may be named by its number."""
+    """A GPU may be selected by its number."""
     assert load_settings({"device": device}).device == device
 
 
 def test_gpus() -> None:
-    """In the order they are named; none unless they are."""
+    """The numbers keep their order; the default is none."""
     assert load_settings().gpu_numbers == ()
     assert load_settings({"gpus": "0"}).gpu_numbers == (0,)
     assert load_settings({"gpus": "3,0,12", "device": "cuda"}).gpu_numbers == (3, 0, 12)
@@ -100,18 +100,18 @@ def test_gpus() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:1"])
 def test_gpus_beside_one_device(device: str) -> None:
-    """Either says where to serve; both would contradict each other."""
+    """The two settings contradict each other."""
     with pytest.raises(SettingsError, match=rf"FCN_GPUS \(0,1\) .* FCN_DEVICE \({device}\)"):
         load_settings({"gpus": "0,1", "device": device})
 
 
 def test_a_wrong_flag_is_named_as_a_flag() -> None:
-    """The line says --max-bytes, not FCN_MAX_BYTES."""
+    """The error says --max-bytes, not FCN_MAX_BYTES."""
     with pytest.raises(SettingsError, match=r"^--max-bytes: "):
         load_settings({"max_bytes": "many"})
 
 
 def test_every_setting_is_documented() -> None:
-    """With its variable's name, in the service's README."""
+    """The service's README lists every variable."""
     page = (Path(__file__).parents[2] / "service" / "README.md").read_text(encoding="utf-8")
     assert [name for name in Settings.model_fields if f"| `{env_name(name)}` |" not in page] == []

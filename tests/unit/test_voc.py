@@ -8,7 +8,7 @@ from service.artefact.labels import VOC_LABELS
 
 
 def test_palette_is_vocs() -> None:
-    """The colours are the development kit's, void included."""
+    """The colours equal the development kit's, void included."""
     expected = {1: (128, 0, 0), 8: (64, 0, 0), 15: (192, 128, 128), 20: (0, 64, 128)}
     palette = [tuple(color) for color in voc.FULL_PALETTE.tolist()]
     assert {index: palette[index] for index in expected} == expected
@@ -34,7 +34,7 @@ def test_classes_are_vocs() -> None:
 
 @pytest.mark.parametrize("size", [0, 257])
 def test_a_palette_has_one_to_256_colors(size: int) -> None:
-    """Another size is refused."""
+    """Another size is an error."""
     with pytest.raises(ValueError, match="1 to 256"):
         voc.color_map(size)
 

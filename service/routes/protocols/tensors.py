@@ -17,13 +17,12 @@ from pydantic import Field
 
 from service.artefact.contract import ModelContract
 from service.errors import ImageTooLarge, InvalidParameter, MalformedRequest
-from service.http.parameters import check_side
 from service.images.decoding import DecodedPhoto, decode
 from service.routes.protocols.messages import Message, check_size, decode_base64, parse
 from service.schemas import Schema
 from service.segmenter import Reading
 from service.settings import Settings
-from service.views import Scene
+from service.views import Scene, check_side
 
 IMAGE: Final = "image"
 MASK: Final = "mask"
@@ -211,7 +210,7 @@ class Inference:
         max_side = parameters.get("max_side")
         if max_side is not None and type(max_side) is not int:
             raise InvalidParameter("max_side: must be an integer")
-        check_side(max_side, self._settings)
+        check_side(max_side, self._settings.max_side)
         return max_side
 
 
