@@ -1,4 +1,4 @@
-"""Every example of the READMEs, as a reader would run it, against the real server."""
+"""Runs every example of the READMEs, as a reader would, against the real server."""
 
 import os
 import re
@@ -19,6 +19,8 @@ from tests.clients import Server, serving
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
     *(f"{name}/README.md" for name in ("docker", "models", "service", "tests/benchmarks")),
 ]
 ASTRONAUT: npt.NDArray[np.uint8] = data.astronaut()  # type: ignore[no-untyped-call]
@@ -32,7 +34,7 @@ def blocks(language: str) -> list[str]:
     ]
 
 
-# A command may go on behind a backslash.
+# A backslash continues a command on the next line.
 CURLS = [
     line
     for block in blocks("sh")
@@ -44,21 +46,21 @@ PYTHONS = blocks("python")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    """The default model in int8, which is quick enough on any CPU."""
+    """A server with the default model in int8, which is fast enough on any CPU."""
     with serving(DEFAULT_MODEL, threads=2, precision="int8", deadline_s=300) as running:
         yield running
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the reader is: with a photo, and a curl that takes HTTP's errors for its own."""
+    """The reader's folder: it has a photo, and a .curlrc that makes HTTP errors fail."""
     (tmp_path / "photo.jpg").write_bytes(encode(ASTRONAUT, "JPEG", quality=90))
     (tmp_path / ".curlrc").write_text("fail\nsilent\nshow-error\n")
     return tmp_path
 
 
 def run(arguments: list[str], folder: Path) -> None:
-    """Run a command in the reader's folder; it says what went wrong if it fails."""
+    """Run a command in the reader's folder; fails with its stderr."""
     done = subprocess.run(
         arguments,
         cwd=folder,
@@ -73,7 +75,7 @@ def run(arguments: list[str], folder: Path) -> None:
 
 @pytest.mark.parametrize("command", CURLS)
 def test_each_curl_command_answers(server: Server, folder: Path, command: str) -> None:
-    """And what it says it writes is there."""
+    """The command succeeds, and the file that it writes is not empty."""
     run(
         ["bash", "-c", command.replace("localhost:8000", ":".join(map(str, server.address)))],
         folder,
@@ -84,14 +86,14 @@ def test_each_curl_command_answers(server: Server, folder: Path, command: str) -
 
 @pytest.mark.parametrize("script", PYTHONS)
 def test_each_python_example_runs(server: Server, folder: Path, script: str) -> None:
-    """With this project's packages; warnings are errors."""
+    """It runs with this project's packages; warnings are errors."""
     host, port = server.address
     script = script.replace("localhost:8000", f"{host}:{port}")
     run([sys.executable, "-W", "error", "-c", script], folder)
 
 
 def test_the_pages_link_to_what_is_there() -> None:
-    """Files and pictures, from each page's own folder."""
+    """Links to files and pictures resolve from the page's own folder."""
     for page in PAGES:
         text = (ROOT / page).read_text(encoding="utf-8")
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
@@ -100,5 +102,5 @@ def test_the_pages_link_to_what_is_there() -> None:
 
 
 def test_the_front_page_is_short() -> None:
-    """What is longer has pages of its own."""
+    """Longer texts have pages of their own."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 250
