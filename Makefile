@@ -78,16 +78,14 @@ test: check tools ## set-up, checks and all tests; ARGS go to pytest
 test-fast: .venv/ready ## the quick unit tests and one real request, under a minute; ARGS go to pytest
 	@.venv/bin/pytest -m "not slow" tests/unit tests/integration/test_serve.py::test_a_photo_over_the_wire $(ARGS)
 
-# The test left out imports torch.
 lowest-tests = $(patsubst %,tests/integration/test_%.py,api api_errors http serve) \
 	$(patsubst %,tests/unit/test_%.py,access batcher cli connections contract logs metrics \
-	negotiation problems session settings supervisor watchdog) \
-	--deselect tests/unit/test_session.py::test_the_runtime_is_told_not_to_report_to_its_maker
+	negotiation problems session settings supervisor watchdog)
 
 test-lowest: python ## the API's and server's tests on the lowest allowed dependencies; ARGS go to pytest
 	@"$(PYTHON)" scripts/lock.py --lowest .venv-lock/lowest.txt
 	@"$(PYTHON)" scripts/environment.py .venv-lowest .venv-lock/lowest.txt
-	@.venv-lowest/bin/pytest $(lowest-tests) $(ARGS)
+	@.venv-lowest/bin/pytest -m "not slow" $(lowest-tests) $(ARGS)
 
 test-gpu: .venv-gpu/ready ## the tests that need a GPU; ARGS="--data VOCdevkit" scores fp16 too
 	@.venv-gpu/bin/pytest tests/gpu $(ARGS)
