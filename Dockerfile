@@ -1,14 +1,14 @@
 # Two images from one slim base:
 #   docker build --target cpu -t fcn-segment:cpu .
 #   docker build --target gpu -t fcn-segment:gpu .
-# The CUDA libraries of the gpu target come from Python packages, so it needs no CUDA base image; its
-# host needs NVIDIA's driver and container toolkit.
+# The gpu target gets the CUDA libraries from Python packages, so it needs no CUDA base image. Its host
+# needs NVIDIA's driver and container toolkit.
 #
-# The base is pinned by tag. Pin it by digest too where a registry can be asked for one:
+# The base is pinned by tag. To pin it by digest too:
 #   --build-arg PYTHON_IMAGE=python:3.12-slim-bookworm@sha256:...
 ARG PYTHON_IMAGE=python:3.12-slim-bookworm
 
-# ---- packages: fills /opt/venv, nothing else of it is kept ---------------------------------------
+# ---- packages: fills /opt/venv, the only part that is kept ---------------------------------------
 FROM ${PYTHON_IMAGE} AS packages
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_NO_CACHE_DIR=1 \
@@ -19,7 +19,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 WORKDIR /packages
 RUN python -m venv --without-pip /opt/venv
 
-# setuptools is in the lock files to install the project itself, which nothing does here.
+# setuptools is in the lock files only to install the project, which the images do not do.
 FROM packages AS packages-cpu
 COPY requirements/cpu.txt ./
 RUN pip install -r cpu.txt && pip uninstall --yes setuptools
@@ -35,20 +35,20 @@ COPY LICENSE ./
 COPY models/artifacts models/artifacts
 COPY docker/healthcheck.py docker/healthcheck.py
 COPY service service
-# Readable for everybody, whatever umask the checkout was made under. The root is read-only, so the
-# compiled code never has to be checked against its source.
+# Readable by all users, whatever the checkout's umask. The root is read-only, so Python need not
+# compare the compiled code with its source.
 RUN chmod -R a+rX . && python -m compileall -q --invalidation-mode unchecked-hash service
 
-# ---- run: what both images share -----------------------------------------------------------------
+# ---- run: shared by both images ------------------------------------------------------------------
 FROM ${PYTHON_IMAGE} AS run
-# pip is of no use in a container whose root is read-only. A named volume mounted at the cache's
-# folder takes over the folder's owner.
+# pip is useless in a container with a read-only root. A named volume mounted at the cache's folder
+# gets the folder's owner.
 RUN python -m pip uninstall --yes --root-user-action=ignore pip \
     && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin fcn \
     && install --directory --owner=fcn --group=fcn /var/cache/fcn-segment
 WORKDIR /app
-# Nothing is written under /app or /opt; libraries that insist on a home get the tmpfs. ONNX Runtime's
-# wheels report to Microsoft unless they are told not to.
+# Nothing is written under /app or /opt; libraries that need a home use the tmpfs. ONNX Runtime's
+# wheels report to Microsoft by default.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONPATH=/app \
     HOME=/tmp \
@@ -62,7 +62,7 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
     CMD ["python", "/app/docker/healthcheck.py"]
-# Exec form: the service gets SIGTERM itself, and not a shell.
+# Exec form, so that the service gets SIGTERM instead of a shell.
 ENTRYPOINT ["python", "-m", "service"]
 CMD ["serve"]
 COPY --from=files /app/LICENSE ./
@@ -78,7 +78,7 @@ ENV FCN_DEVICE=cuda \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 
-# Last, so that a plain `docker build .` makes the image that runs anywhere.
+# Last, so that a plain `docker build .` builds the image that runs anywhere.
 FROM run AS cpu
 COPY --from=packages-cpu /opt/venv /opt/venv
 COPY --from=files /app/service service

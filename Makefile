@@ -85,7 +85,7 @@ lowest-tests = $(patsubst %,tests/integration/test_%.py,api api_errors http serv
 test-lowest: python ## the API's and server's tests on the lowest allowed dependencies; ARGS go to pytest
 	@"$(PYTHON)" scripts/lock.py --lowest .venv-lock/lowest.txt
 	@"$(PYTHON)" scripts/environment.py .venv-lowest .venv-lock/lowest.txt
-	@.venv-lowest/bin/pytest $(lowest-tests) $(ARGS)
+	@.venv-lowest/bin/pytest -m "not slow" $(lowest-tests) $(ARGS)
 
 test-gpu: .venv-gpu/ready ## the tests that need a GPU; ARGS="--data VOCdevkit" scores fp16 too
 	@.venv-gpu/bin/pytest tests/gpu $(ARGS)

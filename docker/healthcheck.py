@@ -1,7 +1,7 @@
 """Container health check: exits 0 when the service answers ``/readyz`` with 200, else 1.
 
-Standard library only; started by the image's ``HEALTHCHECK``. Readiness, not liveness, because a
-container that is loading its model or draining must not be sent requests.
+The image's ``HEALTHCHECK`` runs it; it needs only the standard library. It checks readiness, not
+liveness, because a container that is loading its model or draining must not get requests.
 """
 
 import http.client
@@ -12,7 +12,7 @@ TIMEOUT_S = 3.0
 
 
 def main() -> int:
-    """Ask the service in this container; returns the exit code."""
+    """Query the service in this container; returns the exit code."""
     port = int(os.environ.get("FCN_PORT", "8000"))
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT_S)
     try:

@@ -1,4 +1,4 @@
-"""The images' recipe and the compose file, as Docker Compose itself reads it; nothing is built."""
+"""The Dockerfile, and the compose file as Docker Compose itself reads it; nothing is built."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Config = dict[str, Any]
 
 
 def compose(**variables: str) -> Config:
-    """The compose file with the CPU variant, resolved with ``variables`` and no others."""
+    """The compose file with the CPU service, resolved with only ``variables`` set."""
     done = subprocess.run(
         [COMPOSE, "--env-file", os.devnull, "--profile", "cpu", "config", "--format", "json"],
         cwd=ROOT,
@@ -45,7 +45,7 @@ def compose(**variables: str) -> Config:
 
 @pytest.fixture(scope="module", params=SERVICES)
 def service(request: pytest.FixtureRequest) -> Config:
-    """Each service of the compose file, with nothing set."""
+    """Each service of the compose file, with no variable set."""
     name: str = request.param
     found: Config = compose()["services"][name]
     return found
@@ -53,7 +53,7 @@ def service(request: pytest.FixtureRequest) -> Config:
 
 @dataclass
 class Image:
-    """What a stage of the Dockerfile and those it is made from say; the last word counts."""
+    """The instructions of a stage and of the stages it is built from; the last one counts."""
 
     base: str
     copied: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Image:
 
 
 def read_dockerfile() -> dict[str, Image]:
-    """Its stages by name."""
+    """The Dockerfile's stages by name."""
     text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
     stages: dict[str, Image] = {}
     image = Image("")
@@ -87,18 +87,18 @@ def read_dockerfile() -> dict[str, Image]:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def image(request: pytest.FixtureRequest) -> Image:
-    """Each of the two images."""
+    """The CPU and the GPU image."""
     return read_dockerfile()[request.param]
 
 
 def test_targets_share_one_base(image: Image) -> None:
-    """Both images start from the one slim base; CUDA comes from Python packages."""
+    """Both images use the same slim base; CUDA comes from Python packages."""
     assert image.base == "${PYTHON_IMAGE}"
     assert read_dockerfile()["packages"].base == image.base
 
 
 def test_image_runs_without_root_and_without_a_shell(image: Image) -> None:
-    """The user is a number, which Kubernetes can check, and the service itself gets the signals."""
+    """The user is numeric, so Kubernetes can check it, and signals reach the service itself."""
     assert re.fullmatch("[1-9][0-9]+:[1-9][0-9]+", image.last["USER"])
     assert json.loads(image.last["ENTRYPOINT"]) == ["python", "-m", "service"]
     assert json.loads(image.last["CMD"]) == ["serve"]
@@ -106,7 +106,7 @@ def test_image_runs_without_root_and_without_a_shell(image: Image) -> None:
 
 
 def test_image_checks_its_readiness(image: Image) -> None:
-    """The health check is the script that the image holds."""
+    """The health check runs the script in the image."""
     _, command = image.last["HEALTHCHECK"].split(" CMD ")
     python, script = json.loads(command)
     assert python == "python"
@@ -114,7 +114,7 @@ def test_image_checks_its_readiness(image: Image) -> None:
 
 
 def test_image_starts_with_its_settings(image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every FCN_* of the image is a setting with a value that the service takes."""
+    """Every FCN_* variable of the image is a setting with a valid value."""
     for variable, value in image.env.items():
         if variable.startswith("FCN_"):
             monkeypatch.setenv(variable, value)
@@ -130,7 +130,7 @@ def test_image_sends_nothing_home(image: Image) -> None:
 
 
 def test_devices() -> None:
-    """The images differ in where they run the network."""
+    """The images differ in the device that runs the network."""
     stages = read_dockerfile()
     assert {name: stages[name].env["FCN_DEVICE"] for name in TARGETS} == {
         "cpu": "cpu",
@@ -139,7 +139,7 @@ def test_devices() -> None:
 
 
 def test_context_holds_what_is_copied() -> None:
-    """What the Dockerfile copies is there, and .dockerignore lets it through."""
+    """Every file that the Dockerfile copies exists and passes .dockerignore."""
     allowed = re.findall("^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE)
     copied = {source for stage in read_dockerfile().values() for source in stage.copied}
     assert copied == set(allowed)
@@ -147,7 +147,7 @@ def test_context_holds_what_is_copied() -> None:
 
 
 def test_service_is_confined(service: Config) -> None:
-    """Nothing but /tmp and the volumes can be written, and no privilege be had."""
+    """Only /tmp and the volumes are writable, and there are no privileges."""
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -157,7 +157,7 @@ def test_service_is_confined(service: Config) -> None:
 
 
 def test_service_runs_its_target() -> None:
-    """Each service is built from the stage that its image is named after."""
+    """Each service is built from the stage that its image is tagged with."""
     for name, service in compose()["services"].items():
         target = service["build"]["target"]
         assert target == SERVICES[name]
@@ -167,14 +167,14 @@ def test_service_runs_its_target() -> None:
 
 
 def test_service_is_given_time_to_stop(service: Config) -> None:
-    """Docker kills only after every request had its time and the supervisor gave up on workers."""
+    """Docker kills only after every deadline and after the supervisor has given up on workers."""
     seconds = float(service["stop_grace_period"].removesuffix("s"))
     assert seconds > Settings.model_fields["deadline_s"].default + _GRACE_S
 
 
 @pytest.mark.parametrize(("gpus", "count"), [({}, 1), ({"GPUS": "2"}, 2), ({"GPUS": "all"}, -1)])
 def test_gpus_are_reserved(gpus: dict[str, str], count: int) -> None:
-    """One GPU unless said, by the keys that the compose specification gives; none for the CPU."""
+    """One GPU by default, with the compose specification's keys; none for the CPU service."""
     services = compose(**gpus)["services"]
     assert services["segment"]["deploy"]["resources"]["reservations"]["devices"] == [
         {"driver": "nvidia", "count": count, "capabilities": ["gpu"]}
@@ -183,7 +183,7 @@ def test_gpus_are_reserved(gpus: dict[str, str], count: int) -> None:
 
 
 def test_port_can_be_chosen() -> None:
-    """PORT is the host's; within the container it stays the image's."""
+    """PORT sets the host's port; the container's port stays the same."""
     for name, service in compose(PORT="9000")["services"].items():
         (port,) = service["ports"]
         assert port["published"] == "9000"
@@ -191,7 +191,7 @@ def test_port_can_be_chosen() -> None:
 
 
 def test_settings_are_handed_on(service: Config) -> None:
-    """All can be given to the service, but for the address within the container."""
+    """Every setting is passed on, except for the address inside the container."""
     names = {f"FCN_{name.upper()}" for name in Settings.model_fields}
     handed_on = {name for name in service["environment"] if not name.startswith("OTEL_")}
     assert handed_on == names - {"FCN_HOST", "FCN_PORT"}
@@ -201,7 +201,7 @@ def test_settings_are_handed_on(service: Config) -> None:
 
 
 def test_own_models_are_mounted() -> None:
-    """MODELS is seen as /models and cannot be written; FCN_MODEL names one of them."""
+    """MODELS is mounted read-only as /models; FCN_MODEL names one of the models in it."""
     given = {"MODELS": "/srv/models", "FCN_MODEL": "/models/mine"}
     for service in compose(**given)["services"].values():
         assert service["environment"]["FCN_MODEL"] == "/models/mine"
@@ -211,7 +211,7 @@ def test_own_models_are_mounted() -> None:
 
 
 def test_api_keys_are_mounted() -> None:
-    """KEYS is a folder, seen as /keys, and cannot be written; nothing is there without it."""
+    """KEYS is a folder, mounted read-only as /keys; without it nothing is mounted."""
     for given, source in (({"KEYS": "/srv/keys"}, "/srv/keys"), ({}, os.devnull)):
         for service in compose(**given)["services"].values():
             (mount,) = [volume for volume in service["volumes"] if volume["target"] == "/keys"]
@@ -220,7 +220,7 @@ def test_api_keys_are_mounted() -> None:
 
 
 def test_cache_belongs_to_the_user(service: Config, image: Image) -> None:
-    """The volume lies on a folder that the image made for its user, whose owner it takes over."""
+    """The volume is mounted on a folder that the image's user owns, so it gets that owner."""
     (volume,) = [volume for volume in service["volumes"] if volume["type"] == "volume"]
     assert volume["target"] == service["environment"]["FCN_CACHE_DIR"]
     (uid, _) = image.last["USER"].split(":")
@@ -231,7 +231,7 @@ def test_cache_belongs_to_the_user(service: Config, image: Image) -> None:
 
 @pytest.fixture
 def check_health() -> Iterator[Callable[[int], int]]:
-    """Answer /readyz with a status and run the health check: its exit code."""
+    """Answer /readyz with a status and run the health check; returns its exit code."""
     status = 200
 
     class Ready(BaseHTTPRequestHandler):
@@ -240,7 +240,7 @@ def check_health() -> Iterator[Callable[[int], int]]:
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Ready) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -257,7 +257,7 @@ def check_health() -> Iterator[Callable[[int], int]]:
 
 
 def health(port: int) -> int:
-    """Run the health check against ``port``: its exit code."""
+    """Run the health check against ``port``; returns its exit code."""
     return subprocess.run(
         [sys.executable, ROOT / "docker" / "healthcheck.py"],
         env={**os.environ, "FCN_PORT": str(port)},
@@ -268,12 +268,12 @@ def health(port: int) -> int:
 
 
 def test_healthy_means_ready(check_health: Callable[[int], int]) -> None:
-    """Loading and draining are 503, and then the container is not healthy."""
+    """The container is unhealthy while /readyz returns 503: when loading and draining."""
     assert check_health(200) == 0
     assert check_health(503) == 1
 
 
 def test_unhealthy_where_nobody_listens() -> None:
-    """No service, no health."""
-    # Port 1 is nobody's: it takes root to listen there.
+    """The container is unhealthy if nothing listens."""
+    # Nothing listens on port 1: that needs root.
     assert health(1) == 1

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests, rendered by kubectl itself and held against Kubernetes' own schemas."""
+"""The Kubernetes manifests, rendered by kubectl and checked against Kubernetes' own schemas."""
 
 from __future__ import annotations
 
@@ -47,27 +47,27 @@ def render(overlay: str) -> dict[str, Manifest]:
 
 @pytest.fixture(scope="module", params=OVERLAYS)
 def overlay(request: pytest.FixtureRequest) -> str:
-    """Each overlay."""
+    """The name of each overlay."""
     name: str = request.param
     return name
 
 
 @pytest.fixture(scope="module")
 def manifests(overlay: str) -> dict[str, Manifest]:
-    """Its manifests."""
+    """The overlay's manifests by kind."""
     return render(overlay)
 
 
 @pytest.fixture(scope="module")
 def pod(manifests: dict[str, Manifest]) -> Manifest:
-    """Its pods' spec."""
+    """The overlay's pod spec."""
     spec: Manifest = manifests["Deployment"]["spec"]["template"]["spec"]
     return spec
 
 
 @pytest.fixture(scope="module")
 def container(pod: Manifest) -> Manifest:
-    """Its one container."""
+    """The pod's only container."""
     (found,) = pod["containers"]
     assert isinstance(found, dict)
     return found
@@ -75,7 +75,7 @@ def container(pod: Manifest) -> Manifest:
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_kubernetes_knows_every_field(manifests: dict[str, Manifest], version: str) -> None:
-    """Nothing is misspelt, and nothing has a wrong type, in old and new releases."""
+    """No field is misspelt or has a wrong type, in old and new releases."""
     assert set(manifests) == {
         "Deployment",
         "HorizontalPodAutoscaler",
@@ -88,7 +88,7 @@ def test_kubernetes_knows_every_field(manifests: dict[str, Manifest], version: s
 
 
 def test_all_mean_the_same_pods(manifests: dict[str, Manifest]) -> None:
-    """Whatever selects pods selects those of the deployment."""
+    """Every selector selects the deployment's pods."""
     deployment = manifests["Deployment"]
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     selectors = [
@@ -105,7 +105,7 @@ def test_all_mean_the_same_pods(manifests: dict[str, Manifest]) -> None:
 
 
 def test_the_image_is_ours(container: Manifest, overlay: str) -> None:
-    """The target of that name, its port, and settings that the service knows."""
+    """The overlay uses the image target of its name, its port, and existing settings."""
     image = read_dockerfile()[overlay]
     assert container["image"] == f"fcn-segment:{overlay}"
     assert [str(port["containerPort"]) for port in container["ports"]] == [image.last["EXPOSE"]]
@@ -114,7 +114,7 @@ def test_the_image_is_ours(container: Manifest, overlay: str) -> None:
 
 
 def test_probes(container: Manifest) -> None:
-    """Alive and ready are told apart; the start has three minutes."""
+    """Liveness and readiness differ; the start may take three minutes."""
     paths = {
         kind: container[kind]["httpGet"]["path"]
         for kind in ("startupProbe", "readinessProbe", "livenessProbe")
@@ -131,14 +131,14 @@ def test_probes(container: Manifest) -> None:
 
 
 def test_pods_have_time_to_drain(pod: Manifest, container: Manifest) -> None:
-    """Kubernetes kills only after the service itself would give up."""
+    """Kubernetes kills only after the service itself has given up."""
     before = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     deadline = Settings.model_fields["deadline_s"].default
     assert pod["terminationGracePeriodSeconds"] > before + deadline + _GRACE_S
 
 
 def test_pods_are_restricted(pod: Manifest, container: Manifest, overlay: str) -> None:
-    """What the Pod Security Standard `restricted` demands, and a root that cannot be written."""
+    """Pods meet the Pod Security Standard `restricted` and have a read-only root."""
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -158,7 +158,7 @@ def test_pods_are_restricted(pod: Manifest, container: Manifest, overlay: str) -
 
 
 def test_pods_can_have_api_keys(pod: Manifest, container: Manifest) -> None:
-    """From a secret, which need not be there; mounted whole, so that its changes are seen."""
+    """They come from an optional secret, mounted whole, so that the pod sees changes."""
     (mount,) = [mount for mount in container["volumeMounts"] if mount["mountPath"] == "/keys"]
     (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
     assert volume["secret"] == {"secretName": "fcn-segment-keys", "optional": True}
@@ -166,7 +166,7 @@ def test_pods_can_have_api_keys(pod: Manifest, container: Manifest) -> None:
 
 
 def test_resources(container: Manifest, overlay: str) -> None:
-    """One GPU for the GPU's image and none for the other; a limit that inference threads follow."""
+    """The GPU image gets one GPU, the other none; the CPU limit sets the inference threads."""
     requests, limits = container["resources"]["requests"], container["resources"]["limits"]
     assert set(requests) == set(limits)
     assert ("nvidia.com/gpu" in limits) == (overlay == "gpu")
@@ -177,7 +177,7 @@ def test_resources(container: Manifest, overlay: str) -> None:
 
 
 def test_the_autoscaler_asks_for_what_there_is(manifests: dict[str, Manifest]) -> None:
-    """Its metric is the adapter's, and the adapter's is the service's."""
+    """Its metric is defined by the adapter, from a metric that the service exposes."""
     (metric,) = manifests["HorizontalPodAutoscaler"]["spec"]["metrics"]
     values = yaml.safe_load((FOLDER / "prometheus-adapter-values.yaml").read_text())
     (rule,) = values["rules"]["custom"]
@@ -189,7 +189,7 @@ def test_the_autoscaler_asks_for_what_there_is(manifests: dict[str, Manifest]) -
 
 
 def test_a_pod_may_always_go(manifests: dict[str, Manifest]) -> None:
-    """A budget that forbids every eviction would block the nodes' upgrades."""
+    """A budget that forbids every eviction would block node upgrades."""
     budget = manifests["PodDisruptionBudget"]["spec"]
     assert budget["maxUnavailable"] == 1
     assert manifests["HorizontalPodAutoscaler"]["spec"]["minReplicas"] >= 2
@@ -205,7 +205,7 @@ CONFIGS = {
 
 
 def test_rays_pods_are_pods() -> None:
-    """The parts that are Kubernetes' own follow its schema; the rest has KubeRay's fields."""
+    """Pod templates match Kubernetes' schema; the other fields are KubeRay's."""
     assert (RAY["apiVersion"], RAY["kind"]) == ("ray.io/v1", "RayService")
     assert set(RAY["spec"]) == {"serveConfigV2", "excludeHeadPodFromServeSvc", "rayClusterConfig"}
     cluster = RAY["spec"]["rayClusterConfig"]
@@ -225,9 +225,9 @@ def test_rays_pods_are_pods() -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_serve_takes_the_config(name: str) -> None:
-    """Ray's own schema; settings that the service knows; deployments that the code has."""
+    """The config matches Ray's schema; its settings and deployments exist in the code."""
     config = CONFIGS[name]
-    # In a process of its own: importing Ray warns.
+    # In a separate process, because importing Ray warns.
     check = "import json, sys; from ray.serve.schema import ServeDeploySchema as S; " + (
         "S.model_validate(json.load(sys.stdin))"
     )
@@ -253,7 +253,7 @@ def test_serve_takes_the_config(name: str) -> None:
 
 
 def test_rays_versions_agree() -> None:
-    """The image's, the manifest's, and one that the extra `cluster` allows."""
+    """The Dockerfile and the manifest use the same version."""
     version = RAY["spec"]["rayClusterConfig"]["rayVersion"]
     dockerfile = (FOLDER / "ray" / "Dockerfile").read_text()
     assert f"rayproject/ray:{version}-" in dockerfile

@@ -21,6 +21,7 @@ from service.artefact.labels import VOC_LABELS, LabelSet
 from service.cli.main import main
 from service.client import Client
 from service.settings import Settings
+from service.telemetry import logs
 from tests.artefacts import build_artefact, encode, make_contract, paint
 from tests.clients import InProcess, Server, drained, in_process, mask_of, serving
 
@@ -254,6 +255,12 @@ def server(artefact: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.fixture
+def logging_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`predict` in this process does not configure logging, which would outlast the test."""
+    monkeypatch.setattr(logs, "configure", lambda *_: None)
+
+
 def check_coco(folder: Path, case: Case) -> None:
     """The categories are all classes except background; the annotations are the photo's."""
     found: dict[str, Any] = json.loads((folder / "annotations.json").read_text())
@@ -262,6 +269,7 @@ def check_coco(folder: Path, case: Case) -> None:
     assert {names[one["category_id"]] for one in found["annotations"]} == set(case.names)
 
 
+@pytest.mark.usefixtures("logging_as_it_is")
 def test_predict(artefact: Path, case: Case, tmp_path: Path) -> None:
     """`predict` writes masks and COCO with the model's classes; a class of VOC is an error."""
     photo = tmp_path / "photo.png"
@@ -275,6 +283,7 @@ def test_predict(artefact: Path, case: Case, tmp_path: Path) -> None:
     assert main([*arguments, str(tmp_path / "no"), "--classes", "cat"]) == 2
 
 
+@pytest.mark.usefixtures("logging_as_it_is")
 def test_the_client_and_predict_by_a_service(server: Server, case: Case, tmp_path: Path) -> None:
     """The client reads the label map; `predict --url` uses it for COCO's categories."""
     with Client(server.url) as client:

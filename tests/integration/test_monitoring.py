@@ -1,4 +1,4 @@
-"""Dashboard, alert rules and their containers, held against what the service really exposes."""
+"""The dashboard, the alert rules and their containers, compared with what the service exposes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ QUERIES = {
 }
 
 TARGET_LABELS = {"job", "instance"}
-"""What Prometheus itself puts on every series, and on its own `up`."""
+"""The labels that Prometheus itself adds to every series and to `up`."""
 
 Exposed = dict[str, set[str]]
 
@@ -67,7 +67,7 @@ def labels_of(text: str) -> Exposed:
 
 @pytest.fixture(scope="module")
 def exposed(tiny_artefact: Path) -> Exposed:
-    """What two processes behind one port expose after a few requests."""
+    """The metrics of two processes behind one port after a few requests."""
     with serving(tiny_artefact, processes=2, device="cpu") as server:
         while True:
             assert httpx.post(f"{server.url}/segment", content=PHOTO).status_code == 200
@@ -79,7 +79,7 @@ def exposed(tiny_artefact: Path) -> Exposed:
 
 @pytest.fixture
 async def exposed_on_gpu(make_settings: Callable[..., Settings]) -> Exposed:
-    """What a process with a GPU exposes beside that."""
+    """The metrics of a process with a GPU."""
     async with in_process(make_settings()) as client:
         engine = client.service.engines.default
         engine.model = dataclasses.replace(engine.model, gpu=HostDevice())  # type: ignore[type-var]
@@ -87,7 +87,7 @@ async def exposed_on_gpu(make_settings: Callable[..., Settings]) -> Exposed:
 
 
 def parsed(query: str) -> promql_parser.Expr:
-    """A query as Grafana would send it. Raises `ValueError` if it is none."""
+    """A query as Grafana would send it. Raises `ValueError` if it is not PromQL."""
     return promql_parser.parse(query.replace("$__rate_interval", "5m").replace("$instance", "a|b"))
 
 
@@ -99,7 +99,7 @@ def nodes(query: str) -> Iterator[Any]:
 
 
 def selectors(query: str) -> Iterator[Any]:
-    """Every choice of series in a query, those over a range too."""
+    """Every selector of series in a query, including range selectors."""
     return (node for node in nodes(query) if isinstance(node, promql_parser.VectorSelector))
 
 
@@ -108,7 +108,7 @@ def selectors(query: str) -> Iterator[Any]:
 async def test_queries_ask_for_what_there_is(
     name: str, exposed: Exposed, exposed_on_gpu: Exposed
 ) -> None:
-    """Each is PromQL, and its metrics and labels are the service's own."""
+    """Each query is PromQL, and the service exposes its metrics and labels."""
     known = {"up": set[str](), **exposed_on_gpu}
     for metric, labels in exposed.items():
         known[metric] = known.get(metric, set()) | labels
@@ -119,7 +119,7 @@ async def test_queries_ask_for_what_there_is(
         labels = known[selector.name] | TARGET_LABELS
         for matcher in selector.matchers.matchers:
             assert matcher.name in labels, (name, selector.name, matcher.name)
-    # What is grouped by must come with one of the metrics.
+    # Labels to group by must belong to one of the metrics.
     labels = set.union(*(known[selector.name] for selector in found)) | TARGET_LABELS
     for node in nodes(QUERIES[name]):
         if isinstance(node, promql_parser.AggregateExpr) and node.modifier is not None:
@@ -130,7 +130,7 @@ async def test_queries_ask_for_what_there_is(
 def test_queries_ask_for_values_that_occur(
     name: str, make_settings: Callable[..., Settings]
 ) -> None:
-    """Reasons, routes and stages that a query names are those of the code."""
+    """The reasons, routes and stages in a query exist in the code."""
     app = create_app(make_settings())
     values = {
         "reason": REASONS,
@@ -145,7 +145,7 @@ def test_queries_ask_for_values_that_occur(
 
 
 def test_counters_are_only_looked_at_as_rates() -> None:
-    """A counter's own value says nothing: it starts at 0 with its process."""
+    """A counter's value alone is meaningless: it starts at 0 with its process."""
     for name, query in QUERIES.items():
         alone = Counter(selector.name for selector in selectors(query))
         alone.subtract(
@@ -158,7 +158,7 @@ def test_counters_are_only_looked_at_as_rates() -> None:
 
 
 def test_every_alert_says_what_and_how_bad() -> None:
-    """The keys that Prometheus knows, a severity, and two sentences."""
+    """Each has only keys that Prometheus knows, a severity, and its annotations."""
     names = [rule["alert"] for rule in ALERTS]
     assert len(names) == len(set(names))
     for rule in ALERTS:
@@ -172,7 +172,7 @@ def test_every_alert_says_what_and_how_bad() -> None:
 
 
 def entries() -> dict[str, str]:
-    """The runbook's entries, by their headings."""
+    """The runbook's entries by heading."""
     _, _, runbook = (DOCKER / "README.md").read_text().partition("\n## Runbook\n")
     runbook, _, _ = runbook.partition("\n## ")
     _, *found = re.split(r"^#### (.+)$", runbook, flags=re.MULTILINE)
@@ -180,18 +180,19 @@ def entries() -> dict[str, str]:
 
 
 def test_every_alert_has_an_entry_in_the_runbook() -> None:
-    """Found by its annotation: what it means, how to confirm it, what to do."""
+    """The annotation links to it; it has a meaning, how to confirm it, and what to do."""
     assert list(entries()) == [rule["alert"] for rule in ALERTS]
     for rule in ALERTS:
         path, _, anchor = rule["annotations"]["runbook"].partition("#")
         assert (ROOT / path) == DOCKER / "README.md"
         assert anchor == rule["alert"].lower()
-        assert re.search(r"\n\S.+\n\*Confirm:\* .+\n\*Do:\* ", entries()[rule["alert"]])
+        entry = entries()[rule["alert"]]
+        assert re.search(r"\n\S.+\n\*Confirm:\* .+\n(?:\S.+\n)*\*Do:\* ", entry)
 
 
 @pytest.mark.anyio
 async def test_the_runbook_knows_the_service(exposed: Exposed, exposed_on_gpu: Exposed) -> None:
-    """Its metrics are exposed, its settings and the lines that it looks for are in the code."""
+    """Its metrics are exposed; its settings and log events are in the code."""
     code = "".join(path.read_text() for path in (ROOT / "service").rglob("*.py"))
     known = {"up", *exposed, *exposed_on_gpu}
     for alert, text in entries().items():
@@ -207,7 +208,7 @@ async def test_the_runbook_knows_the_service(exposed: Exposed, exposed_on_gpu: E
 
 
 def test_every_alert_is_tried() -> None:
-    """`test_alerts_fire_when_they_should` sees each of them fire."""
+    """`test_alerts_fire_when_they_should` makes each of them fire."""
     tried = yaml.safe_load((DOCKER / "prometheus" / "rules_test.yml").read_text())["tests"]
     fired = {
         one["alertname"] for test in tried for one in test["alert_rule_test"] if one["exp_alerts"]
@@ -216,7 +217,7 @@ def test_every_alert_is_tried() -> None:
 
 
 def test_the_dashboard_is_whole() -> None:
-    """Ids and places of their own, units, and the one data source that is provisioned."""
+    """Panels have unique ids, titles and places, and use the provisioned data source."""
     source = yaml.safe_load((DOCKER / "grafana" / "datasource.yml").read_text())["datasources"][0]
     assert DASHBOARD["uid"] == "fcn-segment"
     assert DASHBOARD["editable"] is False
@@ -242,7 +243,7 @@ def test_the_dashboard_is_whole() -> None:
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
-    """The profile, as Compose itself resolves it."""
+    """The profile's services, as Compose itself resolves them."""
     done = subprocess.run(
         [COMPOSE, "--env-file", os.devnull, "--profile", "monitoring", "config", "--format=json"],
         cwd=ROOT,
@@ -256,7 +257,7 @@ def services() -> dict[str, Any]:
 
 
 def test_the_profile_adds_two(services: dict[str, Any]) -> None:
-    """Beside the service; pinned, confined, and seen from this host alone."""
+    """Prometheus and Grafana are pinned, confined, and reachable only from this host."""
     assert set(services) == {"segment", "prometheus", "grafana"}
     for name in ("prometheus", "grafana"):
         service = services[name]
@@ -271,7 +272,7 @@ def test_the_profile_adds_two(services: dict[str, Any]) -> None:
 
 
 def test_containers_find_their_files(services: dict[str, Any]) -> None:
-    """Every path that one names within its container is mounted from a file that is there."""
+    """Every path that a container uses is mounted from an existing file."""
 
     def inside(name: str, path: str) -> Path:
         """The file on this host."""
@@ -299,7 +300,7 @@ def test_containers_find_their_files(services: dict[str, Any]) -> None:
 
 
 def test_prometheus_knows_the_services(services: dict[str, Any]) -> None:
-    """It asks the port of the image, by the names of the compose file."""
+    """It scrapes the image's port under the names in the compose file."""
     (job,) = PROMETHEUS["scrape_configs"]
     assert job["job_name"] == "fcn-segment"
     (names,) = job["dns_sd_configs"]

@@ -19,6 +19,8 @@ from tests.clients import Server, serving
 ROOT = Path(__file__).parents[2]
 PAGES = [
     "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
     *(f"{name}/README.md" for name in ("docker", "models", "service", "tests/benchmarks")),
 ]
 ASTRONAUT: npt.NDArray[np.uint8] = data.astronaut()  # type: ignore[no-untyped-call]

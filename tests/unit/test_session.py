@@ -284,6 +284,7 @@ def test_half_the_threads_each_for_two_runs_at_once(
         np.testing.assert_array_equal(model.run(photo, share), model.run(photo))
 
 
+@pytest.mark.slow
 def test_the_runtime_is_told_not_to_report_to_its_maker() -> None:
     """Importing `service` or `models` first sets it; an operator's own choice stays."""
     script = "import models.prediction, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"

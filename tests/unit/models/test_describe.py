@@ -110,6 +110,7 @@ def toy(*, transposed: bool) -> SegmentationNetwork:
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 def test_receptive_fields_are_what_gradients_reach(transposed: bool) -> None:
     """For strides, dilation, pooling, interpolation and transposed convolution."""
