@@ -303,7 +303,7 @@ def undecided(offline: Offline, artefact: Path) -> tuple[Path, Path]:
     """
     bias = "classifier.predict.bias"
     checkpoint, folder = offline.folder / "undecided.pt", offline.folder / "undecided"
-    network, _ = load_network(offline.folder / "run" / "checkpoint.pt")
+    network = load_network(offline.folder / "run" / "checkpoint.pt").network
     image, _ = read_split(offline.data, "val")[0].load()
     logits = torch_infer(network, torch.device("cpu"))(np.array(image)[None])[0]
     network.get_parameter(bias).data[0] -= (logits[0] - logits[1:].amax(0)).median()
@@ -366,7 +366,7 @@ def test_an_int8_network_takes_other_protocols_sizes(
     evaluate.add_arguments(parser)
     options = {"artifact": artefact, "precision": "int8", "protocol": protocol, "data": "x"}
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    predict, source = evaluate.open_predictor(parser.parse_args(arguments))
+    predict, _, source = evaluate.open_predictor(parser.parse_args(arguments))
     image, _ = read_split(offline.data, "val")[0].load()
     assert predict(image).shape == (image.height, image.width)
     assert source["sha256"] == load_manifest(artefact).files["network.int8.onnx"].sha256
