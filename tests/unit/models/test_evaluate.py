@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from models.metrics import BAND_WIDTHS, confusion_by_ring
 from models.reports import caption, format_table, summarise_image
+from models.stages import evaluate
 from models.stages.evaluate import (
     EvaluationError,
     add_arguments,
@@ -17,7 +18,7 @@ from models.stages.evaluate import (
     summarise,
     worst_first,
 )
-from service.artefact.labels import VOC_LABELS
+from service.artefact.labels import VOC_LABELS, LabelSet
 from service.artefact.manifest import Accuracy
 from service.artefact.voc import CLASSES
 
@@ -127,6 +128,28 @@ def test_the_table_shows_interval_and_boundaries() -> None:
     assert shown["boundary_miou"] == ["0.6761"]
     assert any(line.startswith("mIoU within them") and "0.6761" in line for line in lines)
     assert any(line.startswith("this, on 2 images of val, mmseg") for line in lines)
+
+
+def test_the_table_of_another_label_set() -> None:
+    """Its own names, however long, and no figures published for VOC."""
+    labels = LabelSet(names=("background", "a rather long class name"), colors=((0, 0, 0),) * 2)
+    counts = np.array([[[3, 1], [0, 4]]], np.int64)
+    summarised = summarise(counts, counts.repeat(len(BAND_WIDTHS) + 1, axis=0), labels)
+    report = {**summarised, "split": "val", "images": 1, "protocol": "service"}
+    heading, background, named, *rest = format_table(report).splitlines()
+    assert named.startswith("a rather long class name   0.8000   ")
+    assert heading.index("IoU") == background.index("0.7500") + 3
+    assert not any("Keras-FCN" in line or "Published" in line for line in rest)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"classes": [], "ignore_index": 255}'])
+def test_a_service_without_a_label_set_is_named(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, in place of a traceback."""
+    monkeypatch.setattr(evaluate, "request_service", lambda url: body)
+    with pytest.raises(EvaluationError, match="http://x/classes: returned no label set"):
+        evaluate.service_labels("http://x/")
 
 
 @pytest.mark.parametrize("protocol", ["mmseg", "keras-fcn"])

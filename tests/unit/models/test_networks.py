@@ -18,7 +18,7 @@ from models.networks.vgg16 import VGG16
 from models.recipe import load_recipe
 from models.stages.export import ExportError, export, make_contract
 from service.artefact.contract import ModelContract
-from service.artefact.labels import VOC_LABELS
+from service.artefact.labels import MAX_CLASSES, VOC_LABELS
 
 COST = {
     "fcn_resnet50_32s": (23_551_061, 21.364e9),
@@ -229,6 +229,15 @@ def test_normalisation_is_imagenets() -> None:
     out = Normalize()(torch.cat([mean * 255, torch.full((1, 3, 1, 1), 255.0)]))
     torch.testing.assert_close(out[0], torch.zeros(3, 1, 1), atol=1e-6, rtol=0)
     assert out[1].flatten().tolist() == pytest.approx([2.2489, 2.4286, 2.6400], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_have_the_label_sets_classes(name: str) -> None:
+    """Any number of classes, from one to the most that a label set has."""
+    for classes in (1, MAX_CLASSES):
+        with torch.device("meta"):
+            network = build_network(name, classes).eval()
+        assert network(torch.zeros(1, 3, 32, 32, device="meta")).shape[1] == classes
 
 
 def test_an_unknown_network_is_named() -> None:
