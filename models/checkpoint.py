@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from models.errors import StageError
 from models.networks import SegmentationNetwork, build_network
 from models.recipe import Recipe
 from service.artefact.files import write_atomically
+from service.artefact.labels import VOC_LABELS, LabelSet
 
 # ImageNet's classification layer (of a ResNet, a DenseNet, VGG16): torchvision's files have it, an
 # FCN does not.
@@ -144,8 +145,26 @@ def load_start(network: SegmentationNetwork, path: Path) -> int:
     return len(head)
 
 
-def load_network(path: Path) -> tuple[SegmentationNetwork, Recipe]:
-    """Return a trained network in eval mode, with its averaged weights, and its recipe.
+def labels_of(state: dict[str, Any]) -> LabelSet:
+    """Return a checkpoint's label set; a checkpoint without one has VOC's.
+
+    Raises:
+        ValueError: the label set is invalid.
+    """
+    return LabelSet.model_validate(state["labels"]) if "labels" in state else VOC_LABELS
+
+
+class Trained(NamedTuple):
+    """The part of a checkpoint that later stages need."""
+
+    network: SegmentationNetwork
+    """In eval mode, with its averaged weights."""
+    recipe: Recipe
+    labels: LabelSet
+
+
+def load_network(path: Path) -> Trained:
+    """Return a trained network with its recipe and its label set.
 
     Raises:
         CheckpointError: the file is not a checkpoint of a training run.
@@ -153,8 +172,9 @@ def load_network(path: Path) -> tuple[SegmentationNetwork, Recipe]:
     state = load_checkpoint(path)
     try:
         recipe = Recipe.model_validate(state["recipe"])
-        network = build_network(recipe.network)
+        labels = labels_of(state)
+        network = build_network(recipe.network, len(labels))
         network.load_state_dict(state["model"])
     except (KeyError, RuntimeError, ValueError) as exc:
         raise CheckpointError(f"{path}: not a checkpoint of a training run: {exc}") from exc
-    return network.eval(), recipe
+    return Trained(network.eval(), recipe, labels)

@@ -1,7 +1,7 @@
-"""PASCAL VOC 2012 segmentation, with the SBD masks beside VOC's own.
+"""Photos and masks in PASCAL VOC 2012's layout, with the SBD masks beside VOC's own.
 
 The folder is VOCdevkit's ``VOC2012``: ``ImageSets/Segmentation/<split>.txt`` names the images,
-``JPEGImages`` contains them, ``SegmentationClass`` VOC's masks (void = 255) and
+``JPEGImages`` contains them, ``SegmentationClass`` VOC's masks and
 ``SegmentationClassAug`` the masks of SBD (Hariharan et al. 2011) as class ids. Where both exist,
 VOC's finer mask is used.
 """
@@ -12,12 +12,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from models.errors import StageError
-from service.artefact.voc import CLASSES, IGNORE_INDEX
+from service.artefact.voc import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from service.artefact.labels import LabelSet
 
 
 class DatasetError(StageError):
@@ -26,11 +30,12 @@ class DatasetError(StageError):
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and its mask, as files."""
+    """One image and its mask, as files. The mask has the ids of ``labels``."""
 
     name: str
     image_path: Path
     mask_path: Path
+    labels: LabelSet
 
     def load(self) -> tuple[Image.Image, Image.Image]:
         """Return ``(RGB image, mask of class ids as mode L)``, checked against each other.
@@ -55,6 +60,8 @@ class Sample:
     def load_mask(self) -> Image.Image:
         """Return the mask of class ids as a mode L image.
 
+        Void is 255, whichever value the label set has for it.
+
         Raises:
             DatasetError: the file cannot be read or has a label that is neither a class id nor
                 void.
@@ -64,16 +71,17 @@ class Sample:
                 if file.mode not in ("P", "L"):
                     raise DatasetError(f"{self.mask_path}: mode {file.mode}, expected P or L")
                 # Not convert("L"), which turns palette indices into grey levels.
-                labels = np.asarray(file)
+                mask = np.asarray(file)
         except OSError as exc:
             raise DatasetError(f"{self.mask_path}: cannot be read: {exc}") from exc
-        wrong = labels[(labels >= len(CLASSES)) & (labels != IGNORE_INDEX)]
+        void = mask == self.labels.ignore_index
+        wrong = mask[(mask >= len(self.labels)) & ~void]
         if wrong.size:
             raise DatasetError(
                 f"{self.mask_path}: label {int(wrong[0])} is neither a class id "
-                f"(0..{len(CLASSES) - 1}) nor void ({IGNORE_INDEX})"
+                f"(0..{len(self.labels) - 1}) nor void ({self.labels.ignore_index})"
             )
-        return Image.fromarray(labels)
+        return Image.fromarray(np.where(void, np.uint8(IGNORE_INDEX), mask))
 
 
 def voc_root(data: Path) -> Path:
@@ -88,12 +96,19 @@ def voc_root(data: Path) -> Path:
     raise DatasetError(f"{data}: contains no VOC2012/ImageSets/Segmentation")
 
 
-def read_split(data: Path, split: str) -> list[Sample]:
+def read_split(data: Path, split: str, labels: LabelSet | None = None) -> list[Sample]:
     """Return the samples listed in ``ImageSets/Segmentation/<split>.txt``, in its order.
+
+    Their masks have the ids of ``labels``, by default VOC's.
 
     Raises:
         DatasetError: the list, an image or a mask is missing; the message names the file.
     """
+    if labels is None:
+        # Imported here, so that `fetch` starts without pydantic.
+        from service.artefact.labels import VOC_LABELS  # noqa: PLC0415
+
+        labels = VOC_LABELS
     root = voc_root(data)
     listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     try:
@@ -114,7 +129,7 @@ def read_split(data: Path, split: str) -> list[Sample]:
             raise DatasetError(f"{image_path}: missing, but {listing.name} lists it")
         if mask_path is None:
             raise DatasetError(f"{candidates[0]}: missing, and so is {candidates[1]}")
-        samples.append(Sample(name, image_path, mask_path))
+        samples.append(Sample(name, image_path, mask_path, labels))
     return samples
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from service.artefact.voc import CLASSES, IGNORE_INDEX
+from service.artefact.voc import IGNORE_INDEX, NUM_CLASSES
 
 BAND_WIDTHS: Final = (1, 2, 4, 8, 16, 32)
 """Pixels. Each width is twice the previous one, which `boundary_rings` requires."""
@@ -22,12 +22,18 @@ BOOTSTRAP_SEED: Final = 0
 class ConfusionMatrix:
     """Pixels counted by (truth, prediction) over a set; void pixels of the truth are skipped.
 
-    The metrics follow Long, Shelhamer, Darrell (2015), section 5. All are in [0, 1].
+    ``counts`` is ``(C, C)``, C the number of classes: by default VOC's. The metrics follow Long,
+    Shelhamer, Darrell (2015), section 5. All are in [0, 1].
     """
 
     counts: NDArray[np.int64] = field(
-        default_factory=lambda: np.zeros((len(CLASSES), len(CLASSES)), dtype=np.int64)
+        default_factory=lambda: np.zeros((NUM_CLASSES, NUM_CLASSES), dtype=np.int64)
     )
+
+    @classmethod
+    def empty(cls, classes: int) -> Self:
+        """Return a matrix for that many classes, without pixels."""
+        return cls(np.zeros((classes, classes), dtype=np.int64))
 
     def update(self, truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> None:
         """Count one image. Both are (H, W) uint8 class ids; the truth may contain 255.
@@ -35,11 +41,11 @@ class ConfusionMatrix:
         Raises:
             ValueError: the shapes differ, or the prediction has a value that is not a class id.
         """
-        known = _known_pixels(truth, prediction)
+        known = _known_pixels(truth, prediction, len(self.counts))
         self.counts += _histogram(self.counts.shape, truth[known], prediction[known])
 
     def iou(self) -> NDArray[np.float64]:
-        """Per-class intersection over union, (21,); NaN where neither side has a pixel."""
+        """Per-class intersection over union, (C,); NaN where neither side has a pixel."""
         return iou(self.counts)
 
     def mean_iou(self) -> float:
@@ -65,30 +71,40 @@ def iou(counts: NDArray[np.number]) -> NDArray[np.float64]:
     """Per-class intersection over union of each confusion matrix.
 
     Args:
-        counts: ``(..., 21, 21)``, pixels by (truth, prediction).
+        counts: ``(..., C, C)``, pixels by (truth, prediction).
 
     Returns:
-        ``(..., 21)`` float64 in [0, 1]; NaN where neither side has a pixel.
+        ``(..., C)`` float64 in [0, 1]; NaN where neither side has a pixel.
     """
-    hits = np.diagonal(counts, axis1=-2, axis2=-1)
-    union = counts.sum(axis=-2) + counts.sum(axis=-1) - hits
-    with np.errstate(invalid="ignore"):
-        return np.asarray(hits / union, dtype=np.float64)
+    return _ratio(*_overlap(counts))
 
 
 def mean_iou(counts: NDArray[np.number]) -> NDArray[np.float64]:
     """Mean of the per-class IoU over the classes that occur in truth or prediction.
 
     Args:
-        counts: ``(..., 21, 21)``, pixels by (truth, prediction).
+        counts: ``(..., C, C)``, pixels by (truth, prediction).
 
     Returns:
         ``(...)`` float64 in [0, 1]; NaN where a matrix is empty.
     """
-    values = iou(counts)
-    occurring = np.count_nonzero(~np.isnan(values), axis=-1)
+    return _mean(iou(counts))
+
+
+def _overlap(counts: NDArray[np.number]) -> tuple[NDArray[np.number], NDArray[np.number]]:
+    """Each class's pixels in both truth and prediction, and in either: ``(..., C)`` each."""
+    hits = np.diagonal(counts, axis1=-2, axis2=-1)
+    return hits, counts.sum(axis=-2) + counts.sum(axis=-1) - hits
+
+
+def _ratio(hits: NDArray[np.number], union: NDArray[np.number]) -> NDArray[np.float64]:
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.nansum(values, axis=-1) / occurring, dtype=np.float64)
+        return np.asarray(hits / union, dtype=np.float64)
+
+
+def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over the last axis without NaN; NaN where there is nothing else."""
+    return _ratio(np.nansum(values, axis=-1), np.count_nonzero(~np.isnan(values), axis=-1))
 
 
 def boundary_rings(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -118,22 +134,25 @@ def boundary_rings(truth: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return rings
 
 
-def confusion_by_ring(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.int64]:
+def confusion_by_ring(
+    truth: NDArray[np.uint8], prediction: NDArray[np.uint8], classes: int
+) -> NDArray[np.int64]:
     """Count one image's pixels per ring of `boundary_rings`; void in the truth is skipped.
 
     Args:
         truth: (H, W) uint8 class ids or 255.
         prediction: (H, W) uint8 class ids.
+        classes: their number, C.
 
     Returns:
-        ``(len(BAND_WIDTHS) + 1, 21, 21)`` int64, pixels by (ring, truth, prediction). Their sum is
+        ``(len(BAND_WIDTHS) + 1, C, C)`` int64, pixels by (ring, truth, prediction). Their sum is
         the whole image; the sum of the first k is the band of the k-th width.
 
     Raises:
         ValueError: the shapes differ, or the prediction has a value that is not a class id.
     """
-    known = _known_pixels(truth, prediction)
-    shape = (len(BAND_WIDTHS) + 1, len(CLASSES), len(CLASSES))
+    known = _known_pixels(truth, prediction, classes)
+    shape = (len(BAND_WIDTHS) + 1, classes, classes)
     return _histogram(shape, boundary_rings(truth)[known], truth[known], prediction[known])
 
 
@@ -147,28 +166,30 @@ def bootstrap_intervals(
     the summed matrices is computed each time.
 
     Args:
-        images: ``(N, 21, 21)``, the confusion matrix of each image.
+        images: ``(N, C, C)``, the confusion matrix of each image.
 
     Returns:
-        ``(2,)`` and ``(2, 21)`` float64: lower and upper end for the mean IoU and for each class
+        ``(2,)`` and ``(2, C)`` float64: lower and upper end for the mean IoU and for each class
         at `CONFIDENCE`; NaN for a class that does not occur.
     """
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     # A sum depends only on how often each image is drawn.
     draws = rng.multinomial(len(images), np.full(len(images), 1 / len(images)), size=RESAMPLES)
-    flat = images.reshape(len(images), -1).astype(np.float64)
-    resampled = (draws.astype(np.float64) @ flat).reshape(RESAMPLES, *images.shape[1:])
+    # Not whole matrices: two thousand of 150 classes would need 360 MB.
+    resampled = _ratio(*(draws.astype(np.float64) @ part for part in _overlap(images)))
     ends = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
     occurring = ~np.isnan(iou(images.sum(axis=0)))
-    per_class = np.full((2, len(CLASSES)), np.nan)
-    per_class[:, occurring] = np.nanquantile(iou(resampled)[:, occurring], ends, axis=0)
-    return np.quantile(mean_iou(resampled), ends), per_class
+    per_class = np.full((2, len(occurring)), np.nan)
+    per_class[:, occurring] = np.nanquantile(resampled[:, occurring], ends, axis=0)
+    return np.quantile(_mean(resampled), ends), per_class
 
 
-def _known_pixels(truth: NDArray[np.uint8], prediction: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _known_pixels(
+    truth: NDArray[np.uint8], prediction: NDArray[np.uint8], classes: int
+) -> NDArray[np.bool_]:
     if truth.shape != prediction.shape:
         raise ValueError(f"truth is {truth.shape}, prediction {prediction.shape}")
-    if prediction.max(initial=0) >= len(CLASSES):
+    if prediction.max(initial=0) >= classes:
         raise ValueError(f"prediction contains {int(prediction.max())}, which is not a class id")
     known: NDArray[np.bool_] = truth != IGNORE_INDEX
     return known

@@ -27,7 +27,7 @@ from models.transforms import fit, upsample
 from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
 
 Infer = Callable[[NDArray[np.uint8]], Tensor]
-"""``(N, h, w, 3) uint8 RGB`` -> ``(N, 21, h/stride, w/stride) float32`` logits."""
+"""``(N, h, w, 3) uint8 RGB`` -> ``(N, C, h/stride, w/stride) float32`` logits."""
 
 Predict = Callable[[Image.Image], NDArray[np.uint8]]
 """RGB photo -> (H, W) uint8 class ids of its own size."""
@@ -137,13 +137,13 @@ def predictions(
         yield np.asarray(mask), predict(image)
 
 
-def score(predict: Predict, samples: Iterable[Sample]) -> ConfusionMatrix:
-    """Score predictions at the photos' own resolution, in one confusion matrix.
+def score(predict: Predict, samples: Iterable[Sample], classes: int) -> ConfusionMatrix:
+    """Score predictions of that many classes at the photos' own resolution, in one matrix.
 
     Raises:
         DatasetError: an image or a mask is missing or wrong.
     """
-    matrix = ConfusionMatrix()
+    matrix = ConfusionMatrix.empty(classes)
     for truth, prediction in predictions(predict, samples):
         matrix.update(truth, prediction)
     return matrix

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from models.dataset import Sample
 from models.metrics import BAND_WIDTHS, mean_iou
 from models.prediction import Predict
-from service.artefact.voc import CLASSES, FULL_PALETTE, IGNORE_INDEX
+from service.artefact.labels import LabelSet
+from service.artefact.voc import CLASSES, IGNORE_INDEX
 
 CONFUSIONS_SHOWN = 3
 REFERENCES = (
@@ -25,12 +26,14 @@ REFERENCES = (
 
 
 def format_table(report: dict[str, Any]) -> str:
-    """Return the report as text, with published figures for comparison."""
+    """Return the report as text, for VOC's classes with published figures for comparison."""
     metrics, (low, high) = report["metrics"], report["miou_interval"]
-    lines = [f"{'class':<14}{'IoU':>8}   95 % interval"]
-    for name, iou in metrics["per_class_iou"].items():
-        ends = report["per_class_iou_interval"][name]
-        lines.append(f"{name:<14}{_shown(iou):>8}   " + " to ".join(map(_shown, ends or [None])))
+    per_class = metrics["per_class_iou"]
+    width = max(14, *(len(name) + 1 for name in per_class))
+    lines = [f"{'class':<{width}}{'IoU':>8}   95 % interval"]
+    for name, iou in per_class.items():
+        ends = map(_shown, report["per_class_iou_interval"][name] or [None])
+        lines.append(f"{name:<{width}}{_shown(iou):>8}   " + " to ".join(ends))
     lines += ["", f"{'miou':<24}{metrics['miou']:.4f}   {low:.4f} to {high:.4f}"]
     for key in ("pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"):
         lines.append(f"{key:<24}{metrics[key]:.4f}")
@@ -41,9 +44,11 @@ def format_table(report: dict[str, Any]) -> str:
     lines += ["", f"{'':<54}{'mIoU':>8}{'pixels':>8}"]
     ours = f"this, on {report['images']} images of {report['split']}, {report['protocol']}"
     scores = (ours, metrics["miou"], metrics["pixel_accuracy"])
-    for name, miou, accuracy in (scores, *REFERENCES):
+    references = REFERENCES if tuple(per_class) == CLASSES else ()
+    for name, miou, accuracy in (scores, *references):
         lines.append(f"{name:<54}{_shown(miou):>8}{_shown(accuracy):>8}")
-    lines.append("Published figures are for VOC's own val list; the image sets differ.")
+    if references:
+        lines.append("Published figures are for VOC's own val list; the image sets differ.")
     return "\n".join(lines)
 
 
@@ -51,25 +56,26 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def summarise_image(name: str, counts: NDArray[np.int64]) -> dict[str, Any]:
+def summarise_image(name: str, counts: NDArray[np.int64], labels: LabelSet) -> dict[str, Any]:
     """Return an image's mean IoU and its most frequent confusions, most pixels first.
 
     Args:
         name: of the image.
-        counts: ``(21, 21)``, its confusion matrix, with at least one pixel.
+        counts: ``(C, C)``, its confusion matrix, with at least one pixel.
+        labels: the classes.
     """
-    wrong = counts * ~np.eye(len(CLASSES), dtype=bool)
+    wrong = counts * ~np.eye(len(labels), dtype=bool)
     most = np.argsort(-wrong, axis=None, kind="stable")[:CONFUSIONS_SHOWN]
     return {
         "name": name,
         "miou": float(mean_iou(counts)),
         "confused": [
             {
-                "truth": CLASSES[truth],
-                "prediction": CLASSES[prediction],
+                "truth": labels.names[truth],
+                "prediction": labels.names[prediction],
                 "fraction": float(wrong[truth, prediction] / counts.sum()),
             }
-            for truth, prediction in (divmod(int(pair), len(CLASSES)) for pair in most)
+            for truth, prediction in (divmod(int(pair), len(labels)) for pair in most)
             if wrong[truth, prediction]
         ],
     }
@@ -86,8 +92,8 @@ def caption(summary: dict[str, Any]) -> str:
     return f"{line} Truth → prediction: {confused}" if confused else line
 
 
-def draw_classes(report: dict[str, Any], path: Path) -> None:
-    """Draw the per-class IoU as bars in VOC's colours, best first, with their intervals."""
+def draw_classes(report: dict[str, Any], labels: LabelSet, path: Path) -> None:
+    """Draw the per-class IoU as bars in the classes' colours, best first, with their intervals."""
     metrics, (low, high) = report["metrics"], report["miou_interval"]
     entries = [
         (iou, name, report["per_class_iou_interval"][name])
@@ -95,12 +101,12 @@ def draw_classes(report: dict[str, Any], path: Path) -> None:
         if iou is not None
     ]
     entries.sort()
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = Figure(figsize=(7, max(6, 0.28 * len(entries))), layout="constrained")
     axes = figure.subplots()
     axes.axvspan(low, high, color="0.9")
     axes.axvline(metrics["miou"], color="0.4", linestyle="--", linewidth=1)
     for row, (iou, name, (lower, upper)) in enumerate(entries):
-        axes.barh(row, iou, color=FULL_PALETTE[CLASSES.index(name)] / 255)
+        axes.barh(row, iou, color=labels.palette[labels.names.index(name)] / 255)
         # A white rim, because the bars have any colour.
         for color, width in (("white", 3.5), ("0.25", 1.2)):
             axes.hlines(row, lower, upper, color=color, linewidth=width)
@@ -143,7 +149,7 @@ def draw_sheet(
     Args:
         predict: called again for each of them.
         samples: the whole set.
-        images: ``(N, 21, 21)``, the confusion matrix of each sample.
+        images: ``(N, C, C)``, the confusion matrix of each sample.
         chosen: indices of samples.
         path: the PNG to write.
     """
@@ -151,16 +157,17 @@ def draw_sheet(
     rows = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
     for row, index in zip(rows, chosen, strict=True):
         image, mask = samples[index].load()
+        labels = samples[index].labels
         truth, prediction = np.asarray(mask), predict(image)
-        summary = summarise_image(samples[index].name, images[index])
+        summary = summarise_image(samples[index].name, images[index], labels)
         row.suptitle(caption(summary), x=0.01, ha="left", fontsize="medium")
         panels = row.subplots(1, 4, width_ratios=(1, 1, 1, 0.4))
-        pictures = (np.asarray(image), FULL_PALETTE[truth], FULL_PALETTE[prediction])
+        pictures = (np.asarray(image), labels.palette[truth], labels.palette[prediction])
         for panel, picture in zip(panels, pictures, strict=False):
             panel.imshow(picture)
         for panel in panels:
             panel.axis("off")
         shown = [i for i in np.union1d(truth, prediction) if i != IGNORE_INDEX]
-        patches = [Patch(color=FULL_PALETTE[i] / 255, label=CLASSES[i]) for i in shown]
+        patches = [Patch(color=labels.palette[i] / 255, label=labels.names[i]) for i in shown]
         panels[3].legend(handles=patches, loc="center left", frameon=False)
     figure.savefig(path, dpi=100)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from models.dataset import Sample
 from models.transforms import Augmentation, Example
-from service.artefact.voc import CLASSES, IGNORE_INDEX
+from service.artefact.labels import MAX_CLASSES
+from service.artefact.voc import IGNORE_INDEX
 
 
 def repeat_factors(samples: Sequence[Sample], threshold: float) -> NDArray[np.float64]:
@@ -24,7 +25,7 @@ def repeat_factors(samples: Sequence[Sample], threshold: float) -> NDArray[np.fl
     Returns:
         (len(samples),) float64, each at least 1.
     """
-    present = np.zeros((len(samples), len(CLASSES)), dtype=bool)
+    present = np.zeros((len(samples), MAX_CLASSES), dtype=bool)
     if threshold > 0:
         for row, sample in zip(present, samples, strict=True):
             labels = np.unique(np.asarray(sample.load_mask()))

@@ -16,8 +16,9 @@ from models.networks.fcn_resnet50 import (
 )
 from models.networks.segmentation import SegmentationNetwork
 from models.networks.vgg16 import atrous_fcn_vgg16_16s, fcn_vgg16_32s
+from service.artefact.voc import NUM_CLASSES
 
-NETWORKS: Final[dict[str, Callable[[], SegmentationNetwork]]] = {
+NETWORKS: Final[dict[str, Callable[[int], SegmentationNetwork]]] = {
     "fcn_resnet50_32s": fcn_resnet50_32s,
     "fcn_resnet50_16s": fcn_resnet50_16s,
     "fcn_resnet50_8s": fcn_resnet50_8s,
@@ -31,15 +32,15 @@ NETWORKS: Final[dict[str, Callable[[], SegmentationNetwork]]] = {
 }
 
 
-def build_network(name: str) -> SegmentationNetwork:
-    """Return the network called ``name``, freshly initialised.
+def build_network(name: str, classes: int = NUM_CLASSES) -> SegmentationNetwork:
+    """Return the network called ``name`` for that many classes, freshly initialised.
 
     Raises:
         ValueError: unknown name.
     """
     if name not in NETWORKS:
         raise ValueError(f"unknown network {name!r}; there are {', '.join(NETWORKS)}")
-    return NETWORKS[name]()
+    return NETWORKS[name](classes)
 
 
 __all__ = ["NETWORKS", "SegmentationNetwork", "build_network"]

@@ -3,6 +3,8 @@
 Huang, Liu, van der Maaten, Weinberger, "Densely Connected Convolutional Networks" (2017). The two
 forms are Keras-FCN's ``DenseNet_FCN``, which is FC-DenseNet103 (Jegou et al., "The One Hundred
 Layers Tiramisu", 2017), and ``Atrous_DenseNet``, both based on keras-contrib's ``densenet.py``.
+
+Parameters and multiply-adds are those for 21 classes.
 """
 
 from __future__ import annotations
@@ -199,12 +201,12 @@ class UpwardBlock(nn.Module):
 
 
 class UpwardHead(nn.Module):
-    """The upward half of FC-DenseNet103: ``Features`` of strides 1 to 32 -> ``(N, 21, H, W)``.
+    """The upward half of FC-DenseNet103: ``Features`` of strides 1 to 32 -> ``(N, C, H, W)``.
 
     A block's output leaves out its input, except in the last block.
     """
 
-    def __init__(self, skip_channels: Sequence[int], in_channels: int) -> None:
+    def __init__(self, skip_channels: Sequence[int], in_channels: int, classes: int) -> None:
         super().__init__()
         blocks = []
         for index in reversed(range(len(skip_channels))):
@@ -215,7 +217,7 @@ class UpwardHead(nn.Module):
             in_channels = block.block.out_channels
         self.blocks = nn.ModuleList(blocks)
         _initialize(self)
-        self.predict = classify(in_channels)
+        self.predict = classify(in_channels, classes)
 
     def forward(self, features: Features) -> Tensor:
         """See the class."""
@@ -226,17 +228,17 @@ class UpwardHead(nn.Module):
         return out
 
 
-def densenet_fcn() -> SegmentationNetwork:
+def densenet_fcn(classes: int) -> SegmentationNetwork:
     """Stride 1 by five skips: 9,321,429 parameters, 105.54 G multiply-adds at 512x512."""
     backbone = FCDenseNet()
     *skip_channels, in_channels = backbone.out_channels
     return SegmentationNetwork(
-        stride=1, backbone=backbone, classifier=UpwardHead(skip_channels, in_channels)
+        stride=1, backbone=backbone, classifier=UpwardHead(skip_channels, in_channels, classes)
     )
 
 
-def atrous_densenet() -> SegmentationNetwork:
+def atrous_densenet(classes: int) -> SegmentationNetwork:
     """Stride 4 by dilation: 6,975,381 parameters, 113.38 G multiply-adds at 512x512."""
     return SegmentationNetwork(
-        stride=4, backbone=DenseNet121(), classifier=LinearHead(DenseNet121.OUT_CHANNELS)
+        stride=4, backbone=DenseNet121(), classifier=LinearHead(DenseNet121.OUT_CHANNELS, classes)
     )

@@ -2,6 +2,8 @@
 
 Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation" (2015); the
 stride-16 form with a 1x1 classifier is Keras-FCN's ``AtrousFCN_Resnet50_16s``.
+
+Parameters and multiply-adds are those for 21 classes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ class SkipHead(nn.Module):
 
     Args:
         shallowest: the first stage that predicts, 3 (stride 8) or 4 (stride 16).
+        classes: their number.
     """
 
-    def __init__(self, shallowest: int) -> None:
+    def __init__(self, shallowest: int, classes: int) -> None:
         super().__init__()
         self.shallowest = shallowest
         self.dropout = nn.Dropout2d(0.1)
-        self.predict = nn.ModuleList(classify(channels) for channels in CHANNELS[shallowest:])
+        self.predict = nn.ModuleList(
+            classify(channels, classes) for channels in CHANNELS[shallowest:]
+        )
 
     def forward(self, features: Features) -> Tensor:
         """See the class."""
@@ -48,8 +53,8 @@ class ContextHead(nn.Module):
     instead of 2048. With ``edges``, the features of ``layer2`` are joined at stride 8 before the
     classifier, as in DeepLabv3+ (Chen et al. 2018), so that outlines follow the photo.
 
-    ``(..., (N, 512, 2h, 2w), ..., (N, 2048, h, w))`` -> ``(N, 21, h, w)``, with ``edges``
-    ``(N, 21, 2h, 2w)``.
+    ``(..., (N, 512, 2h, 2w), ..., (N, 2048, h, w))`` -> ``(N, C, h, w)``, with ``edges``
+    ``(N, C, 2h, 2w)``.
     """
 
     CHANNELS = 256
@@ -59,7 +64,7 @@ class ContextHead(nn.Module):
     EDGE_CHANNELS = 48
     JOINED_CHANNELS = 128
 
-    def __init__(self, *, edges: bool) -> None:
+    def __init__(self, classes: int, *, edges: bool) -> None:
         super().__init__()
         width = self.CHANNELS
         self.reduce = _conv_norm_relu(CHANNELS[-1], width, 1)
@@ -73,7 +78,7 @@ class ContextHead(nn.Module):
             self.join = _conv_norm_relu(width + self.EDGE_CHANNELS, self.JOINED_CHANNELS, 3)
         self.edges = edges
         self.dropout = nn.Dropout2d(0.1)
-        self.predict = classify(self.JOINED_CHANNELS if edges else width)
+        self.predict = classify(self.JOINED_CHANNELS if edges else width, classes)
 
     def forward(self, features: Features) -> Tensor:
         """See the class."""
@@ -109,31 +114,31 @@ def _fcn(stride: int, head: nn.Module, *, dilate: bool) -> SegmentationNetwork:
     )
 
 
-def fcn_resnet50_32s() -> SegmentationNetwork:
+def fcn_resnet50_32s(classes: int) -> SegmentationNetwork:
     """Stride 32: 23,551,061 parameters, 21.36 G multiply-adds at 512x512."""
-    return _fcn(32, LinearHead(CHANNELS[-1]), dilate=False)
+    return _fcn(32, LinearHead(CHANNELS[-1], classes), dilate=False)
 
 
-def fcn_resnet50_16s() -> SegmentationNetwork:
+def fcn_resnet50_16s(classes: int) -> SegmentationNetwork:
     """Stride 16 by one skip: 23,572,586 parameters, 21.39 G multiply-adds at 512x512."""
-    return _fcn(16, SkipHead(4), dilate=False)
+    return _fcn(16, SkipHead(4, classes), dilate=False)
 
 
-def fcn_resnet50_8s() -> SegmentationNetwork:
+def fcn_resnet50_8s(classes: int) -> SegmentationNetwork:
     """Stride 8 by two skips: 23,583,359 parameters, 21.43 G multiply-adds at 512x512."""
-    return _fcn(8, SkipHead(3), dilate=False)
+    return _fcn(8, SkipHead(3, classes), dilate=False)
 
 
-def atrous_fcn_resnet50_16s() -> SegmentationNetwork:
+def atrous_fcn_resnet50_16s(classes: int) -> SegmentationNetwork:
     """Stride 16 by dilation: 23,551,061 parameters, 32.47 G multiply-adds at 512x512."""
-    return _fcn(16, LinearHead(CHANNELS[-1]), dilate=True)
+    return _fcn(16, LinearHead(CHANNELS[-1], classes), dilate=True)
 
 
-def context_fcn_resnet50_16s() -> SegmentationNetwork:
+def context_fcn_resnet50_16s(classes: int) -> SegmentationNetwork:
     """Stride 16 under `ContextHead`: 25,481,813 parameters, 34.38 G multiply-adds at 512x512."""
-    return _fcn(16, ContextHead(edges=False), dilate=True)
+    return _fcn(16, ContextHead(classes, edges=False), dilate=True)
 
 
-def context_fcn_resnet50_8s() -> SegmentationNetwork:
+def context_fcn_resnet50_8s(classes: int) -> SegmentationNetwork:
     """Stride 8, with edges too: 25,854,261 parameters, 35.92 G multiply-adds at 512x512."""
-    return _fcn(8, ContextHead(edges=True), dilate=True)
+    return _fcn(8, ContextHead(classes, edges=True), dilate=True)

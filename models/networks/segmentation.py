@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from service.artefact.voc import NUM_CLASSES
-
 Features = tuple[Tensor, ...]
 """The normalised image and the outputs of leading stages."""
 
@@ -62,10 +60,10 @@ class Backbone(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """``image (N, 3, H, W)`` float RGB in [0, 255] -> ``logits (N, 21, H/stride, W/stride)``.
+    """``image (N, 3, H, W)`` float RGB in [0, 255] -> ``logits (N, C, H/stride, W/stride)``.
 
-    H and W are multiples of 32. The loss and the service upsample the logits bilinearly; labels are
-    never resized.
+    C is the number of classes. H and W are multiples of 32. The loss and the service upsample the
+    logits bilinearly; labels are never resized.
 
     Args:
         stride: of the logits.
@@ -93,11 +91,11 @@ class SegmentationNetwork(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A 1x1 classifier of the last stage: ``(..., (N, C, h, w))`` -> ``(N, 21, h, w)``."""
+    """A 1x1 classifier of the last stage: ``(..., (N, D, h, w))`` -> ``(N, C, h, w)``."""
 
-    def __init__(self, in_channels: int) -> None:
+    def __init__(self, in_channels: int, classes: int) -> None:
         super().__init__()
-        self.predict = classify(in_channels)
+        self.predict = classify(in_channels, classes)
 
     def forward(self, features: Features) -> Tensor:
         """See the class."""
@@ -105,9 +103,9 @@ class LinearHead(nn.Module):
         return out
 
 
-def classify(in_channels: int) -> nn.Conv2d:
+def classify(in_channels: int, classes: int) -> nn.Conv2d:
     """Return a 1x1 convolution to the classes whose initial logits are close to zero."""
-    convolution = nn.Conv2d(in_channels, NUM_CLASSES, 1)
+    convolution = nn.Conv2d(in_channels, classes, 1)
     nn.init.normal_(convolution.weight, std=0.01)
     nn.init.zeros_(convolution.get_parameter("bias"))
     return convolution

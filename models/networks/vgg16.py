@@ -3,6 +3,8 @@
 Simonyan, Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (2015),
 configuration D, made fully convolutional by Long, Shelhamer, Darrell (2015). The two forms are
 Keras-FCN's ``FCN_Vgg16_32s`` and ``AtrousFCN_Vgg16_16s``.
+
+Parameters and multiply-adds are those for 21 classes.
 """
 
 from __future__ import annotations
@@ -68,15 +70,15 @@ class VGG16(Backbone):
         return [*(layers[start:end] for start, end in pairwise(self._ends)), [*self.classifier]]
 
 
-def fcn_vgg16_32s() -> SegmentationNetwork:
+def fcn_vgg16_32s(classes: int) -> SegmentationNetwork:
     """Stride 32: 134,346,581 parameters, 110.80 G multiply-adds at 512x512."""
     return SegmentationNetwork(
-        stride=32, backbone=VGG16(dilate=False), classifier=LinearHead(OUT_CHANNELS)
+        stride=32, backbone=VGG16(dilate=False), classifier=LinearHead(OUT_CHANNELS, classes)
     )
 
 
-def atrous_fcn_vgg16_16s() -> SegmentationNetwork:
+def atrous_fcn_vgg16_16s(classes: int) -> SegmentationNetwork:
     """Stride 16 by dilation: 134,346,581 parameters, 202.67 G multiply-adds at 512x512."""
     return SegmentationNetwork(
-        stride=16, backbone=VGG16(dilate=True), classifier=LinearHead(OUT_CHANNELS)
+        stride=16, backbone=VGG16(dilate=True), classifier=LinearHead(OUT_CHANNELS, classes)
     )

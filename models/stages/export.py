@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from onnx import helper
 from torch import Tensor, nn
 
-from models.checkpoint import load_network
+from models.checkpoint import Trained, load_network
 from models.errors import StageError
 from models.graphs.network_file import save_network
 from models.networks import SegmentationNetwork
 from models.networks.segmentation import Normalize
 from models.prediction import SHAPES
-from models.recipe import Recipe
 from service.artefact.contract import INPUT_NAME, OUTPUT_NAME, ModelContract
 
 OPSET = 18
@@ -35,7 +34,7 @@ class ExportError(StageError):
 
 
 class ServedNetwork(nn.Module):
-    """The exported module: ``image (N, h, w, 3) uint8`` -> ``logits (N, 21, h/s, w/s) float32``.
+    """The exported module: ``image (N, h, w, 3) uint8`` -> ``logits (N, C, h/s, w/s) float32``.
 
     Layout, cast and normalisation are inside, so that no second version of them exists.
     """
@@ -207,25 +206,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Export the checkpoint into the artefact folder."""
-    network, recipe = load_network(args.checkpoint)
-    contract = make_contract(args.artifact.resolve().name, args.version, network, recipe)
-    model = export(network, contract)
+    trained = load_network(args.checkpoint)
+    contract = make_contract(args.artifact.resolve().name, args.version, trained)
+    model = export(trained.network, contract)
     save_network(model, args.artifact, "fp32")
     return 0
 
 
-def make_contract(
-    name: str, version: str, network: SegmentationNetwork, recipe: Recipe
-) -> ModelContract:
+def make_contract(name: str, version: str, trained: Trained) -> ModelContract:
     """Return the contract of the exported network."""
     return ModelContract(
         name=name,
         version=version,
-        network=recipe.network,
-        stride=network.stride,
+        network=trained.recipe.network,
+        stride=trained.network.stride,
+        labels=trained.labels,
         mean=Normalize.MEAN,
         std=Normalize.STD,
-        working_size=recipe.working_size,
+        working_size=trained.recipe.working_size,
         shapes=SHAPES,
         precision="fp32",
     )

@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the manifest into the artefact folder."""
-    _, recipe = load_network(args.checkpoint)
+    recipe = load_network(args.checkpoint).recipe
     manifest = make_manifest(
         args.artifact,
         recipe=recipe.model_dump(mode="json"),

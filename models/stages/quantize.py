@@ -98,10 +98,11 @@ def main(args: argparse.Namespace) -> int:
     network = args.artifact / NETWORK_FILES["fp32"]
     if args.split in ("val", "trainval"):
         raise DatasetError(f"--split {args.split}: photos to score on have no part in calibration")
-    samples = read_split(args.data, args.split)
+    contract = FloatNetwork(network).contract
+    samples = read_split(args.data, args.split, contract.labels)
     if not 1 <= args.images <= len(samples):
         raise DatasetError(f"--images {args.images}: {args.split} has {len(samples)}")
     order = np.random.default_rng(SEED).permutation(len(samples))[: args.images]
-    ranges = calibrate(network, FloatNetwork(network).contract, [samples[i] for i in sorted(order)])
+    ranges = calibrate(network, contract, [samples[i] for i in sorted(order)])
     save_network(quantize(network, ranges), args.artifact, "int8")
     return 0

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from models.checkpoint import (
     CheckpointError,
+    labels_of,
     load_checkpoint,
     load_start,
     rounded_weights,
@@ -46,6 +47,7 @@ from models.prediction import open_device, predict_photo, score, torch_infer
 from models.recipe import Recipe, find_recipe, load_recipe
 from models.training_set import ResumableBatches, TrainingSet, repeat_factors
 from models.transforms import Augmentation
+from service.artefact.labels import VOC_LABELS, LabelSet
 
 LOG_EVERY = 20
 """Iterations between two readings of the loss: each reading waits for the device."""
@@ -114,6 +116,7 @@ class Run:
     def __init__(
         self,
         recipe: Recipe,
+        labels: LabelSet,
         device: torch.device,
         checkpoint: Path,
         weights: Path | None,
@@ -122,12 +125,13 @@ class Run:
     ) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
+        self.labels = labels
         self.device = device
         self.checkpoint = checkpoint
         self.rank, self.world = rank, world
         self.iteration = 0
         self.history: list[dict[str, float]] = []
-        network = build_network(recipe.network)
+        network = build_network(recipe.network, len(labels))
         state = load_checkpoint(checkpoint) if checkpoint.exists() else None
         if state is None:
             if weights is None:
@@ -152,6 +156,10 @@ class Run:
             self._restore(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if labels_of(state) != self.labels:
+            raise CheckpointError(
+                f"{self.checkpoint}: from another label set; choose another --out"
+            )
         saved = Recipe.model_validate(state["recipe"])
         if saved != self.recipe:
             changed = [
@@ -186,6 +194,7 @@ class Run:
             self.checkpoint,
             {
                 "recipe": self.recipe.model_dump(mode="json"),
+                "labels": self.labels.model_dump(mode="json"),
                 "iteration": self.iteration,
                 "history": self.history,
                 "model": rounded_weights(self.ema.module),
@@ -206,6 +215,7 @@ class Run:
                 stride=self.network.stride,
             ),
             samples,
+            len(self.labels),
         )
         return matrix.mean_iou(), matrix.pixel_accuracy()
 
@@ -355,10 +365,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Start or resume a run."""
-    recipe = load_recipe(args.recipe, args.set)
-    samples, held_out = hold_out(read_split(args.data, recipe.split), recipe.held_out)
+    recipe, labels = load_recipe(args.recipe, args.set), VOC_LABELS
+    samples, held_out = hold_out(read_split(args.data, recipe.split, labels), recipe.held_out)
     with processes(args.device) as (rank, world, device):
-        run = Run(recipe, device, args.out / "checkpoint.pt", args.weights, rank, world)
+        checkpoint = args.out / "checkpoint.pt"
+        run = Run(recipe, labels, device, checkpoint, args.weights, rank, world)
         if run.iteration:
             tqdm.write(f"resuming {run.checkpoint} at iteration {run.iteration}")
         augmentation = Augmentation(

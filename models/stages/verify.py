@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from models.checkpoint import load_network
 from models.dataset import Sample, read_split
+from models.errors import StageError
 from models.graphs.network_file import NETWORK_FILES
 from models.metrics import ConfusionMatrix
 from models.prediction import Infer, onnx_infer, predict_photo, torch_infer
@@ -30,6 +31,10 @@ MAX_MEAN_IOU_LOSS = {"fp32": 0.0005, "fp16": 0.0005, "int8": 0.005}
 WORKING_SIZES = (320, 512, 640)
 """Three sizes of the longest side; with both orientations, at least six shapes."""
 BATCH_SIZES = (1, 4)
+
+
+class VerificationError(StageError):
+    """The checkpoint and a network cannot be compared; the message names the network."""
 
 
 def compare_shapes(
@@ -76,6 +81,7 @@ def compare_set(
     samples: Sequence[Sample],
     working_size: int,
     stride: int,
+    classes: int,
 ) -> dict[str, Any]:
     """Score every network on a set and compare all pixels of every photo.
 
@@ -84,7 +90,7 @@ def compare_set(
         precision agrees with ``torch``.
     """
     infers = {"torch": reference, **exported}
-    matrices = {name: ConfusionMatrix() for name in infers}
+    matrices = {name: ConfusionMatrix.empty(classes) for name in infers}
     agreeing = dict.fromkeys(exported, 0)
     total = 0
     for sample in tqdm(samples, unit="images", disable=None):
@@ -129,16 +135,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Compare, write the report, and return 1 below a gate."""
-    network, recipe = load_network(args.checkpoint)
-    reference = torch_infer(network, torch.device("cpu"))
-    exported, contract = onnx_infer(args.artifact / NETWORK_FILES["fp32"])
-    networks: dict[str, Infer] = {"fp32": exported}
+    network, recipe, labels = load_network(args.checkpoint)
+    reference, stride = torch_infer(network, torch.device("cpu")), network.stride
+    networks: dict[str, Infer] = {}
     for precision, name in NETWORK_FILES.items():
-        if precision not in networks and (args.artifact / name).exists():
-            networks[precision], _ = onnx_infer(args.artifact / name)
-    samples = read_split(args.data, args.split)[: args.limit]
-    shapes = compare_shapes(reference, exported, samples[: max(BATCH_SIZES) * 4], contract.stride)
-    whole = compare_set(reference, networks, samples, recipe.working_size, contract.stride)
+        path = args.artifact / name
+        if precision == "fp32" or path.exists():
+            networks[precision], contract = onnx_infer(path)
+            if contract.labels != labels:
+                raise VerificationError(f"{path}: its label set differs from the checkpoint's")
+    samples = read_split(args.data, args.split, labels)[: args.limit]
+    first = samples[: max(BATCH_SIZES) * 4]
+    shapes = compare_shapes(reference, networks["fp32"], first, stride)
+    whole = compare_set(reference, networks, samples, recipe.working_size, stride, len(labels))
     passed = passes(shapes, whole)
     report = {
         "passed": passed,

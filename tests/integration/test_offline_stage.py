@@ -27,6 +27,7 @@ from models.graphs.network_file import NETWORK_FILES
 from models.networks import build_network
 from models.prediction import torch_infer
 from models.stages import evaluate, train
+from service.artefact.labels import VOC_LABELS
 from service.artefact.manifest import FileEntry, load_manifest, read_files
 from tests.clients import serving
 from tests.voc_data import make_voc
@@ -244,6 +245,24 @@ def test_another_recipe_does_not_continue_a_run(
     assert load_checkpoint(offline.folder / "run" / "checkpoint.pt")["iteration"] == 10
 
 
+def test_another_label_set_does_not_continue_a_run(
+    offline: Offline, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's checkpoint names its classes: one of a run on renamed classes is refused."""
+    checkpoint = offline.folder / "renamed" / "checkpoint.pt"
+    state = load_checkpoint(offline.folder / "run" / "checkpoint.pt")
+    assert state["labels"] == VOC_LABELS.model_dump(mode="json")
+    save_checkpoint(checkpoint, renamed(state))
+    assert main(offline.train_arguments("renamed")) == 1
+    assert "from another label set; choose another --out" in capsys.readouterr().err
+
+
+def renamed(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint with another name for class 1."""
+    labels = state["labels"]
+    return {**state, "labels": {**labels, "names": ["background", "plane", *labels["names"][2:]]}}
+
+
 @pytest.mark.parametrize("split", ["val", "trainval"])
 def test_val_has_no_part_in_calibration(
     offline: Offline, artefact: Path, split: str, capsys: pytest.CaptureFixture[str]
@@ -303,7 +322,7 @@ def undecided(offline: Offline, artefact: Path) -> tuple[Path, Path]:
     """
     bias = "classifier.predict.bias"
     checkpoint, folder = offline.folder / "undecided.pt", offline.folder / "undecided"
-    network, _ = load_network(offline.folder / "run" / "checkpoint.pt")
+    network = load_network(offline.folder / "run" / "checkpoint.pt").network
     image, _ = read_split(offline.data, "val")[0].load()
     logits = torch_infer(network, torch.device("cpu"))(np.array(image)[None])[0]
     network.get_parameter(bias).data[0] -= (logits[0] - logits[1:].amax(0)).median()
@@ -366,7 +385,7 @@ def test_an_int8_network_takes_other_protocols_sizes(
     evaluate.add_arguments(parser)
     options = {"artifact": artefact, "precision": "int8", "protocol": protocol, "data": "x"}
     arguments = [part for key, value in options.items() for part in (f"--{key}", str(value))]
-    predict, source = evaluate.open_predictor(parser.parse_args(arguments))
+    predict, _, source = evaluate.open_predictor(parser.parse_args(arguments))
     image, _ = read_split(offline.data, "val")[0].load()
     assert predict(image).shape == (image.height, image.width)
     assert source["sha256"] == load_manifest(artefact).files["network.int8.onnx"].sha256
@@ -405,6 +424,21 @@ def test_verify_fails_below_the_gate(offline: Offline, artefact: Path, tmp_path:
     )
     assert status == 1
     assert json.loads(parity.read_text())["passed"] is False
+
+
+def test_verify_compares_the_label_sets(
+    offline: Offline, artefact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An artefact from before a class was renamed is not the checkpoint's."""
+    state = load_checkpoint(offline.folder / "run" / "checkpoint.pt")
+    other, parity = tmp_path / "other.pt", tmp_path / "parity.json"
+    save_checkpoint(other, renamed(state))
+    status = offline.stage(
+        "verify", checkpoint=other, artifact=artefact, data=offline.data, out=parity
+    )
+    assert status == 1
+    assert "network.onnx: its label set differs from the checkpoint's" in capsys.readouterr().err
+    assert not parity.exists()
 
 
 def test_a_manifest_needs_an_evaluation_of_the_same_file(

@@ -22,6 +22,8 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from models.networks import build_network
+from models.recipe import find_recipe, load_recipe
+from service.artefact.labels import VOC_LABELS, LabelSet
 
 
 def small_backbone() -> nn.Module:
@@ -67,6 +69,54 @@ def test_a_former_runs_head_is_taken_where_it_fits(tmp_path: Path) -> None:
     for key, value in former.state_dict().items():
         if key != "classifier.predict.weight":
             assert state[key].equal(value)
+
+
+def test_a_head_for_other_classes_is_taken_except_its_classifier(tmp_path: Path) -> None:
+    """A run on 5 classes initialises one on VOC's: backbone and context, not weights per class."""
+    former, network = (build_network("context_fcn_resnet50_16s", classes) for classes in (5, 21))
+    start = {key: value.clone() for key, value in network.state_dict().items()}
+    save_checkpoint(tmp_path / "checkpoint.pt", {"model": former.state_dict()})
+    taken = load_start(network, tmp_path / "checkpoint.pt")
+    per_class = {"classifier.predict.weight", "classifier.predict.bias"}
+    assert taken == sum(key.startswith("classifier.") for key in start) - len(per_class)
+    for key, value in network.state_dict().items():
+        assert value.equal(start[key] if key in per_class else former.state_dict()[key])
+
+
+RECIPE = load_recipe(find_recipe("cpu"), ['network = "fcn_resnet50_32s"'])
+PETS = LabelSet(names=("background", "cat", "dog"), colors=((0, 0, 0), (1, 1, 1), (2, 2, 2)))
+
+
+def save_run(path: Path, classes: int, **entries: object) -> None:
+    """Write a run's checkpoint with an untrained network."""
+    model = build_network(RECIPE.network, classes).state_dict()
+    save_checkpoint(path, {"recipe": RECIPE.model_dump(mode="json"), "model": model, **entries})
+
+
+def test_a_checkpoint_names_its_classes(tmp_path: Path) -> None:
+    """Its label set decides how many classes the network has; without one they are VOC's."""
+    save_run(tmp_path / "pets.pt", 3, labels=PETS.model_dump(mode="json"))
+    save_run(tmp_path / "vocs.pt", 21)
+    for name, labels in (("pets", PETS), ("vocs", VOC_LABELS)):
+        trained = load_network(tmp_path / f"{name}.pt")
+        assert trained.labels == labels
+        assert trained.network.get_parameter("classifier.predict.bias").shape == (len(labels),)
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (VOC_LABELS.model_dump(mode="json"), "size mismatch"),
+        ({"names": ["background", "cat", "dog"], "colors": []}, "3 classes, but 0 colors"),
+    ],
+)
+def test_a_label_set_that_does_not_fit_is_refused(
+    tmp_path: Path, labels: dict[str, Any], reason: str
+) -> None:
+    """Of another number of classes than the weights, or invalid."""
+    save_run(tmp_path / "checkpoint.pt", 3, labels=labels)
+    with pytest.raises(CheckpointError, match=reason):
+        load_network(tmp_path / "checkpoint.pt")
 
 
 def test_a_former_runs_backbone_is_taken(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from models.dataset import DatasetError, hold_out, read_split
 from models.training_set import ResumableBatches, TrainingSet, repeat_factors
 from models.transforms import Augmentation
+from service.artefact.labels import LabelSet
 from tests.voc_data import make_voc, write_mask
 
 
@@ -75,6 +76,28 @@ def test_a_label_beyond_the_classes_is_named(voc: Path) -> None:
     write_mask(voc / "SegmentationClass/2007_000000.png", np.full((96, 128), 21, np.uint8))
     with pytest.raises(DatasetError, match=r"2007_000000\.png: label 21"):
         read_split(voc, "train")[0].load()
+
+
+PETS = LabelSet(
+    names=("background", "cat", "dog"), colors=((0, 0, 0), (1, 1, 1), (2, 2, 2)), ignore_index=7
+)
+
+
+def test_void_is_the_label_sets(voc: Path) -> None:
+    """Whatever value the masks have for it, it is 255 from here on."""
+    mask = np.array([[0, 1], [2, 7]], np.uint8).repeat(48, axis=0).repeat(64, axis=1)
+    write_mask(voc / "SegmentationClass/2007_000000.png", mask)
+    loaded = np.asarray(read_split(voc, "train", PETS)[0].load()[1])
+    assert np.array_equal(loaded, np.where(mask == 7, 255, mask))
+
+
+@pytest.mark.parametrize("label", [3, 255])
+def test_a_label_beyond_the_label_set_is_named(voc: Path, label: int) -> None:
+    """VOC's void is no label of a set whose void is 7."""
+    write_mask(voc / "SegmentationClass/2007_000000.png", np.full((96, 128), label, np.uint8))
+    sample = read_split(voc, "train", PETS)[0]
+    with pytest.raises(DatasetError, match=rf"label {label} .*\(0\.\.2\) nor void \(7\)"):
+        sample.load()
 
 
 def test_an_rgb_mask_is_refused(voc: Path) -> None:

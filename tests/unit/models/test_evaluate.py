@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from models.metrics import BAND_WIDTHS, confusion_by_ring
 from models.reports import caption, format_table, summarise_image
+from models.stages import evaluate
 from models.stages.evaluate import (
     EvaluationError,
     add_arguments,
@@ -16,6 +18,7 @@ from models.stages.evaluate import (
     summarise,
     worst_first,
 )
+from service.artefact.labels import VOC_LABELS, LabelSet
 from service.artefact.manifest import Accuracy
 from service.artefact.voc import CLASSES
 
@@ -49,7 +52,7 @@ def test_the_worst_image_comes_first() -> None:
 def test_confusions_are_named_by_their_pixels() -> None:
     """The three most frequent, as fractions of the known pixels; correct pixels are none."""
     counts = counts_of(cat_cat=50, cat_dog=30, background_cat=10, dog_dog=6, cat_sheep=3, dog_cat=1)
-    summarised = summarise_image("2007_000001", counts)
+    summarised = summarise_image("2007_000001", counts, VOC_LABELS)
     assert summarised["confused"] == [
         {"truth": "cat", "prediction": "dog", "fraction": 0.3},
         {"truth": "background", "prediction": "cat", "fraction": 0.1},
@@ -64,9 +67,15 @@ def test_confusions_are_named_by_their_pixels() -> None:
 
 def test_an_image_without_a_mistake_names_none() -> None:
     """Its caption names none either."""
-    summarised = summarise_image("2007_000001", counts_of(cat_cat=5))
+    summarised = summarise_image("2007_000001", counts_of(cat_cat=5), VOC_LABELS)
     assert summarised == {"name": "2007_000001", "miou": 1.0, "confused": []}
     assert caption(summarised) == "2007_000001, mean IoU 1.00."
+
+
+def summarise_pairs(*pairs: tuple[NDArray[np.uint8], NDArray[np.uint8]]) -> dict[str, Any]:
+    """Of images' truths and predictions."""
+    counts = np.stack([confusion_by_ring(*pair, len(VOC_LABELS)) for pair in pairs])
+    return summarise(counts.sum(axis=1), counts.sum(axis=0), VOC_LABELS)
 
 
 def summary() -> dict[str, object]:
@@ -75,7 +84,7 @@ def summary() -> dict[str, object]:
     truth[:, 50:] = CAT
     wide = np.where(np.arange(100) < 47, 0, CAT)[None].repeat(40, axis=0).astype(np.uint8)
     empty = np.zeros_like(truth)
-    return summarise(np.stack([confusion_by_ring(truth, wide), confusion_by_ring(empty, empty)]))
+    return summarise_pairs((truth, wide), (empty, empty))
 
 
 def test_the_summary_is_json_and_the_manifests_accuracy() -> None:
@@ -102,7 +111,7 @@ def test_the_summary_holds_the_boundary_curve() -> None:
 def test_without_a_boundary_there_is_no_curve() -> None:
     """None in place of NaN, which JSON does not have."""
     empty = np.zeros((4, 4), dtype=np.uint8)
-    found = summarise(confusion_by_ring(empty, empty)[None])
+    found = summarise_pairs((empty, empty))
     assert found["boundary_miou"] is None
     assert set(found["boundary_miou_by_width"].values()) == {None}
 
@@ -119,6 +128,28 @@ def test_the_table_shows_interval_and_boundaries() -> None:
     assert shown["boundary_miou"] == ["0.6761"]
     assert any(line.startswith("mIoU within them") and "0.6761" in line for line in lines)
     assert any(line.startswith("this, on 2 images of val, mmseg") for line in lines)
+
+
+def test_the_table_of_another_label_set() -> None:
+    """Its own names, however long, and no figures published for VOC."""
+    labels = LabelSet(names=("background", "a rather long class name"), colors=((0, 0, 0),) * 2)
+    counts = np.array([[[3, 1], [0, 4]]], np.int64)
+    summarised = summarise(counts, counts.repeat(len(BAND_WIDTHS) + 1, axis=0), labels)
+    report = {**summarised, "split": "val", "images": 1, "protocol": "service"}
+    heading, background, named, *rest = format_table(report).splitlines()
+    assert named.startswith("a rather long class name   0.8000   ")
+    assert heading.index("IoU") == background.index("0.7500") + 3
+    assert not any("Keras-FCN" in line or "Published" in line for line in rest)
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"classes": [], "ignore_index": 255}'])
+def test_a_service_without_a_label_set_is_named(
+    body: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, in place of a traceback."""
+    monkeypatch.setattr(evaluate, "request_service", lambda url: body)
+    with pytest.raises(EvaluationError, match="http://x/classes: returned no label set"):
+        evaluate.service_labels("http://x/")
 
 
 @pytest.mark.parametrize("protocol", ["mmseg", "keras-fcn"])

@@ -15,7 +15,7 @@ from models.metrics import (
     confusion_by_ring,
     mean_iou,
 )
-from service.artefact.voc import CLASSES, IGNORE_INDEX
+from service.artefact.voc import CLASSES, IGNORE_INDEX, NUM_CLASSES
 
 MASKS = hnp.arrays(
     np.uint8,
@@ -125,7 +125,9 @@ def test_rings_add_up_to_the_image(truth: NDArray[np.uint8], predicted: int) -> 
     prediction = np.full_like(truth, predicted)
     matrix = ConfusionMatrix()
     matrix.update(truth, prediction)
-    assert np.array_equal(confusion_by_ring(truth, prediction).sum(axis=0), matrix.counts)
+    assert np.array_equal(
+        confusion_by_ring(truth, prediction, NUM_CLASSES).sum(axis=0), matrix.counts
+    )
 
 
 def test_bands_of_a_straight_edge() -> None:
@@ -134,7 +136,7 @@ def test_bands_of_a_straight_edge() -> None:
     truth[:, :50], truth[:, 50:52] = 0, IGNORE_INDEX
     # Wrong in the 4 columns left of the line.
     prediction = np.where(np.arange(102) < 46, 0, 8)[None].repeat(50, axis=0).astype(np.uint8)
-    bands = confusion_by_ring(truth, prediction).cumsum(axis=0)
+    bands = confusion_by_ring(truth, prediction, NUM_CLASSES).cumsum(axis=0)
     for band, width in zip(bands, (*BAND_WIDTHS, 50), strict=True):
         wrong = min(4, width)
         assert band.sum() == 50 * 2 * width
@@ -145,6 +147,20 @@ def test_bands_of_a_straight_edge() -> None:
 def test_shapes_and_ids_are_checked_by_ring_too() -> None:
     """As for the whole image."""
     with pytest.raises(ValueError, match="truth is"):
-        confusion_by_ring(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8))
+        confusion_by_ring(np.zeros((2, 2), np.uint8), np.zeros((2, 3), np.uint8), NUM_CLASSES)
     with pytest.raises(ValueError, match="not a class id"):
-        confusion_by_ring(np.zeros((1, 1), np.uint8), np.full((1, 1), 255, np.uint8))
+        confusion_by_ring(np.zeros((1, 1), np.uint8), np.full((1, 1), 255, np.uint8), NUM_CLASSES)
+
+
+def test_a_matrix_has_its_label_sets_classes() -> None:
+    """Whole and by ring: class 4 of five counts, 5 is not a class id."""
+    truth, prediction = np.array([[0, 4, 255]], np.uint8), np.array([[0, 4, 1]], np.uint8)
+    matrix = ConfusionMatrix.empty(5)
+    matrix.update(truth, prediction)
+    assert matrix.counts.shape == (5, 5)
+    assert matrix.mean_iou() == 1
+    assert np.array_equal(confusion_by_ring(truth, prediction, 5).sum(axis=0), matrix.counts)
+    with pytest.raises(ValueError, match="5, which is not a class id"):
+        matrix.update(truth, np.full_like(truth, 5))
+    with pytest.raises(ValueError, match="5, which is not a class id"):
+        confusion_by_ring(truth, np.full_like(truth, 5), 5)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+from models.checkpoint import Trained
 from models.networks import NETWORKS, build_network
 from models.networks.densenet import DenseBlock, DenseNet121
 from models.networks.segmentation import Backbone, LinearHead, Normalize, SegmentationNetwork
@@ -17,6 +18,7 @@ from models.networks.vgg16 import VGG16
 from models.recipe import load_recipe
 from models.stages.export import ExportError, export, make_contract
 from service.artefact.contract import ModelContract
+from service.artefact.labels import MAX_CLASSES, VOC_LABELS
 
 COST = {
     "fcn_resnet50_32s": (23_551_061, 21.364e9),
@@ -212,12 +214,13 @@ class Misordered(Backbone):
 @pytest.mark.slow
 def test_a_batch_norm_that_was_not_folded_is_refused() -> None:
     """It would cost time in every run of the graph."""
-    network = SegmentationNetwork(stride=8, backbone=Misordered(), classifier=LinearHead(64))
+    network = SegmentationNetwork(stride=8, backbone=Misordered(), classifier=LinearHead(64, 21))
     for parameter in network.parameters():
         parameter.data = parameter.half().float()
     recipe = load_recipe(Path(models.__file__).parent / "recipes" / "cpu.toml")
+    contract = make_contract("misordered", "1", Trained(network, recipe, VOC_LABELS))
     with pytest.raises(ExportError, match="BatchNorm was not folded"):
-        export(network, make_contract("misordered", "1", network, recipe))
+        export(network, contract)
 
 
 def test_normalisation_is_imagenets() -> None:
@@ -226,6 +229,15 @@ def test_normalisation_is_imagenets() -> None:
     out = Normalize()(torch.cat([mean * 255, torch.full((1, 3, 1, 1), 255.0)]))
     torch.testing.assert_close(out[0], torch.zeros(3, 1, 1), atol=1e-6, rtol=0)
     assert out[1].flatten().tolist() == pytest.approx([2.2489, 2.4286, 2.6400], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_have_the_label_sets_classes(name: str) -> None:
+    """Any number of classes, from one to the most that a label set has."""
+    for classes in (1, MAX_CLASSES):
+        with torch.device("meta"):
+            network = build_network(name, classes).eval()
+        assert network(torch.zeros(1, 3, 32, 32, device="meta")).shape[1] == classes
 
 
 def test_an_unknown_network_is_named() -> None:
