@@ -22,6 +22,7 @@ PAGES = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     *(f"{name}/README.md" for name in ("docker", "models", "service", "tests/benchmarks")),
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 ASTRONAUT: npt.NDArray[np.uint8] = data.astronaut()  # type: ignore[no-untyped-call]
 
