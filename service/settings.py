@@ -22,6 +22,9 @@ from service.errors import SettingsError
 ENV_PREFIX: Final = "FCN_"
 API_KEY_VARIABLE: Final = "FCN_API_KEY"
 """The key that clients send; no setting of a service, which knows keys by their hashes alone."""
+REMOVED: Final = {"min_side": "; it was removed in 0.2.0: the least max_side is 64"}
+"""Settings of earlier releases, and what an error says about them."""
+
 DEFAULT_MODEL: Final = (
     Path(__file__).parent.parent / "models" / "artifacts" / "context_fcn_resnet50_8s"
 )
@@ -255,6 +258,7 @@ def load_settings(
         if variable.startswith(ENV_PREFIX) and name not in Settings.model_fields:
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)
             hint = f"; did you mean {ENV_PREFIX}{close[0].upper()}?" if close else ""
+            hint = REMOVED.get(name, hint)
             raise SettingsError(f"unknown setting {variable}{hint}")
     try:
         settings = Settings(**overrides)

@@ -274,9 +274,7 @@ class Options(BaseModel):
         description="comma-separated names of the classes that the view is limited to (default: "
         "all); `GET /classes` lists them",
     )
-    max_side: int | None = Field(
-        None, ge=MIN_SIDE, description="longest side that the network sees, pixels"
-    )
+    max_side: int | None = Field(None, description="longest side that the network sees, pixels")
     mask: MaskFormat = Field(
         "rle",
         description="form of the mask in JSON: `rle`: COCO's run lengths, per class. "

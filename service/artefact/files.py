@@ -22,7 +22,8 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    # Without the file's own name, which may be as long as names can be.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     # Not tempfile: its files are private to their owner, this one is readable like any new file.
     with temporary.open("xb") as file:
         try:

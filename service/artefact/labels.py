@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from functools import cached_property
 from typing import Annotated, Final, Self
@@ -24,9 +23,13 @@ Level = Annotated[int, Field(ge=0, le=255)]
 Color = tuple[Level, Level, Level]
 """RGB, each channel in [0, 255]."""
 
-# In queries and on the command line, commas separate class names.
-_NAME: Final = re.compile(r"[^\s,\x00-\x1f\x7f]([^,\x00-\x1f\x7f]*[^\s,\x00-\x1f\x7f])?")
 _LONGEST_NAME: Final = 64
+
+
+def _is_name(text: str) -> bool:
+    """Whether ``text`` can be an item of a comma-separated list, in JSON and in headings."""
+    printable = text.isprintable() and text == text.strip()
+    return printable and 0 < len(text) <= _LONGEST_NAME and "," not in text
 
 
 class LabelSet(BaseModel):
@@ -47,7 +50,7 @@ class LabelSet(BaseModel):
     @classmethod
     def _names_are_distinct_words(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for index, name in enumerate(names):
-            if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+            if not _is_name(name):
                 raise ValueError(
                     f"class {index}: {name[:_LONGEST_NAME]!r} is not a name of 1 to "
                     f"{_LONGEST_NAME} characters without commas"

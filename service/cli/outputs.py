@@ -113,8 +113,9 @@ class OutputFiles:
 class CocoFile:
     """One COCO file for all photos, with one annotation per photo and class.
 
-    Until all photos are done, each photo's record is a line of a partial file, from which a later
-    run resumes. ``overwrite`` discards the records of earlier runs.
+    Until all photos are done, each photo's record is a line of a partial file, after a line with
+    the categories. A later run resumes from it if its model has the same classes. ``overwrite``
+    discards the records of earlier runs.
     """
 
     names: Mapping[Path, str]
@@ -122,6 +123,7 @@ class CocoFile:
     overwrite: bool = False
     _labels: LabelSet = field(default=VOC_LABELS, init=False)
     _class_ids: Collection[int] = field(default=VOC_LABELS.foreground, init=False)
+    _earlier: dict[int, str] = field(default_factory=dict, init=False)
     _records: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -144,13 +146,23 @@ class CocoFile:
         return cls(names, out, overwrite)
 
     def set_classes(self, labels: LabelSet, chosen: Collection[int] | None) -> None:
-        """Set the categories: the classes ``chosen`` of ``labels``, or all except background."""
+        """Set the categories: the classes ``chosen`` of ``labels``, or all except background.
+
+        Raises `SettingsError` if records of earlier runs have other classes.
+        """
+        names = dict(enumerate(labels.names))
+        for class_id, name in self._earlier.items():
+            if names.get(class_id) != name:
+                raise SettingsError(
+                    f"{self.out}: in the annotations of an earlier run class {class_id} is "
+                    f"{name!r}, unlike this model's; --overwrite replaces them"
+                )
         self._labels = labels
         self._class_ids = labels.foreground if chosen is None else chosen
 
     def is_complete(self) -> bool:
         """Whether the COCO file exists and contains every record."""
-        return (self.out / COCO_NAME).exists() and not self._part.exists()
+        return not (self.overwrite or self._part.exists()) and (self.out / COCO_NAME).exists()
 
     @property
     def photos(self) -> Collection[Path]:
@@ -173,6 +185,9 @@ class CocoFile:
         with self._lock:
             self.out.mkdir(parents=True, exist_ok=True)
             with self._part.open("a", encoding="utf-8") as file:
+                if not file.tell():
+                    names = dict(enumerate(self._labels.names))
+                    file.write(json.dumps({"categories": names}) + "\n")
                 file.write(line)
             self._records[name] = record
 
@@ -214,6 +229,7 @@ class CocoFile:
             }
             for one in whole["annotations"]:
                 records[one["image_id"]]["annotations"].append(one)
+            self._earlier |= {one["id"]: one["name"] for one in whole["categories"]}
         except FileNotFoundError:
             return
         except (ValueError, KeyError, TypeError) as exc:
@@ -224,10 +240,16 @@ class CocoFile:
 
     def _unfinished(self) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
+            names = dict(enumerate(VOC_LABELS.names))  # those of 0.1.0, which wrote no categories
             for line in self._part.read_text(encoding="utf-8").splitlines():
                 # The last line may be incomplete.
                 with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+                    record = json.loads(line)
+                    if "categories" in record:
+                        names = {int(index): name for index, name in record["categories"].items()}
+                    else:
+                        yield record
+            self._earlier |= names
 
 
 def _annotation(found: SegmentedClass) -> dict[str, Any]:

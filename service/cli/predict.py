@@ -26,7 +26,7 @@ from service.schemas import LabelMap
 from service.segmenter import ViewJob
 from service.settings import Settings, env_name, given_settings, load_settings
 from service.telemetry import logs
-from service.views import VIEWS, MaskFormat, Options, ViewName, check_side
+from service.views import JSON, VIEWS, MaskFormat, Options, ViewName, check_side
 
 if TYPE_CHECKING:
     from service.client import AsyncClient
@@ -163,7 +163,8 @@ def predict(
             f"fcn-segment: {done} of {total} photos are done already (--overwrite repeats them)",
             file=sys.stderr,
         )
-    if not photos and outputs.is_complete():
+    # The names of classes are known only once the model is open.
+    if not photos and arguments.classes is None and outputs.is_complete():
         return 0
     opened = _embedded(settings, arguments) if url is None else _remote(url, model, arguments.jobs)
     return asyncio.run(_predict_all(opened, photos, outputs, options, done))
@@ -232,9 +233,12 @@ async def _remote(url: str, model: str | None, jobs: int | None) -> AsyncIterato
             raise RemoteError(str(exc)) from exc
 
     async def predict(data: bytes, options: Options) -> bytes:
-        query = options.model_dump(exclude_none=True)
+        media_type = VIEWS[options.view].media_types[0]
+        # `Accept` selects JSON, so that services of 0.1.0, without a view of that name, answer too.
+        exclude = {"view"} if media_type == JSON else None
+        query = options.model_dump(exclude_none=True, exclude=exclude)
         with translated():
-            return await client.fetch(data, VIEWS[options.view].media_types[0], query)
+            return await client.fetch(data, media_type, query)
 
     with translated():
         client = AsyncClient(url)

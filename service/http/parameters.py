@@ -16,12 +16,15 @@ ModelQuery = Annotated[
 
 
 async def get_options(service: ReadyServiceDep, options: Annotated[Options, Query()]) -> Options:
-    """The options of a request. Raises `InvalidParameter`, `Draining`."""
+    """The options of a request, checked before its body is read.
+
+    Raises `InvalidParameter`, `Draining`, `UnknownModel` or `ModelUnavailable`.
+    """
     check_side(options.max_side, service.settings.max_side)
-    loaded = service.engines.loaded(options.model)
-    if loaded is not None:
-        # Before the photo is read. A model that is not loaded yet checks the names later.
-        loaded.contract.labels.ids(options.class_names)
+    if options.classes is not None:
+        # This loads the model, as the photo would: only then are its classes known.
+        async with service.engines.use(options.model) as engine:
+            engine.model.contract.labels.ids(options.class_names)
     return options
 
 

@@ -19,11 +19,27 @@ from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 from service.artefact import voc
 from service.artefact.labels import VOC_LABELS, LabelSet
 from service.cli.main import main
+from service.cli.outputs import CocoFile
 from service.client import Client
+from service.errors import InvalidParameter
+from service.images.brush_rle import RowRuns
+from service.inference.upsampling import Labels
+from service.routes.protocols.label_config import class_ids, parse_label_config
+from service.routes.protocols.label_studio import _BrushJob
+from service.schemas import ModelName, Segmentation
 from service.settings import Settings
 from service.telemetry import logs
+from service.views import Scene
 from tests.artefacts import build_artefact, encode, make_contract, paint
-from tests.clients import InProcess, Server, drained, in_process, mask_of, serving
+from tests.clients import (
+    InProcess,
+    Server,
+    assert_problem,
+    drained,
+    in_process,
+    mask_of,
+    serving,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -34,6 +50,12 @@ ROOM = LabelSet(
 STREET = LabelSet(
     names=("background", *(f"thing {number}" for number in range(1, 150))),
     colors=[tuple(color) for color in voc.FULL_PALETTE[:150].tolist()],
+)
+
+
+CONFIG = (
+    '<View><Image name="img" value="$picture"/><BrushLabels name="tag" toName="img">'
+    '<Label value="{}"/></BrushLabels></View>'
 )
 
 
@@ -207,22 +229,17 @@ async def test_hugging_face(client: InProcess, case: Case) -> None:
 
 async def test_label_studio(client: InProcess, case: Case) -> None:
     """A configuration's labels match the model's classes; VOC's match none."""
-
-    def config(label: str) -> str:
-        return (
-            '<View><Image name="img" value="$picture"/><BrushLabels name="tag" toName="img">'
-            f'<Label value="{label}"/></BrushLabels></View>'
-        )
-
     picture = "data:image/png;base64," + base64.b64encode(case.photo).decode()
     body = {
         "tasks": [{"data": {"picture": picture}}],
-        "label_config": config(case.names[0].upper()),
+        "label_config": CONFIG.format(case.names[0].upper()),
     }
     (found,) = (await client.http.post("/label-studio/predict", json=body)).json()["results"]
     assert found["model_version"] == "own-1"
     assert [one["value"]["brushlabels"] for one in found["result"]] == [[case.names[0].upper()]]
-    refused = await client.http.post("/label-studio/setup", json={"schema": config("aeroplane")})
+    refused = await client.http.post(
+        "/label-studio/setup", json={"schema": CONFIG.format("aeroplane")}
+    )
     assert refused.status_code == 422
     assert case.names[0] in refused.json()["error"]
 
@@ -295,3 +312,75 @@ def test_the_client_and_predict_by_a_service(server: Server, case: Case, tmp_pat
     arguments = ["predict", str(photo), "--url", server.url, "--format", "coco", "--out"]
     assert main([*arguments, str(tmp_path / "coco")]) == 0
     check_coco(tmp_path / "coco", case)
+
+
+@pytest.mark.usefixtures("logging_as_it_is")
+def test_coco_files_of_other_classes_are_not_resumed(
+    artefact: Path, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a whole file nor a partial one: its ids would get the new model's names."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(case.photo)
+    out = tmp_path / "out"
+    first, both = [str(tmp_path / "a.png")], [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    options = ["--format", "coco", "--out", str(out), "--model"]
+    vocs = str(artefact.parent / "vocs")
+    assert main(["predict", *first, *options, vocs]) == 0
+    assert main(["predict", *both, *options, str(artefact)]) == 2
+    assert "of an earlier run class 1 is 'aeroplane', unlike this" in capsys.readouterr().err
+    assert main(["predict", *both, *options, vocs]) == 0
+
+    (out / "annotations.json").unlink()
+    unfinished = CocoFile({tmp_path / "a.png": "a.png"}, out)
+    unfinished.set_classes(case.labels, None)
+    unfinished.add(tmp_path / "a.png", answered(case))
+    assert main(["predict", *both, *options, vocs]) == 2
+    assert main(["predict", *both, *options, str(artefact)]) == 0
+    check_coco(out, case)
+    assert main(["predict", *both, *options, vocs, "--overwrite"]) == 0
+
+
+def answered(case: Case) -> bytes:
+    """The JSON of a photo without any class."""
+    answer = Segmentation(
+        width=case.mask.shape[1],
+        height=case.mask.shape[0],
+        model=ModelName(name="own", version="1"),
+        classes=[],
+        timing_ms={},
+    )
+    return answer.model_dump_json().encode()
+
+
+def test_brush_labels_are_those_of_the_answering_model() -> None:
+    """A reload may replace the model between a configuration's check and a photo's answer."""
+    before = LabelSet(names=("background", "cat", "dog"), colors=ROOM.colors[:3])
+    after = LabelSet(names=("background", "dog", "cat"), colors=ROOM.colors[:3])
+    (control,) = parse_label_config(CONFIG.format("Cat"), before)
+    mask = np.array([[0, 1, 2, 2]], dtype=np.uint8)
+    labels = Labels(mask, np.full_like(mask, 255))
+    for label_set, pixels in ((before, mask == 1), (after, mask == 2)):
+        scene = Scene(labels, make_contract(labels=label_set))
+        (region,) = _BrushJob(b"", [control]).write(scene)
+        assert region.value.brushlabels == ["Cat"]
+        assert region.value.rle == list(RowRuns.of(pixels.astype(np.uint8)).brush([1]))
+
+
+def test_a_class_without_letters_is_meant_by_its_very_name() -> None:
+    """Names are compared by letters and digits, and such a name has none."""
+    odd = LabelSet(names=("background", "???", "-"), colors=ROOM.colors[:3])
+    (control,) = parse_label_config(CONFIG.format("???"), odd)
+    assert class_ids(control.labels["???"], odd) == {1}
+    with pytest.raises(InvalidParameter, match="no label is one of the classes"):
+        parse_label_config(CONFIG.format("anything"), odd)
+
+
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+async def test_a_class_is_checked_before_the_photo(
+    client: InProcess, case: Case, path: str
+) -> None:
+    """By the model that is asked for, in memory or not."""
+    answer = await client.http.post(
+        path, files=[("image", case.photo)], params={"classes": case.names[0], "model": "vocs"}
+    )
+    assert_problem(answer, 422, "invalid-parameter")

@@ -108,6 +108,8 @@ def test_existing_outputs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == f"fcn-segment: 1 of 2 {again}"
     assert main([*command, "--model", str(tmp_path / "nothing")]) == 0
     assert capsys.readouterr().err == f"fcn-segment: 2 of 2 {again}"
+    assert main([*command, "--classes", "unicorn"]) == 2
+    assert "--classes: no class 'unicorn'" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--jobs", "8"]) == 0
     with Image.open(out / "a.png") as image:
         assert image.mode == "P"
@@ -188,9 +190,9 @@ def test_a_coco_file_is_resumed(
         assert main(command) == 130
     assert [path.name for path in out.iterdir()] == ["annotations.jsonl.part"]
     lines = (out / "annotations.jsonl.part").read_text().splitlines(keepends=True)
-    assert len(lines) == 3
+    assert len(lines) == 4  # the categories, and a photo each
     # The second photo is missing, and the third photo's line is incomplete.
-    (out / "annotations.jsonl.part").write_text(lines[0] + lines[2][:50])
+    (out / "annotations.jsonl.part").write_text(lines[0] + lines[1] + lines[3][:50])
     assert main(command) == 0
     assert "1 of 3 photos are done already" in capsys.readouterr().err
     whole = json.loads((out / "annotations.json").read_text())
@@ -209,6 +211,11 @@ def test_a_coco_file_is_resumed(
     assert main([*command, "--overwrite"]) == 0
     replaced = json.loads((out / "annotations.json").read_text())
     assert [one["file_name"] for one in replaced["images"]] == ["b.png", "c.png", "d.png"]
+
+    for photo in photos.iterdir():
+        photo.unlink()
+    assert main([*command, "--overwrite"]) == 0
+    assert json.loads((out / "annotations.json").read_text())["images"] == []
 
     (out / "annotations.json").write_text("[]")
     assert main(command) == 2
@@ -301,6 +308,28 @@ def test_a_service_that_is_unreachable_or_stops(
         "fcn-segment: it broke; rerun the command to resume"
     ]
     assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+def test_json_is_asked_for_as_every_release_answers_it(
+    tmp_path: Path, protocol_server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `Accept` alone: services of 0.1.0 have no view of that name."""
+    (tmp_path / "a.png").write_bytes(PHOTO)
+    asked: list[tuple[str, bool]] = []
+    fetch = AsyncClient.fetch
+
+    async def noted(
+        self: AsyncClient, photo: bytes, media_type: str, query: Mapping[str, Any]
+    ) -> bytes:
+        asked.append((media_type, "view" in query))
+        return await fetch(self, photo, media_type, query)
+
+    monkeypatch.setattr(AsyncClient, "fetch", noted)
+    command = ["predict", str(tmp_path / "a.png"), "--url", protocol_server.url, "--out"]
+    for name in ("json", "coco", "overlay"):
+        assert main([*command, str(tmp_path / name), "--format", name]) == 0
+    json_type = "application/json"
+    assert asked == [(json_type, False), (json_type, False), ("image/png", True)]
 
 
 def test_a_service_needs_httpx(

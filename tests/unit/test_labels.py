@@ -44,7 +44,10 @@ def test_at_most_255_classes() -> None:
         LabelSet(names=(), colors=())
 
 
-@pytest.mark.parametrize("name", ["", " chair", "chair ", "a,b", "a\nb", "a\x7f", "n" * 65])
+@pytest.mark.parametrize(
+    "name",
+    ["", " chair", "chair ", "a,b", "a\nb", "a\x7f", "\ud800", "a\u202eb", "\u200b", "n" * 65],
+)
 def test_a_name_is_one_word_of_a_list(name: str) -> None:
     """Names must fit into comma-separated lists and headings."""
     with pytest.raises(ValidationError, match=r"class 1: .* is not a name"):

@@ -49,6 +49,7 @@ def test_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         ("FCN_CORS_ORIGINS", "https://a/", "FCN_CORS_ORIGINS: .*got 'https://a/'"),
         ("FCN_CORS_ORIGINS", "", "FCN_CORS_ORIGINS: .*got ''"),
         ("FCN_MAX_BYTE", "1", "unknown setting FCN_MAX_BYTE; did you mean FCN_MAX_BYTES?"),
+        ("FCN_MIN_SIDE", "64", "unknown setting FCN_MIN_SIDE; it was removed in 0.2.0"),
         ("FCN_MAX_SIDE", "63", "FCN_MAX_SIDE: .*greater than or equal to 64"),
     ],
 )

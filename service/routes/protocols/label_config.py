@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -22,14 +23,14 @@ _DECLARATION: Final = re.compile(r"<!(DOCTYPE|ENTITY)", re.IGNORECASE)
 class BrushControl:
     """A ``<BrushLabels>`` tag over an ``<Image>``.
 
-    ``data_key``: key of the image in a task's data; ``labels``: the class ids of each label that
-    stands for at least one class, in the configuration's order.
+    ``data_key``: key of the image in a task's data; ``labels``: the names by which each label may
+    stand for classes, in the configuration's order; see `class_ids`.
     """
 
     from_name: str
     to_name: str
     data_key: str
-    labels: dict[str, frozenset[int]]
+    labels: dict[str, frozenset[str]]
 
 
 def parse_label_config(config: str, label_set: LabelSet) -> list[BrushControl]:
@@ -59,24 +60,34 @@ def parse_label_config(config: str, label_set: LabelSet) -> list[BrushControl]:
             labels = {}
             for child in tag.findall("Label"):
                 name = child.get("alias") or child.get("value")
-                if name and (class_ids := _class_ids(child, label_set)):
-                    labels[name] = class_ids
+                if name:
+                    labels[name] = _names(child)
             controls.append(BrushControl(from_name, to_name, images[to_name], labels))
     if not controls:
         raise InvalidParameter('label_config: no <BrushLabels> over an <Image value="$...">')
-    if not any(control.labels for control in controls):
+    if not any(class_ids(names, label_set) for one in controls for names in one.labels.values()):
         raise InvalidParameter(
             f"label_config: no label is one of the classes {', '.join(label_set.names)}"
         )
     return controls
 
 
-def _class_ids(tag: ET.Element, label_set: LabelSet) -> frozenset[int]:
+def class_ids(names: Collection[str], label_set: LabelSet) -> frozenset[int]:
+    """The classes of ``label_set`` that a label of these names stands for."""
+    # A class whose name has no letter or digit is meant only by that very name.
+    plain = {_plain(name) for name in names} - {""}
+    return frozenset(
+        index
+        for index, name in enumerate(label_set.names)
+        if name in names or _plain(name) in plain
+    )
+
+
+def _names(tag: ET.Element) -> frozenset[str]:
     names = [tag.get("value", ""), tag.get("alias", "")]
     if tag.get("predicted_values"):
         names = tag.get("predicted_values", "").split(",")
-    plain = {_plain(name) for name in names}
-    return frozenset(index for index, name in enumerate(label_set.names) if _plain(name) in plain)
+    return frozenset(name.strip() for name in names if name.strip())
 
 
 def _plain(name: str) -> str:

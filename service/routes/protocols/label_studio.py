@@ -18,6 +18,7 @@ from fastapi import Request, Response
 from pydantic import Field
 
 from service.artefact.contract import ModelContract
+from service.artefact.labels import LabelSet
 from service.errors import ImageError, MalformedRequest, RequestError
 from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
@@ -27,7 +28,11 @@ from service.http.uploads import read_body
 from service.images.brush_rle import RowRuns
 from service.images.decoding import decode
 from service.inference.upsampling import Labels
-from service.routes.protocols.label_config import BrushControl, parse_label_config
+from service.routes.protocols.label_config import (
+    BrushControl,
+    class_ids,
+    parse_label_config,
+)
 from service.routes.protocols.label_studio_images import LabelStudioImages
 from service.routes.protocols.messages import Message, parse, read_image_body, request_body
 from service.runtime import Service
@@ -223,21 +228,25 @@ class _BrushJob:
         return Reading(photo, side, with_confidence=True, file_bytes=len(self.data))
 
     def write(self, scene: Scene) -> list[BrushRegion]:
-        return _regions(scene.labels, self.controls)
+        # By the answering model's own classes: a reload may have replaced the one that the
+        # configuration was checked against.
+        return _regions(scene.labels, scene.contract.labels, self.controls)
 
 
-def _regions(labels: Labels, controls: Sequence[BrushControl]) -> list[BrushRegion]:
+def _regions(
+    labels: Labels, label_set: LabelSet, controls: Sequence[BrushControl]
+) -> list[BrushRegion]:
     height, width = labels.mask.shape
     runs = RowRuns.of(labels.mask)
     pixels = runs.counts()
     confidence = labels.class_confidence()
     regions = []
     for control in controls:
-        for name, class_ids in control.labels.items():
-            ids = sorted(class_ids)
+        for name, names in control.labels.items():
+            ids = sorted(class_ids(names, label_set))
             if not pixels[ids].any():
                 continue
-            value = BrushValue(rle=list(runs.brush(class_ids)), brushlabels=[name])
+            value = BrushValue(rle=list(runs.brush(ids)), brushlabels=[name])
             regions.append(
                 BrushRegion(
                     id=uuid.uuid4().hex[:10],

@@ -110,6 +110,7 @@ class Inference:
         self._id: str | None = None
         self._outputs: dict[str, bool] = {}
         self._leading: list[int] = []
+        self._file_bytes: int | None = None
 
     def read(self, max_pixels: int, contract: ModelContract) -> Reading:
         """The photo. Raises `RequestError` or `ImageError`."""
@@ -120,10 +121,12 @@ class Inference:
         max_side = self._max_side(parameters) or contract.working_size
         if [tensor.name for tensor in request.inputs] != [IMAGE]:
             raise MalformedRequest(f"inputs: must be one tensor, {IMAGE!r}")
+        photo = self._photo(request.inputs[0], max_pixels, max_side)
         return Reading(
-            self._photo(request.inputs[0], max_pixels, max_side),
+            photo,
             max_side,
             with_confidence=CONFIDENCE in self._outputs,
+            file_bytes=self._file_bytes,
         )
 
     def write(self, scene: Scene) -> tuple[bytes, int | None]:
@@ -161,7 +164,9 @@ class Inference:
             if tensor.shape not in ([1], [1, 1]):
                 raise MalformedRequest(f"{IMAGE}: BYTES must have the shape [1], one image file")
             self._leading = [1] * (len(tensor.shape) - 1)
-            return decode(self._file(tensor, binary), max_pixels, max_side)
+            data = self._file(tensor, binary)
+            self._file_bytes = len(data)
+            return decode(data, max_pixels, max_side)
         if tensor.datatype != "UINT8":
             raise MalformedRequest(f"{IMAGE}: datatype must be UINT8 or BYTES")
         *self._leading, height, width, channels = _image_shape(tensor.shape)
