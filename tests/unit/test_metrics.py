@@ -203,6 +203,7 @@ async def test_a_dead_peer_is_reported(folder: Path, two_peers: AsyncExitStack) 
     assert set((await WorkerPeers(folder, 1).gather()).values()) == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_a_peer_that_hangs_is_not_waited_for(folder: Path, two_peers: AsyncExitStack) -> None:
     """The other workers' metrics are returned.

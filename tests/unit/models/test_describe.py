@@ -28,6 +28,7 @@ def stages(name: str) -> dict[str, Stage]:
     return {stage.name: stage for stage in structure(name).stages}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_totals_are_the_networks(name: str) -> None:
     """Every parameter is in one stage and one layer; multiply-adds equal PyTorch's count."""
