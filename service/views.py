@@ -241,8 +241,7 @@ VIEWS: Final[dict[ViewName, View]] = {
         ),
         View(
             "json",
-            "statistics and the mask of each class that is present; `Accept: application/json` "
-            "selects it for any view",
+            "statistics and the mask of each class that is present",
             (JSON,),
             _render_json,
             parameters=("mask",),
@@ -266,7 +265,8 @@ class Options(BaseModel):
 
     view: ViewName = Field(
         "mask",
-        description=". ".join(f"`{view.name}`: {view.description}" for view in VIEWS.values()),
+        description=". ".join(f"`{view.name}`: {view.description}" for view in VIEWS.values())
+        + ". `Accept: application/json` selects `json` in place of any other",
     )
     alpha: float = Field(0.5, ge=0, le=1, description="weight of the colours in an overlay")
     classes: str | None = Field(

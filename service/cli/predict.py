@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--view",
         choices=FORMATS,
         default="mask",
+        metavar="FORMAT",
         help="one file per photo: "
         + "; ".join(f"{view.name}, {view.description}" for view in VIEWS.values())
         + "; or voc, a folder in VOC's layout; or coco, one COCO file (default mask)",
