@@ -33,7 +33,7 @@ TWELVE_MEGAPIXELS = (3000, 4000)
 
 
 def assert_same(task: DeviceTask, found: Labels, wanted: Labels) -> None:
-    """Equal except near ties, of which a small photo may have one; confidences within 2 levels."""
+    """Equal except near ties, at most one in a small photo; confidences within 2 levels."""
     assert found.mask.shape == task.geometry.photo
     differs = found.mask != wanted.mask
     assert differs.sum() <= max(1, NEAR_TIES * differs.size)

@@ -1,6 +1,8 @@
 """The command line's help and usage errors; tests/integration runs its commands."""
 
 import hashlib
+import subprocess
+import sys
 
 import pytest
 
@@ -67,3 +69,19 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"fcn-segment {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("key", {"fastapi", "uvicorn", "onnxruntime", "numpy", "pydantic"}),
+        ("predict", {"fastapi", "starlette", "uvicorn", "httpx"}),
+    ],
+)
+def test_a_command_loads_only_what_it_needs(module: str, absent: set[str]) -> None:
+    """`key` starts at once, and `predict` uses the service without HTTP."""
+    code = f"import sys, service.cli.main, service.cli.{module}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not absent & set(done.stdout.split())

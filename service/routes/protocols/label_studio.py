@@ -262,7 +262,7 @@ def _regions(
 
 
 def _contract(service: Service) -> ModelContract:
-    """That of the model that answers, the default one."""
+    """The contract of the default model, which answers."""
     return service.engines.default.model.contract
 
 
