@@ -103,8 +103,8 @@ class Engines:
         for engine in (*self.opened, *self._retiring):
             engine.batcher.abandon()
 
-    def loaded(self, name: str | None) -> ServedModel | None:
-        """Return the model of that name (None: the default) if it is in memory."""
+    def loaded(self, name: str) -> ServedModel | None:
+        """Return the model of that name if it is in memory."""
         engine = self._find(name)
         return engine.model if engine is not None else None
 
