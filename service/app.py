@@ -20,6 +20,7 @@ from service.http.access import Access
 from service.http.dependencies import LifespanState
 from service.http.middleware import RequestContext
 from service.http.routers import RouteFlags
+from service.http.uploads import Leases
 from service.inference.session import InferenceSession
 from service.routes import batch, catalogue, health, metrics, page, segment
 from service.routes.protocols import hugging_face, label_studio, open_inference
@@ -166,6 +167,7 @@ def create_app(
         telemetry=_NO_TELEMETRY if traces is None else traces.telemetry,
     )
     app.max_side = settings.max_side
+    app.add_middleware(Leases)
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -195,6 +195,11 @@ class RemoteQueue:
         """0: the devices watch their own batches."""
         return 0.0
 
+    @property
+    def usual_s(self) -> float:
+        """0: this process does not know how fast the devices are."""
+        return 0.0
+
     def retry_after_s(self, ahead: int) -> float:
         """A second: this process does not know how fast the devices are."""
         return 1.0

@@ -23,10 +23,13 @@
     │   ├── UnsupportedImageType  the image has no allowed format
     │   ├── UndecodableImage      the image is broken or truncated
     │   ├── ImageTooLarge         the image has too many pixels
+    │   ├── TooExpensive          the image costs far more than its size
     │   └── ImageUnavailable      the image could not be fetched from its URL
     ├── RemoteError               a remote service failed
     │   └── RemoteLost            the remote service cannot be reached
     ├── ModelUnavailable          a model that is loaded on demand cannot be loaded
+    ├── WorkersUnavailable        no image worker can be started
+    ├── WorkerLost                the process that worked on the photo was lost
     ├── Overloaded                the queue is full; retry later
     ├── Draining                  the service is shutting down
     ├── DeadlineExceeded          the deadline passed before the answer was ready
@@ -125,7 +128,14 @@ class UndecodableImage(ImageError):
 
 
 class ImageTooLarge(ImageError):
-    """The image has more pixels than allowed. Its header is checked before it is decoded."""
+    """The image has more pixels, or needs more memory, than allowed.
+
+    Its header is checked before it is decoded.
+    """
+
+
+class TooExpensive(ImageError):
+    """Decoding or encoding the image takes far more time or memory than others of its size."""
 
 
 class ImageUnavailable(ImageError):
@@ -142,6 +152,14 @@ class RemoteLost(RemoteError):
 
 class ModelUnavailable(SegmentError):
     """A model that is loaded on demand cannot be loaded. The log has the reason."""
+
+
+class WorkersUnavailable(SegmentError):
+    """No image worker can be started. The message is one line."""
+
+
+class WorkerLost(SegmentError):
+    """The process that worked on the photo was lost, and so was the one that tried it again."""
 
 
 class Overloaded(SegmentError):

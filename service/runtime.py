@@ -6,22 +6,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
-from service.errors import Draining
-from service.images.decoding import keep_readers_quiet
+from service.errors import Draining, SettingsError
 from service.inference.engine import CPU_QUEUE, GPU_QUEUE, Engine, open_engine
 from service.inference.engines import Engines
 from service.inference.session import InferenceSession, available_cores
-from service.segmenter import POOL_THREAD_NAME, Segmenter
-from service.settings import Settings
-from service.telemetry.metrics import EngineFacts, Families, Metrics, Peers
+from service.memory import MemoryAccount, resident_bytes
+from service.segmenter import SMALL_BYTES, PhotoLimits, Segmenter
+from service.settings import Settings, default_memory_mb
+from service.telemetry.metrics import (
+    EngineFacts,
+    Families,
+    Metrics,
+    Peers,
+)
+from service.workers.pool import WorkerPool
+from service.workers.template import TEMPLATE
 
 if TYPE_CHECKING:  # needs the extra `tracing`
     from service.telemetry.tracing import Traces
@@ -44,8 +51,7 @@ class Service:
 
     ``concurrency``: the number of concurrent photos that keeps both the pool and the device busy;
     ``peers``: the other processes behind the same address, if any; ``traces``: records spans, if
-    configured; ``requests``: ids of the requests in progress; ``body_bytes``: bytes of request
-    bodies in memory.
+    configured; ``requests``: ids of the requests in progress.
     """
 
     settings: Settings
@@ -57,7 +63,6 @@ class Service:
     traces: Traces | None = None
     phase: Phase = Phase.STARTING
     requests: list[str] = field(default_factory=list)
-    body_bytes: int = 0
 
     def require_ready(self) -> None:
         """Raise `Draining` unless the service accepts photos."""
@@ -75,6 +80,7 @@ class Service:
             in_flight=self.segmenter.in_flight,
             limit=self.segmenter.max_in_flight,
             deadline_s=self.settings.deadline_s,
+            memory=self.segmenter.memory.state,
         )
         return await engine_families(self.metrics, self.engines.opened)
 
@@ -92,7 +98,6 @@ async def open_service(
     ``session`` replaces ONNX Runtime's, ``open_engines`` the loading of models in this process.
     Raises `ArtefactError` or `DeviceUnavailable` with a one-line reason.
     """
-    keep_readers_quiet()
     metrics = metrics or Metrics()
     if open_engines is None:
         engines = await _load_engines(settings, metrics, session)
@@ -102,23 +107,44 @@ async def open_service(
     on_gpu = engines.default.model.gpu is not None
     queue_size = settings.queue_size or (GPU_QUEUE if on_gpu else CPU_QUEUE)
     # With a GPU all cores decode, so that it never waits; without one the network needs them.
-    workers = settings.decode_workers or (available_cores() if on_gpu else 2)
-    with ThreadPoolExecutor(workers, thread_name_prefix=POOL_THREAD_NAME) as pool:
-        segmenter = Segmenter(
-            engines,
-            pool,
-            max_pixels=settings.max_pixels,
-            max_in_flight=queue_size,
-            deadline_s=settings.deadline_s,
-            metrics=metrics,
+    size = settings.decode_workers or (available_cores() if on_gpu else 2)
+    try:
+        async with WorkerPool.open(size, metrics.worker_lost) as workers:
+            segmenter = Segmenter(
+                engines,
+                workers,
+                MemoryAccount(_memory_for_requests(settings, workers)),
+                PhotoLimits(settings.max_pixels, settings.photo_cpu_s, settings.deadline_s),
+                max_in_flight=queue_size,
+                metrics=metrics,
+            )
+            concurrency = min(size + engines.default.batcher.capacity, queue_size)
+            service = Service(settings, engines, segmenter, concurrency, metrics)
+            service.phase = Phase.READY
+            try:
+                yield service
+            finally:
+                service.begin_draining()
+                # Before the workers end: they finish what the engines still answer.
+                await engines.close()
+    finally:
+        await engines.close()
+
+
+def _memory_for_requests(settings: Settings, workers: WorkerPool) -> int:
+    """The bytes that requests may take: what the settings allow less what is in use at rest.
+
+    Raises `SettingsError` if it is too little for two photos.
+    """
+    limit = (settings.memory_mb or default_memory_mb()) * 2**20
+    at_rest = resident_bytes([os.getpid(), TEMPLATE.pid, *workers.pids])
+    least = 4 * SMALL_BYTES
+    if limit - at_rest < least:
+        raise SettingsError(
+            f"FCN_MEMORY_MB: {limit >> 20} MiB are too few; without any request "
+            f"{at_rest >> 20} MiB are in use, and photos need at least {least >> 20} MiB"
         )
-        concurrency = min(workers + engines.default.batcher.capacity, queue_size)
-        service = Service(settings, engines, segmenter, concurrency, metrics, phase=Phase.READY)
-        try:
-            yield service
-        finally:
-            service.begin_draining()
-            await engines.close()
+    return limit - at_rest
 
 
 async def _load_engines(

@@ -1,217 +1,249 @@
-"""The data path of one photo, from an image file to an encoded answer.
+"""The data path of one photo, from a request's body to an encoded answer.
 
-Decoding, preprocessing, upsampling and encoding run in a pool of threads, the network in the
-batcher's threads. The event loop only waits.
+Image workers decode and encode (see `service.jobs`), the network runs in the batcher's threads, and
+the event loop only waits. Memory is reserved before it is needed: see `service.memory`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import threading
+import pickle
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Protocol, Self, TypeVar
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import structlog
 
 from service.artefact.contract import ModelContract
-from service.artefact.preprocessing import Geometry, preprocess
-from service.errors import DeadlineExceeded, Overloaded
-from service.images.decoding import DecodedPhoto, decode
+from service.artefact.preprocessing import Geometry
+from service.backlog import Backlog, Expected
+from service.errors import DeadlineExceeded, Overloaded, TooExpensive
 from service.inference.batcher import BatchResult
 from service.inference.engine import Engine, Output
 from service.inference.engines import Engines
 from service.inference.lanes import DeviceTask, Upsampled
 from service.inference.memory import give_back_freed
-from service.inference.upsampling import upsample
+from service.jobs.base import Finish, Grant, Job, Prepare
+from service.memory import Lease, MemoryAccount
 from service.schemas import ModelName
 from service.telemetry.metrics import Metrics
 from service.telemetry.timings import Timings
-from service.views import VIEWS, MediaType, Options, Scene, View
+from service.workers.channel import Part, array
+from service.workers.pool import Done, Limits, Rank, WorkerPool
+from service.workers.worker import Task
 
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
-
-POOL_THREAD_NAME: Final = "images"
+SMALL_BYTES: Final = 24 * 2**20
+"""Memory that each photo may have in a worker without asking: enough for three megapixels."""
 
 IDLE_S: Final = 10.0
 """Seconds without a photo after which freed memory is given back to the operating system."""
+
+# The part of the deadline that accepted photos may need by estimate: an estimate may be wrong.
+_FILLED: Final = 0.7
+# A task that waits for something takes no CPU time: it ends after this many times its CPU time.
+_WALL_PER_CPU: Final = 6.0
+_LEAST_CPU_S: Final = 0.1
 
 _log: Any = structlog.get_logger("service.segmenter")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A decoded photo and what its job needs.
+class Result:
+    """A job's answer, the model that segmented the photo, and the time of each stage.
 
-    ``max_side``: longest side that the network sees, pixels; ``with_confidence``: whether the
-    answer needs the confidence; ``shown``: ``(H, W, 3) uint8`` RGB at full size, None unless the
-    answer shows the photo, to save memory while the network runs; ``file_bytes``: size of the image
-    file, None if the photo was sent as an array.
+    ``facts``: what the job says about ``content``.
     """
 
-    photo: DecodedPhoto
-    max_side: int
-    with_confidence: bool
-    shown: npt.NDArray[np.uint8] | None = None
-    file_bytes: int | None = None
-
-
-class Job(Protocol[T_co]):
-    """A photo to segment. Both methods run in the pool and may raise any `SegmentError`."""
-
-    @property
-    def model(self) -> str | None:
-        """Name of the model; None: the default."""
-
-    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
-        """Decode the photo. ``contract`` is the model's."""
-
-    def write(self, scene: Scene) -> T_co:
-        """Encode the answer."""
-
-
-@dataclass(frozen=True, slots=True)
-class Result(Generic[T]):
-    """A job's answer, the model that segmented the photo, and the time of each stage."""
-
-    content: T
+    content: bytes
+    facts: Mapping[str, Any]
     model: ModelName
     timings: Timings
 
 
 @dataclass(frozen=True, slots=True)
-class ViewJob:
-    """A view of the photo in an image file, encoded as ``media_type``."""
+class PhotoLimits:
+    """Limits of one photo.
 
-    data: bytes
-    options: Options
-    view: View
-    media_type: MediaType
+    ``max_pixels``: by its header; ``cpu_s``: CPU seconds of decoding and encoding together;
+    ``deadline_s``: seconds until the answer.
+    """
 
-    @classmethod
-    def of(cls, data: bytes, options: Options) -> Self:
-        """The view that ``options`` name, in its default media type."""
-        view = VIEWS[options.view]
-        return cls(data, options, view, view.media_types[0])
-
-    @property
-    def model(self) -> str | None:
-        """See `Job`."""
-        return self.options.model
-
-    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
-        """See `Job`."""
-        max_side = self.options.max_side or contract.working_size
-        contract.labels.ids(self.options.class_names)  # unknown names fail before decoding
-        photo = decode(self.data, max_pixels, max_side)
-        self.view.check_size(photo.size, self.media_type)
-        shown = None
-        if self.view.needs_photo:
-            # Decoding twice is faster than resizing the full-size photo to the network's size, and
-            # the network sees the same pixels in every view.
-            scaled = photo.pixels.shape[:2] != photo.size
-            shown = decode(self.data, max_pixels).pixels if scaled else photo.pixels
-        return Reading(photo, max_side, self.view.needs_confidence, shown, len(self.data))
-
-    def write(self, scene: Scene) -> bytes:
-        """See `Job`."""
-        return self.view.render(scene, self.options, self.media_type)
+    max_pixels: int
+    cpu_s: float
+    deadline_s: float
 
 
 class Segmenter:
     """Runs jobs.
 
-    ``pool`` runs every stage except the network; ``max_in_flight``: the limit of concurrent photos;
-    ``deadline_s``: the time limit of one photo, seconds.
+    ``workers`` run every stage except the network; ``memory`` is what photos and answers may take;
+    ``max_in_flight``: the limit of concurrent photos.
     """
 
     def __init__(
         self,
         engines: Engines,
-        pool: Executor,
+        workers: WorkerPool,
+        memory: MemoryAccount,
+        limits: PhotoLimits,
         *,
-        max_pixels: int,
         max_in_flight: int,
-        deadline_s: float,
         metrics: Metrics | None = None,
     ) -> None:
         self.max_in_flight = max_in_flight
+        self.memory = memory
         self._metrics = metrics or Metrics()
         self._engines = engines
-        self._pool = pool
-        self._max_pixels = max_pixels
-        self._deadline_s = deadline_s
+        self._workers = workers
+        self._limits = limits
+        self._backlog = Backlog(limits.deadline_s * _FILLED, workers.size)
         self._in_flight = 0
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._started_at_s: dict[int, float] = {}  # by thread
+        self._pickled: dict[str, tuple[ModelContract, bytes]] = {}
 
-    async def segment(self, job: Job[T]) -> Result[T]:
-        """Segment one photo.
+    async def segment(self, job: Job, body: bytes, lease: Lease | None = None) -> Result:
+        """Segment the photo in a body. ``lease`` keeps the answer's memory until it is closed.
 
         Raises `ImageError`, `RequestError`, `Overloaded`, `Draining`, `DeadlineExceeded`,
-        `InferenceFailed` or `ModelUnavailable`.
+        `InferenceFailed`, `WorkerLost` or `ModelUnavailable`.
         """
         with self.hold():
-            return await self.segment_held(job)
+            return await self.segment_held(job, body, lease)
 
-    async def segment_held(self, job: Job[T]) -> Result[T]:
+    async def segment_held(self, job: Job, body: bytes, lease: Lease | None = None) -> Result:
         """`segment` in a place that the caller holds, so that no free place is needed."""
+        kind = getattr(job, "view", type(job).__name__)
         try:
-            async with asyncio.timeout(self._deadline_s):
-                return await self._segment(job)
+            async with asyncio.timeout(self._limits.deadline_s):
+                with self._backlog.photo(kind) as expected:
+                    if lease is not None:
+                        return await self._segment(job, body, _Use(lease, expected))
+                    with self.memory.lease() as own:
+                        return await self._segment(job, body, _Use(own, expected))
         except TimeoutError as exc:
-            raise DeadlineExceeded(f"no answer within {self._deadline_s:g} s") from exc
+            raise DeadlineExceeded(f"no answer within {self._limits.deadline_s:g} s") from exc
 
-    async def _segment(self, job: Job[T]) -> Result[T]:
+    async def work(self, task: Task, body: bytes, memory_bytes: int, lease: Lease) -> Done:
+        """Run a task that is no photo, such as reading a large message, in a worker.
+
+        Raises what `segment` raises.
+        """
+        try:
+            async with asyncio.timeout(self._limits.deadline_s):
+                await lease.take(memory_bytes)
+                try:
+                    return await self._workers.run(
+                        task, [body], self._worker_limits(memory_bytes, self._limits.cpu_s)
+                    )
+                finally:
+                    lease.give(memory_bytes)
+        except TimeoutError as exc:
+            raise DeadlineExceeded(f"no answer within {self._limits.deadline_s:g} s") from exc
+
+    async def _segment(self, job: Job, body: bytes, use: _Use) -> Result:
         timings = Timings.of_photo()
-        # Two stages per task: each switch between threads costs about a tenth of a millisecond.
-        async with self._engines.use(job.model) as engine:
-            contract = engine.model.contract
-            prepared = await self._in_pool(lambda: self._prepare(job, contract, timings))
-            outcome = await _run(engine, prepared.task, timings)
-            # Read again: a cluster's device may have loaded another model meanwhile.
-            contract = engine.model.contract
-        content = await self._in_pool(lambda: _finish(job, prepared, outcome, contract, timings))
-        pixels = math.prod(prepared.task.geometry.photo)
-        self._metrics.photo(pixels, prepared.file_bytes, timings.ms())
-        return Result(content, ModelName(name=contract.name, version=contract.version), timings)
+        try:
+            # Each switch to a worker costs about a tenth of a millisecond: two stages per task.
+            async with self._engines.use(job.model) as engine:
+                prepared = await self._prepare(job, body, engine, use)
+                task, writer = _device_task(prepared)
+                _record(prepared, timings)
+                outcome = await _run(engine, task, timings)
+                use.expected.device_s = 0.0
+                # Read again: a cluster's device may have loaded another model meanwhile.
+                contract = engine.model.contract
+            written = await self._finish(
+                [writer, body if prepared.facts["needs_body"] else b""],
+                task,
+                outcome,
+                self._pickle(contract),
+                timings,
+                use,
+            )
+            _record(written, timings)
+            (content,) = written.parts
+            use.expected.done()
+            use.keep(len(content))
+        except BaseException:
+            use.keep(0)
+            raise
+        pixels = math.prod(task.geometry.photo)
+        self._metrics.photo(pixels, prepared.facts["file_bytes"], timings.ms())
+        model = ModelName(name=contract.name, version=contract.version)
+        return Result(content, written.facts["facts"], model, timings)
 
-    def _prepare(self, job: Job[T], contract: ModelContract, timings: Timings) -> _Prepared:
-        """Decode and preprocess."""
-        with timings.stage("decode"):
-            reading = job.read(self._max_pixels, contract)
-        with timings.stage("preprocess"):
-            photo = reading.photo
-            geometry = Geometry.plan(photo.size, reading.max_side, contract.shapes)
-            image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
-        task = DeviceTask(image, geometry, reading.with_confidence)
-        return _Prepared(task, reading.shown, reading.file_bytes)
+    async def _prepare(self, job: Job, body: bytes, engine: Engine, use: _Use) -> Done:
+        """Decode and preprocess, as soon as there is memory for it."""
+        use.expected.device_s = engine.batcher.usual_s
+        contract = self._pickle(engine.model.contract)
+        await use.take(SMALL_BYTES)
+        while True:
+            grant = Grant(self._limits.max_pixels, use.granted)
+            done = await self._in_worker(Prepare(job, contract, grant), [body], use, Rank.BEGIN)
+            if "needs" not in done.facts:
+                return done
+            use.expected.grow(done.facts["pixels"])
+            # Given back first: who waits for more while holding some would block others.
+            use.keep(0)
+            await use.take(done.facts["needs"])
+
+    async def _finish(
+        self,
+        parts: Sequence[Part],
+        task: DeviceTask,
+        outcome: Output,
+        contract: bytes,
+        timings: Timings,
+        use: _Use,
+    ) -> Done:
+        """Upsample, unless the device has done it, and encode."""
+        if isinstance(outcome, Upsampled):
+            shape = None
+            confidence = outcome.labels.confidence
+            outputs: list[Part] = [
+                outcome.labels.mask,
+                b"" if confidence is None else confidence,
+            ]
+        else:
+            shape, outputs = outcome.shape, [np.ascontiguousarray(outcome)]
+        stages = [tuple(stage) for stage in timings.stages]
+        finish = Finish(contract, task.geometry, task.with_confidence, shape, stages)
+        return await self._in_worker(finish, [*parts, *outputs], use, Rank.FINISH)
+
+    async def _in_worker(self, task: Task, parts: Sequence[Part], use: _Use, rank: Rank) -> Done:
+        cpu_s = self._limits.cpu_s - use.cpu_s
+        if cpu_s < _LEAST_CPU_S:
+            raise TooExpensive(f"decoding it takes more than {use.cpu_s:.1f} s of CPU time")
+        done = await self._workers.run(task, parts, self._worker_limits(use.granted, cpu_s), rank)
+        use.cpu_s += done.cpu_s
+        use.expected.took(done.run_s)
+        return done
+
+    def _worker_limits(self, memory_bytes: int, cpu_s: float) -> Limits:
+        return Limits(cpu_s, cpu_s * _WALL_PER_CPU, memory_bytes)
+
+    def _pickle(self, contract: ModelContract) -> bytes:
+        """A contract, pickled: once for each model, not for each photo."""
+        found = self._pickled.get(contract.name)
+        if found is None or found[0] is not contract:
+            found = self._pickled[contract.name] = contract, pickle.dumps(contract)
+        return found[1]
 
     @property
     def in_flight(self) -> int:
         """The number of photos in progress."""
         return self._in_flight
 
-    @property
-    def working_s(self) -> float:
-        """Seconds since the start of the oldest task that runs in the pool; 0 if none does."""
-        now_s = time.monotonic()
-        return now_s - min(self._started_at_s.copy().values(), default=now_s)
-
     @contextmanager
     def hold(self, wanted: int = 1) -> Iterator[int]:
         """Hold up to ``wanted`` of the free places for photos in flight; yields their number.
 
-        Raises `Overloaded` if none is free.
+        Raises `Overloaded` if none is free, or if there is no time for another photo.
         """
-        # Before decoding: a queue of decoded photos needs far more memory than one of files.
         self.require_place()
         held = min(wanted, self.max_in_flight - self._in_flight)
         self._in_flight += held
@@ -228,38 +260,54 @@ class Segmenter:
                 )
 
     def require_place(self) -> None:
-        """Raise `Overloaded` if no place is free. Uploads call it before they read the body."""
+        """Raise `Overloaded` as `hold` does. Uploads call it before they read the body."""
         if self._in_flight >= self.max_in_flight:
             raise Overloaded(
                 f"{self._in_flight} photos are being worked on",
                 # By the deadline each of them is answered or has failed.
                 min(
-                    self._engines.default.batcher.retry_after_s(self._in_flight),
-                    self._deadline_s,
+                    max(
+                        self._engines.default.batcher.retry_after_s(self._in_flight),
+                        self._backlog.left_s,
+                    ),
+                    self._limits.deadline_s,
                 ),
             )
-
-    async def _in_pool(self, work: Callable[[], T]) -> T:
-        """Run ``work`` in a thread of the pool; `working_s` measures it."""
-
-        def measured() -> T:
-            thread = threading.get_ident()
-            self._started_at_s[thread] = time.monotonic()
-            try:
-                return work()
-            finally:
-                del self._started_at_s[thread]
-
-        return await asyncio.get_running_loop().run_in_executor(self._pool, measured)
+        self._backlog.check()
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """The parts of a `Reading` that are kept while the network runs, preprocessed."""
+class _Use:
+    """What one photo uses: memory of its request's lease, CPU time, and what is expected of it."""
 
-    task: DeviceTask
-    shown: npt.NDArray[np.uint8] | None
-    file_bytes: int | None
+    def __init__(self, lease: Lease, expected: Expected) -> None:
+        self.expected = expected
+        self.granted = 0
+        self.cpu_s = 0.0
+        self._lease = lease
+
+    async def take(self, size: int) -> None:
+        """Take bytes of memory; waits in order."""
+        await self._lease.take(size)
+        self.granted += size
+
+    def keep(self, size: int) -> None:
+        """Give back all but ``size`` bytes, which are the answer's."""
+        self._lease.give(max(0, self.granted - size))
+        self.granted = min(self.granted, size)
+
+
+def _device_task(prepared: Done) -> tuple[DeviceTask, bytes]:
+    """The photo for the device, and the pickled second half of its job."""
+    image, writer = prepared.parts
+    geometry = Geometry(*(tuple(shape) for shape in prepared.facts["geometry"]))
+    pixels = array(image, (*geometry.padded, 3), np.uint8)
+    return DeviceTask(pixels, geometry, prepared.facts["with_confidence"]), writer
+
+
+def _record(done: Done, timings: Timings) -> None:
+    """Record the stages that a worker measured; its clock is ours."""
+    for name, started_s, seconds in done.facts["stages"]:
+        timings.add(name, started_s, seconds)
 
 
 async def _run(engine: Engine, task: DeviceTask, timings: Timings) -> Output:
@@ -280,20 +328,6 @@ def _device_stages(outcome: BatchResult[Output]) -> dict[str, float]:
     # Packing, the upload to the device and the wait for other batches count as queue.
     queue_s = outcome.queue_s + outcome.run_s - result.infer_s - result.upsample_s
     return {"queue": queue_s, "infer": result.infer_s, "upsample": result.upsample_s}
-
-
-def _finish(
-    job: Job[T], prepared: _Prepared, outcome: Output, contract: ModelContract, timings: Timings
-) -> T:
-    """Upsample, unless the device has done it, and encode."""
-    if isinstance(outcome, Upsampled):
-        labels = outcome.labels
-    else:
-        task = prepared.task
-        with timings.stage("upsample"):
-            labels = upsample(outcome, task.geometry, with_confidence=task.with_confidence)
-    with timings.stage("encode"):
-        return job.write(Scene(labels, contract, prepared.shown, timings))
 
 
 def _give_back_memory() -> None:

@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from service.access import parse_rate_limits
 from service.artefact.contract import one_line
 from service.errors import SettingsError
+from service.system import memory_limit_bytes
 
 ENV_PREFIX: Final = "FCN_"
 API_KEY_VARIABLE: Final = "FCN_API_KEY"
@@ -88,8 +89,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=256,
-        description="threads that decode and encode (default: 2 on a CPU, all usable cores with "
-        "a GPU)",
+        description="processes that decode and encode photos (default: 2 on a CPU, one per usable "
+        "core with a GPU)",
     )
     max_bytes: int = Field(20 * 2**20, ge=1024, description="largest image file, bytes")
     max_images: int = Field(
@@ -100,9 +101,22 @@ class Settings(BaseSettings):
         ge=1024,
         description="largest total of the images in one request to /segment/batch, bytes",
     )
+    memory_mb: int | None = Field(
+        None,
+        ge=256,
+        description="memory that the service may take with its image workers, requests and answers, "
+        "but without models loaded on demand, MiB (default: four fifths of the container's or "
+        "machine's); several processes share it evenly",
+    )
+    photo_cpu_s: float = Field(
+        4.0,
+        gt=0,
+        le=600,
+        description="CPU time that decoding and encoding of one photo may take, seconds",
+    )
     # Above this Pillow itself refuses to open an image.
     max_pixels: int = Field(
-        50_000_000, ge=1024, le=178_956_970, description="largest image, pixels"
+        64_000_000, ge=1024, le=178_956_970, description="largest image, pixels"
     )
     max_side: int = Field(
         2048, ge=64, le=4096, description="greatest max_side of a request, pixels"
@@ -138,8 +152,8 @@ class Settings(BaseSettings):
     watchdog_s: float | None = Field(
         None,
         ge=1,
-        description="time after which a batch, a decoder or the event loop counts as hanging and "
-        "the process ends, seconds (default: twice the deadline, at least 60)",
+        description="time after which a batch or the event loop counts as hanging and the process "
+        "ends, seconds (default: twice the deadline, at least 60)",
     )
     api_keys_file: Path | None = Field(
         None,
@@ -272,6 +286,11 @@ def load_settings(
             f"{env_name('device')} ({settings.device})"
         )
     return settings
+
+
+def default_memory_mb() -> int:
+    """The default of ``memory_mb``: four fifths of the container's or machine's memory."""
+    return memory_limit_bytes() * 4 // 5 >> 20
 
 
 def env_name(field: str) -> str:

@@ -58,14 +58,14 @@ MIN_SIDE: Final = 64
 class Scene:
     """A segmented photo to render.
 
-    ``labels``: at the photo's size; ``contract``: the model's; ``photo``: ``(H, W, 3) uint8`` RGB,
-    None unless the view needs it; ``timings``: the stages so far.
+    ``labels``: at the photo's size; ``contract``: the model's; ``timings``: the stages so far;
+    ``photo``: ``(H, W, 3) uint8`` RGB, None unless the view needs it.
     """
 
     labels: Labels
     contract: ModelContract
-    photo: npt.NDArray[np.uint8] | None = None
     timings: Timings = field(default_factory=Timings)
+    photo: npt.NDArray[np.uint8] | None = None
 
     def require_photo(self) -> npt.NDArray[np.uint8]:
         """The photo. Raises `RuntimeError` if it is missing: the view's entry must need it."""

@@ -21,9 +21,9 @@ from service.artefact.contract import one_line
 from service.artefact.labels import LabelSet
 from service.cli.outputs import CocoFile, OutputFiles, plan_outputs
 from service.errors import InvalidParameter, RemoteError, RemoteLost, SegmentError, SettingsError
+from service.jobs.view import ViewJob
 from service.runtime import open_service
 from service.schemas import LabelMap
-from service.segmenter import ViewJob
 from service.settings import Settings, env_name, given_settings, load_settings
 from service.telemetry import logs
 from service.views import JSON, VIEWS, MaskFormat, Options, ViewName, check_side
@@ -208,7 +208,7 @@ async def _embedded(settings: Settings, arguments: Arguments) -> AsyncIterator[P
     async with open_service(settings) as service:
 
         async def predict(data: bytes, options: Options) -> bytes:
-            return (await service.segmenter.segment(ViewJob.of(data, options))).content
+            return (await service.segmenter.segment(ViewJob.of(options), data)).content
 
         # More photos than keep it busy would only use memory.
         jobs = min(arguments.jobs or service.concurrency, service.segmenter.max_in_flight)

@@ -78,6 +78,9 @@ PROBLEM_TYPES: Final[dict[type[errors.SegmentError], ProblemType]] = {
         "/problems/undecodable-image",
         "The image cannot be decoded",
     ),
+    errors.TooExpensive: ProblemType(
+        HTTPStatus.UNPROCESSABLE_ENTITY, "/problems/too-expensive", "The image costs too much"
+    ),
     errors.ImageUnavailable: ProblemType(
         HTTPStatus.BAD_GATEWAY, "/problems/image-unavailable", "The image cannot be fetched"
     ),
@@ -89,6 +92,12 @@ PROBLEM_TYPES: Final[dict[type[errors.SegmentError], ProblemType]] = {
     ),
     errors.ModelUnavailable: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/model-unavailable", "The model is unavailable"
+    ),
+    errors.WorkersUnavailable: ProblemType(
+        HTTPStatus.SERVICE_UNAVAILABLE, "/problems/worker-lost", "The photo's process was lost"
+    ),
+    errors.WorkerLost: ProblemType(
+        HTTPStatus.SERVICE_UNAVAILABLE, "/problems/worker-lost", "The photo's process was lost"
     ),
     errors.Overloaded: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/overloaded", "The service is overloaded"

@@ -16,7 +16,7 @@ DOCUMENTED_HEADERS: Final = {
 """OpenAPI of the headers of every segmentation."""
 
 
-def answer_headers(result: Result[Any]) -> dict[str, str]:
+def answer_headers(result: Result) -> dict[str, str]:
     """The model's name and version, and the milliseconds of each stage."""
     return {
         "X-Model": f"{result.model.name}/{result.model.version}",

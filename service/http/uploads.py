@@ -1,7 +1,8 @@
 """Reading a request's image: a multipart field or the raw body.
 
-Limits the bytes of one request, the bytes of all requests that arrive at once, and the time that a
-client may take. A request takes no place among the photos in flight until its body is complete.
+Limits the bytes of one request and the time that a client may take, and takes the bytes of all
+bodies from one account of memory. A request takes no place among the photos in flight until its
+body is complete.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Final
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
-from starlette.types import Message
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, NoImage, Overloaded, RequestTimeout
+from service.access import client_address
+from service.errors import BodyTooLarge, NoImage, RequestTimeout
+from service.memory import Lease
 from service.runtime import Service
 
 FIELD: Final = "image"
@@ -25,10 +28,9 @@ FIELDS: Final = ("image", "images")
 MULTIPART: Final = "multipart/form-data"
 
 PROGRESS_BYTES: Final = 65_536
-"""Bytes that a client must send or read within each `Settings.client_timeout_s`."""
-
-# Requests of the largest size that may be read at once, into memory or onto the disk.
-_LARGEST_AT_ONCE: Final = 8
+PARTS: Final = 16
+"""A client must send or read `PROGRESS_BYTES`, or one of `PARTS` parts of the whole if that is more,
+within each `Settings.client_timeout_s`."""
 
 # Boundaries, part headers and a few small fields around the file of a multipart body.
 _MULTIPART_OVERHEAD_BYTES: Final = 16 * 1024
@@ -109,6 +111,31 @@ async def open_images(
             yield uploads
 
 
+def lease_of(request: Request) -> Lease:
+    """What the request holds of the account of memory; `Leases` closes it."""
+    lease: Lease = request.state.lease
+    return lease
+
+
+class Leases:
+    """ASGI middleware: a request's memory is given back when its answer has been sent."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request. Scopes of other types pass through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        service: Service = scope["state"]["service"]
+        client = scope.get("client")
+        address = client_address(client[0] if client else None)
+        with service.segmenter.memory.lease(address) as lease:
+            scope["state"]["lease"] = lease
+            await self._app(scope, receive, send)
+
+
 def _media_type(request: Request) -> str:
     """A request's Content-Type in lower case, without parameters."""
     return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
@@ -144,10 +171,7 @@ def _capped(
     service: Service = request.state.service
     service.segmenter.require_place()
     body = _Body(request, service, limit_bytes, _too_large(max_bytes, what))
-    try:
-        yield Request(request.scope, body.receive)
-    finally:
-        service.body_bytes -= body.received
+    yield Request(request.scope, body.receive)
 
 
 class _Body:
@@ -158,7 +182,8 @@ class _Body:
     ) -> None:
         self.received = 0
         self._request = request
-        self._service = service
+        self._lease = lease_of(request)
+        self._timeout_s = service.settings.client_timeout_s
         self._limit_bytes = limit_bytes
         self._too_large = too_large
         self._clock = asyncio.get_running_loop().time
@@ -173,19 +198,17 @@ class _Body:
             raise RequestTimeout("the body arrived too slowly") from exc
         size = len(message.get("body", b""))
         self.received += size
-        self._service.body_bytes += size
         if self.received > self._limit_bytes:
             raise self._too_large
-        if self._service.body_bytes > (_LARGEST_AT_ONCE * self._service.settings.max_images_bytes):
-            raise Overloaded("too many bytes are arriving at once", 1.0)
+        self._lease.take_body(size)
         if self.received >= self._progress:
             self._restart_timer()
         return message
 
     def _restart_timer(self) -> None:
-        """Give the client `Settings.client_timeout_s` for the next `PROGRESS_BYTES`."""
-        self._progress = self.received + PROGRESS_BYTES
-        self._due = self._clock() + self._service.settings.client_timeout_s
+        """Give the client `Settings.client_timeout_s` for the next part of the body."""
+        self._progress = self.received + max(PROGRESS_BYTES, self._limit_bytes // PARTS)
+        self._due = self._clock() + self._timeout_s
 
 
 def _too_large(max_bytes: int, what: str = "an image") -> BodyTooLarge:

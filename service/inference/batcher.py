@@ -142,6 +142,11 @@ class Batcher(Generic[ItemT, ResultT]):
         now = self._clock()
         return max((now - batch.started_s for batch in self._running.values()), default=0.0)
 
+    @property
+    def usual_s(self) -> float:
+        """Seconds of the device that an item usually takes; 0 before the first."""
+        return (self._usual_run_s or 0.0) / self.capacity
+
     def retry_after_s(self, ahead: int) -> float:
         """Seconds until ``ahead`` items are done, if runs take as long as usual; at least 1."""
         return max(1.0, math.ceil(ahead / self.capacity) * (self._usual_run_s or 0.0))

@@ -28,7 +28,7 @@ _log: Any = structlog.get_logger("service.engine")
 
 Logits = npt.NDArray[np.float32]
 Output = Logits | Upsampled
-"""A device's result for a photo: logits from a CPU (upsampled in the pool), labels from a GPU."""
+"""A device's result for a photo: logits from a CPU (upsampled by a worker), labels from a GPU."""
 
 LANES: Final = 2
 """Batches on a GPU at once: one computes while the other is copied."""
@@ -77,6 +77,10 @@ class Queue(Protocol):
     @property
     def running_s(self) -> float:
         """Seconds that the oldest of the running batches has been running."""
+
+    @property
+    def usual_s(self) -> float:
+        """Seconds of the device that a photo usually takes; 0 if that is not known."""
 
     def retry_after_s(self, ahead: int) -> float:
         """Seconds until ``ahead`` photos are done."""

@@ -27,11 +27,12 @@ from service.http.parameters import OptionsDep
 from service.http.problems import documented, embedded_problem
 from service.http.responses import BINARY, DOCUMENTED_HEADERS
 from service.http.routers import ServiceRouter
-from service.http.uploads import FIELD, MULTIPART, Upload, open_images
+from service.http.uploads import FIELD, MULTIPART, Upload, lease_of, open_images
+from service.jobs.view import ViewJob
+from service.memory import Lease
 from service.routes.archive import Archive
 from service.runtime import Service
 from service.schemas import BatchEntry, BatchIndex, BatchItem, ModelName, Problem
-from service.segmenter import ViewJob
 from service.views import VIEWS, Options
 
 T = TypeVar("T")
@@ -115,10 +116,11 @@ async def segment_batch(
                 )
             )
         )
+        sent = _giving_back(results, lease_of(request))
         written = (
-            _write_archive(results, model, VIEWS[options.view].suffix)
+            _write_archive(sent, model, VIEWS[options.view].suffix)
             if archived
-            else _write_lines(results)
+            else _write_lines(sent)
         )
         content = await resources.enter_async_context(aclosing(written))
         return _Streamed(
@@ -144,7 +146,8 @@ async def _segment(
 ) -> _ImageResult:
     try:
         data = await upload.read(service.settings.max_bytes)
-        result = await service.segmenter.segment_held(ViewJob.of(data, options))
+        job = ViewJob.of(options)
+        result = await service.segmenter.segment_held(job, data, lease_of(request))
     # No error of one image may fail the others.
     except Exception as exc:  # noqa: BLE001
         problem = embedded_problem(request.scope, exc)
@@ -173,6 +176,15 @@ async def in_order(work: Iterable[Coroutine[Any, Any, T]], limit: int) -> AsyncG
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _giving_back(
+    results: AsyncIterator[_ImageResult], lease: Lease
+) -> AsyncGenerator[_ImageResult, None]:
+    """The same results; each one's memory is given back when the next is wanted: it is sent."""
+    async for result in results:
+        yield result
+        lease.give(len(result.content or b""))
 
 
 async def _write_lines(results: AsyncIterator[_ImageResult]) -> AsyncGenerator[bytes, None]:

@@ -13,10 +13,10 @@ from service.http.parameters import OptionsDep
 from service.http.problems import documented
 from service.http.responses import BINARY, DOCUMENTED_HEADERS, answer_headers
 from service.http.routers import ServiceRouter
-from service.http.uploads import FIELD, MULTIPART, read_image
+from service.http.uploads import FIELD, MULTIPART, lease_of, read_image
 from service.images.decoding import IMAGE_MEDIA_TYPES
+from service.jobs.view import ViewJob
 from service.schemas import Segmentation
-from service.segmenter import ViewJob
 from service.views import IMAGE_FORMATS, VIEWS, offers
 
 router = ServiceRouter(tags=["segmentation"])
@@ -66,8 +66,8 @@ async def segment(request: Request, service: ReadyServiceDep, options: OptionsDe
     offered = offers(options.view)
     media_type = negotiate(request.headers.get("Accept"), tuple(offered))
     data = await read_image(request, service.settings.max_bytes)
-    job = ViewJob(data, options, offered[media_type], media_type)
-    result = await unless_gone(request, service.segmenter.segment(job))
+    job = ViewJob(options, offered[media_type].name, media_type)
+    result = await unless_gone(request, service.segmenter.segment(job, data, lease_of(request)))
     return Response(
         result.content,
         media_type=media_type,

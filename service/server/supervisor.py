@@ -24,7 +24,7 @@ from service.errors import SegmentError, SettingsError
 from service.inference.session import available_cores
 from service.server.watchdog import EXIT_STATUS
 from service.server.worker import WorkerProcess
-from service.settings import Settings
+from service.settings import Settings, default_memory_mb
 from service.telemetry.metrics import DIED, HUNG
 
 # Exit statuses of a process that refuses to start; any other is a crash.
@@ -47,7 +47,7 @@ _log: Any = structlog.get_logger("service.supervisor")
 def plan(settings: Settings) -> list[dict[str, Any]]:
     """Return each worker's own settings, in the order of their numbers.
 
-    Several workers share the cores evenly unless the settings say otherwise.
+    Several workers share memory and cores evenly unless the settings say otherwise.
     """
     devices = [f"cuda:{number}" for number in settings.gpu_numbers] or [settings.device]
     count = len(devices) * settings.processes
@@ -55,6 +55,7 @@ def plan(settings: Settings) -> list[dict[str, Any]]:
     if count > 1:
         cores = max(1, available_cores() // count)
         own["threads"] = settings.threads or cores
+        own["memory_mb"] = (settings.memory_mb or default_memory_mb()) // count
         # By default a process with a GPU decodes on all cores.
         if devices[0].startswith("cuda"):
             own["decode_workers"] = settings.decode_workers or cores

@@ -1,9 +1,9 @@
 """Ends this process when it hangs, so that its supervisor or orchestrator starts a new one.
 
 A thread that is stuck in a runtime or a driver cannot be stopped, nor its resources freed: only a
-new process helps. The watchdog's thread looks for three things: a batch that runs too long, a photo
-whose decoding or encoding takes too long, and an event loop that no longer runs. For the event loop
-it counts its own turns, not seconds, so that a process that was suspended does not seem to hang.
+new process helps. The watchdog's thread looks for two things: a batch that runs too long, and an
+event loop that no longer runs. For the event loop it counts its own turns, not seconds, so that a
+process that was suspended does not seem to hang. Image workers that hang are ended by their pool.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Watchdog:
         self._end = end
         self._loop = asyncio.get_running_loop()
         self._left = threading.Event()
-        self._silent_s = self._running_s = self._working_s = 0.0
+        self._silent_s = self._running_s = 0.0
 
     def __enter__(self) -> Self:
         # A daemon: it must not keep the process alive.
@@ -71,15 +71,12 @@ class Watchdog:
             self._loop.call_soon_threadsafe(self._turn)
             if self._running_s >= self._limit_s:
                 self._give_up(f"a batch has been running for {self._running_s:.0f} s")
-            elif self._working_s >= self._limit_s:
-                self._give_up(f"a photo has been processed for {self._working_s:.0f} s")
             elif self._silent_s >= self._limit_s:
                 self._give_up(f"the event loop has not run for {self._silent_s:.0f} s")
 
     def _turn(self) -> None:
         self._silent_s = 0.0
         self._running_s = self._service.engines.running_s
-        self._working_s = self._service.segmenter.working_s
         self._on_turn()
 
     def _give_up(self, reason: str) -> None:

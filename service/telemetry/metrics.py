@@ -13,13 +13,9 @@ numbers stay, and each observation costs twice as much.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -27,6 +23,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+from service.system import memory_limit_bytes
 
 Families = list[Metric]
 """Metric families with their samples, as registries collect them."""
@@ -50,6 +48,10 @@ SECONDS: Final = (
 _BATCH_SIZES: Final = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 _PIXELS: Final = (1e4, 1e5, 2.5e5, 5e5, 1e6, 2e6, 4e6, 8e6, 1.2e7, 2.4e7, 5e7)
 _BYTES: Final = (1e4, 5e4, 1e5, 2.5e5, 5e5, 1e6, 2.5e6, 5e6, 1e7, 2e7)
+
+
+WORKERS_LOST: Final = ("killed", "TooExpensive", "UndecodableImage")
+"""Why image workers end under their work: by others, or by the error that the photo got."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,14 @@ class Metrics:
         )
         for cause in (DIED, HUNG):
             self._restarts.labels(cause)
+        self._workers_lost = Counter(
+            "fcn_image_workers_lost",
+            "Image workers that ended under their work and were replaced, by why.",
+            ["reason"],
+            registry=registry,
+        )
+        for reason in WORKERS_LOST:
+            self._workers_lost.labels(reason)
         self._ready = Gauge(
             "fcn_ready", "1 if the service accepts photos, else 0.", registry=registry
         )
@@ -150,6 +160,16 @@ class Metrics:
         self._memory_limit = Gauge(
             "fcn_memory_limit_bytes",
             "Memory limit of this container, or of the machine without one.",
+            registry=registry,
+        )
+        self._reserved = Gauge(
+            "fcn_request_memory_bytes",
+            "Memory reserved for bodies, photos and answers.",
+            registry=registry,
+        )
+        self._reservable = Gauge(
+            "fcn_request_memory_limit_bytes",
+            "Memory that bodies, photos and answers may take together.",
             registry=registry,
         )
         self._queue_depth = Gauge(
@@ -208,6 +228,10 @@ class Metrics:
         for stage, value in timing_ms.items():
             self._stages[stage].observe(value / 1000)
 
+    def worker_lost(self, reason: str) -> None:
+        """Count an image worker that ended under its work."""
+        self._workers_lost.labels(reason).inc()
+
     def batch(self, size: int) -> None:
         """Record a run of the network."""
         self._batch_size.observe(size)
@@ -222,9 +246,17 @@ class Metrics:
             self._restarts.labels(cause).inc(count)
 
     def look_at_service(
-        self, *, ready: bool, in_flight: int, limit: int, deadline_s: float
+        self,
+        *,
+        ready: bool,
+        in_flight: int,
+        limit: int,
+        deadline_s: float,
+        memory: tuple[int, int] = (0, 0),
     ) -> None:
-        """Record the service's state."""
+        """Record the service's state. ``memory``: bytes that requests hold and may hold."""
+        self._reserved.set(memory[0])
+        self._reservable.set(memory[1])
         self._deadline.set(deadline_s)
         self._memory_limit.set(memory_limit_bytes())
         self._ready.set(ready)
@@ -251,19 +283,6 @@ class Metrics:
                 sample for sample in family.samples if not sample.name.endswith("_created")
             ]
         return families
-
-
-def memory_limit_bytes(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """The memory limit of this container, or the machine's memory if that is less.
-
-    ``root``: where a container sees its own control group. Source: Linux,
-    Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
-    """
-    limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int((root / name).read_text(encoding="ascii")))
-    return min(limits)
 
 
 class Peers(Protocol):

@@ -1,0 +1,180 @@
+"""A job: decode a photo, and encode the answer. Both halves run in image workers.
+
+Between them the photo is in the service, as the network's input and its logits. The service keeps
+no decoded photo: a view that shows the photo decodes it again, which takes less than a resize and
+saves its memory while the network runs.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from service.artefact.contract import ModelContract
+from service.artefact.preprocessing import Geometry, preprocess
+from service.images.decoding import DecodedPhoto
+from service.inference.upsampling import Labels, upsample
+from service.telemetry.timings import Timings
+from service.views import Scene
+from service.workers.channel import Part, array
+from service.workers.worker import Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a photo may have. ``max_pixels``: by its header; ``memory_bytes``: in a worker."""
+
+    max_pixels: int
+    memory_bytes: int
+
+    def require(self, memory_bytes: int, pixels: int) -> None:
+        """Raise `NeedsMemory` if the photo needs more memory than it was granted."""
+        if memory_bytes > self.memory_bytes:
+            raise NeedsMemory(memory_bytes, pixels)
+
+
+class NeedsMemory(Exception):  # noqa: N818 - an answer, not an error
+    """The photo needs ``memory_bytes`` in a worker: the service asks again when it has them."""
+
+    def __init__(self, memory_bytes: int, pixels: int) -> None:
+        super().__init__(memory_bytes, pixels)
+        self.memory_bytes = memory_bytes
+        self.pixels = pixels
+
+
+class Writer(Protocol):
+    """The second half of a job. It is pickled between the halves."""
+
+    @property
+    def needs_body(self) -> bool:
+        """Whether `write` needs the request's body."""
+
+    def write(self, scene: Scene, body: bytes) -> Written:
+        """Encode the answer. May raise any `RequestError` or `ImageError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """An encoded answer. ``facts``: JSON about it, for the endpoint."""
+
+    content: Part
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A decoded photo and what is needed to go on.
+
+    ``max_side``: longest side that the network sees, pixels; ``with_confidence``: whether the
+    answer needs the confidence; ``file_bytes``: size of the image file, None if the photo was sent
+    as an array.
+    """
+
+    photo: DecodedPhoto
+    max_side: int
+    with_confidence: bool
+    writer: Writer
+    file_bytes: int | None = None
+
+
+class Job(Protocol):
+    """A photo to segment; the request's body is not part of it. It is pickled."""
+
+    @property
+    def model(self) -> str | None:
+        """Name of the model; None: the default."""
+
+    def read(self, body: bytes, grant: Grant, contract: ModelContract) -> Reading:
+        """Decode the photo. ``contract`` is the model's.
+
+        May raise any `RequestError` or `ImageError`, or `NeedsMemory`.
+        """
+
+
+@lru_cache(maxsize=8)
+def _contract(pickled: bytes) -> ModelContract:
+    contract: ModelContract = pickle.loads(pickled)  # noqa: S301 - the service wrote it
+    return contract
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    """Decode and preprocess: the first half as a task of `service.workers`.
+
+    ``contract``: pickled. Takes the body. Returns the network's input and the pickled writer, or
+    ``needs`` and ``pixels``, if the grant is too small.
+    """
+
+    job: Job
+    contract: bytes
+    grant: Grant
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        (body,) = parts
+        timings, contract = Timings(), _contract(self.contract)
+        try:
+            with timings.stage("decode"):
+                reading = self.job.read(body, self.grant, contract)
+        except NeedsMemory as needs:
+            return Answer({"needs": needs.memory_bytes, "pixels": needs.pixels})
+        with timings.stage("preprocess"):
+            photo = reading.photo
+            geometry = Geometry.plan(photo.size, reading.max_side, contract.shapes)
+            image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
+        facts = {
+            "geometry": [geometry.photo, geometry.resized, geometry.padded],
+            "with_confidence": reading.with_confidence,
+            "needs_body": reading.writer.needs_body,
+            "file_bytes": reading.file_bytes,
+            "stages": timings.stages,
+        }
+        return Answer(facts, [image, pickle.dumps(reading.writer)])
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Upsample and encode: the second half as a task of `service.workers`.
+
+    ``stages``: those before it. Takes the pickled writer, the body (empty if it is not needed), and
+    either logits of the shape ``logits``, or the mask and the confidence (empty if there is none)
+    at the photo's size. Returns the answer's content.
+    """
+
+    contract: bytes
+    geometry: Geometry
+    with_confidence: bool
+    logits: tuple[int, ...] | None
+    stages: Sequence[tuple[str, float, float]]
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        pickled, body, *outputs = parts
+        writer: Writer = pickle.loads(pickled)  # noqa: S301 - `Prepare` wrote it
+        timings = Timings()
+        for stage in self.stages:
+            timings.add(*stage)
+        labels = self._labels(outputs, timings)
+        with timings.stage("encode"):
+            scene = Scene(labels, _contract(self.contract), timings)
+            written = writer.write(scene, body)
+        facts = {"facts": written.facts, "stages": timings.stages[len(self.stages) :]}
+        return Answer(facts, [written.content])
+
+    def _labels(self, outputs: Sequence[bytes], timings: Timings) -> Labels:
+        if self.logits is not None:
+            with timings.stage("upsample"):
+                logits: npt.NDArray[np.float32] = array(outputs[0], self.logits, np.float32)
+                return upsample(logits, self.geometry, with_confidence=self.with_confidence)
+        mask, confidence = (
+            array(part, self.geometry.photo, np.uint8) if part else None for part in outputs
+        )
+        if mask is None:
+            raise ValueError("there is no mask")
+        return Labels(mask, confidence)

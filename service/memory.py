@@ -1,0 +1,169 @@
+"""One account of the memory that requests may take, in bytes.
+
+Whoever needs memory takes it from the account first, and gives it back after the answer is sent:
+bodies as they arrive, photos before they are decoded, answers until the client has read them.
+Photos that do not fit wait in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from service.errors import ImageTooLarge, Overloaded
+
+BODIES_SHARE = 1 / 4
+"""The part that bodies may take, so that those which arrive cannot keep out those which have."""
+
+CLIENT_SHARE = 1 / 2
+"""The part that one client's photos and answers may take, unless it has only one."""
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    client: str | None
+    size: int
+    turn: asyncio.Future[None]
+
+
+class MemoryAccount:
+    """``capacity`` bytes. Belongs to one event loop."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.bodies = 0
+        self.photos = 0
+        self._by_client: Counter[str | None] = Counter()
+        self._waiting: list[_Waiting] = []
+
+    @contextlib.contextmanager
+    def lease(self, client: str | None = None) -> Iterator[Lease]:
+        """What one request holds, until the context ends. ``client``: whom it counts for."""
+        lease = Lease(self, client)
+        try:
+            yield lease
+        finally:
+            lease.close()
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """Bytes taken, and the capacity."""
+        return self.bodies + self.photos, self.capacity
+
+    @property
+    def largest(self) -> int:
+        """The most bytes that one photo can ever get."""
+        return int(self.capacity * (1 - BODIES_SHARE))
+
+    def take_body(self, size: int) -> None:
+        """Take ``size`` bytes for a body. Raises `Overloaded` if there is no room."""
+        if self.bodies + size > self.capacity * BODIES_SHARE:
+            raise Overloaded("too many bytes are arriving at once", 1.0)
+        self.bodies += size
+
+    def give_body(self, size: int) -> None:
+        """Give back bytes of a body."""
+        self.bodies -= size
+
+    async def take(self, client: str | None, size: int) -> None:
+        """Take ``size`` bytes for a photo; waits in order. Raises `ImageTooLarge`."""
+        if size > self.largest:
+            raise ImageTooLarge(
+                f"the image needs {size >> 20} MiB of memory, but the service has "
+                f"{self.largest >> 20} MiB"
+            )
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(client, size, turn)
+        self._waiting.append(waiting)
+        self._serve()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            else:
+                self._count(client, -size)
+            self._serve()
+            raise
+
+    def give(self, client: str | None, size: int) -> None:
+        """Give back bytes of a photo or an answer."""
+        self._count(client, -size)
+        self._serve()
+
+    def _count(self, client: str | None, size: int) -> None:
+        self.photos += size
+        self._by_client[client] += size
+        if not self._by_client[client]:
+            del self._by_client[client]
+
+    def _serve(self) -> None:
+        """Give their turn to those that fit, the first first.
+
+        Who waits for its own client's memory is passed over; who waits for the account's is not,
+        or large photos would wait for ever.
+        """
+        for waiting in [*self._waiting]:
+            own = self._by_client[waiting.client]
+            share = self.capacity * CLIENT_SHARE
+            if waiting.client is not None and own and own + waiting.size > share:
+                continue
+            if self.photos + waiting.size > self.largest:
+                return
+            self._waiting.remove(waiting)
+            self._count(waiting.client, waiting.size)
+            if not waiting.turn.done():
+                waiting.turn.set_result(None)
+
+
+class Lease:
+    """What one request holds of the account."""
+
+    def __init__(self, account: MemoryAccount, client: str | None) -> None:
+        self._account = account
+        self._client = client
+        self._body = 0
+        self._photos = 0
+
+    def take_body(self, size: int) -> None:
+        """Take bytes for the request's body. Raises `Overloaded`."""
+        self._account.take_body(size)
+        self._body += size
+
+    async def take(self, size: int) -> None:
+        """Take bytes for a photo; waits in order. Raises `ImageTooLarge`."""
+        await self._account.take(self._client, size)
+        self._photos += size
+
+    def give(self, size: int) -> None:
+        """Give back bytes of a photo or its answer."""
+        if size:
+            self._photos -= size
+            self._account.give(self._client, size)
+
+    def close(self) -> None:
+        """Give back everything."""
+        self._account.give_body(self._body)
+        self._body = 0
+        self.give(self._photos)
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """The memory of these processes; what they share is counted once.
+
+    Source: ``proc_pid_smaps_rollup(5)``, ``Pss``. A process that has ended counts 0.
+    """
+    total = 0
+    for pid in pids:
+        try:
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+        except OSError:
+            continue
+        found = re.search(r"^Pss: +(\d+) kB", text, re.MULTILINE)
+        total += int(found[1]) * 1024 if found is not None else 0
+    return total

@@ -1,0 +1,377 @@
+"""A pool of image workers over asyncio.
+
+A worker has one task at a time. When one is free, it gets the task that finishes a photo before the
+one that begins another, and the earlier before the later. A worker that dies, exceeds a limit or is
+no longer waited for is replaced; nothing else notices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import json
+import os
+import pickle
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Final, Self
+
+import structlog
+
+from service import errors
+from service.errors import (
+    ImageError,
+    RequestError,
+    SegmentError,
+    TooExpensive,
+    UndecodableImage,
+    WorkerLost,
+    WorkersUnavailable,
+)
+from service.workers.channel import Part, get, lengths_of, put, receive
+from service.workers.template import TEMPLATE, Forked
+from service.workers.worker import Order, Task
+
+Lost = Callable[[str], None]
+
+# Copying more than this would stop the event loop for milliseconds: a thread does it.
+_LOOP_BYTES: Final = 2 * 2**20
+_RETRY_S: Final = 1.0
+_ATTEMPTS: Final = 2
+
+CPU_SIGNALS: Final = frozenset({signal.SIGPROF, signal.SIGXCPU})
+
+_log: Any = structlog.get_logger("service.workers")
+
+
+class Rank(IntEnum):
+    """The order of tasks that wait: a photo that is finished frees its memory."""
+
+    FINISH = 0
+    BEGIN = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A task's answer. ``cpu_s`` and ``run_s``: CPU and wall seconds that it took."""
+
+    facts: Mapping[str, Any]
+    parts: Sequence[bytes]
+    cpu_s: float
+    run_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one task may use: seconds of CPU time, of wall time, and bytes of memory."""
+
+    cpu_s: float
+    wall_s: float
+    memory_bytes: int
+
+
+class _Died(Exception):
+    """The worker ended under its task. ``status``: its wait status, None if unknown."""
+
+    def __init__(self, status: int | None, *, too_slow: bool) -> None:
+        super().__init__(status)
+        self.status = status
+        self.too_slow = too_slow
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker and this end of its channel."""
+
+    process: Forked
+    control: socket.socket
+    memory: int
+    reply: asyncio.Future[bytes] | None = None
+    too_slow: bool = False
+
+    def close(self) -> None:
+        """Release the descriptors; the worker ends, if it has not yet."""
+        self.control.close()
+        os.close(self.memory)
+        os.close(self.process.handle)
+
+
+@dataclass(order=True, slots=True)
+class _Waiting:
+    rank: Rank
+    number: int
+    worker: asyncio.Future[_Worker] = field(compare=False)
+
+
+class WorkerPool:
+    """``size`` workers. ``on_lost`` is called with the reason for each worker that was lost.
+
+    Belongs to the event loop that opens it.
+    """
+
+    def __init__(self, size: int, on_lost: Lost = lambda reason: None) -> None:
+        self.size = size
+        self._on_lost = on_lost
+        self._free: list[_Worker] = []
+        self._alive: set[_Worker] = set()
+        self._waiting: list[_Waiting] = []
+        self._numbers = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(cls, size: int, on_lost: Lost = lambda reason: None) -> AsyncIterator[Self]:
+        """A pool whose workers run. Raises `WorkersUnavailable`."""
+        pool = cls(size, on_lost)
+        try:
+            for _ in range(size):
+                pool._add(await asyncio.to_thread(_start))
+            yield pool
+        finally:
+            await pool._close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of the workers."""
+        return [worker.process.pid for worker in self._alive]
+
+    async def run(
+        self, task: Task, parts: Sequence[Part], limits: Limits, rank: Rank = Rank.BEGIN
+    ) -> Done:
+        """Run a task in a worker. Cancelling ends the worker, and with it the work.
+
+        Raises what the task raises, `TooExpensive` if it exceeds a limit, `UndecodableImage` if it
+        crashes the worker, or `WorkerLost` if two workers were lost through no fault of its own.
+        """
+        order = pickle.dumps(Order(task, limits.cpu_s, limits.memory_bytes))
+        message = [order, *parts]
+        for _ in range(_ATTEMPTS):
+            worker = await self._take(rank)
+            try:
+                return await self._ask(worker, message, limits)
+            except _Died as died:
+                error = _blame(died, limits)
+                reason = "killed" if error is None else type(error).__name__
+                _log.warning("image worker lost", reason=reason, status=died.status)
+                self._on_lost(reason)
+                if error is not None:
+                    raise error from None
+        raise WorkerLost("the process that worked on this photo was lost, and so was the next")
+
+    async def _take(self, rank: Rank) -> _Worker:
+        if self._free:
+            return self._free.pop()
+        waiting = _Waiting(rank, next(self._numbers), asyncio.get_running_loop().create_future())
+        heapq.heappush(self._waiting, waiting)
+        try:
+            return await waiting.worker
+        except asyncio.CancelledError:
+            if waiting.worker.done() and not waiting.worker.cancelled():
+                self._give(waiting.worker.result())
+            raise
+
+    def _give(self, worker: _Worker) -> None:
+        """Hand a free worker to the first task that waits."""
+        while self._waiting:
+            waiting = heapq.heappop(self._waiting)
+            if not waiting.worker.done():
+                waiting.worker.set_result(worker)
+                return
+        self._free.append(worker)
+
+    async def _ask(self, worker: _Worker, message: Sequence[Part], limits: Limits) -> Done:
+        """Give a worker its task and await the answer. Afterwards the worker is free or replaced.
+
+        Raises `_Died` or what the task raised.
+        """
+        loop = asyncio.get_running_loop()
+        started_s = time.monotonic()
+        timer: asyncio.TimerHandle | None = None
+        healthy = False
+        try:
+            size = sum(memoryview(part).nbytes for part in message)
+            if size > _LOOP_BYTES:
+                # Not cancelled half-way: the file must not be written after its worker's end.
+                packet = await _uninterrupted(asyncio.to_thread(put, worker.memory, message))
+            else:
+                packet = put(worker.memory, message)
+            worker.reply = loop.create_future()
+            if worker not in self._alive:
+                raise _Died(None, too_slow=False)
+            timer = loop.call_later(limits.wall_s, self._too_slow, worker)
+            try:
+                worker.control.send(packet)
+            except OSError as exc:
+                raise _Died(await self._status(worker), too_slow=False) from exc
+            reply = await worker.reply
+            if not reply:
+                raise _Died(await self._status(worker), too_slow=worker.too_slow)
+            lengths = lengths_of(reply, worker.memory)
+            if sum(lengths) > _LOOP_BYTES:
+                parts = await _uninterrupted(asyncio.to_thread(get, worker.memory, lengths))
+            else:
+                parts = get(worker.memory, lengths)
+            facts = json.loads(parts[0])
+            healthy = True
+        except (ValueError, IndexError) as exc:
+            # What it decoded has taken it over, or a fault of ours: both end with the worker.
+            _log.error("an image worker sent nonsense", reason=str(exc))
+            raise UndecodableImage("the image crashed its decoder") from exc
+        finally:
+            worker.reply = None
+            if timer is not None:
+                timer.cancel()
+            if healthy:
+                self._give(worker)
+            else:
+                self._replace(worker)
+        _raise_error(facts)
+        run_s = time.monotonic() - started_s
+        return Done(facts, parts[1:], float(facts["cpu_s"]), run_s)
+
+    def _too_slow(self, worker: _Worker) -> None:
+        worker.too_slow = True
+        worker.process.kill()
+
+    def _readable(self, worker: _Worker) -> None:
+        """A worker has answered or ended."""
+        try:
+            packet = receive(worker.control)
+        except BlockingIOError:
+            return
+        if worker.reply is not None and not worker.reply.done():
+            if not packet:
+                self._forget(worker)
+            worker.reply.set_result(packet)
+        elif not packet:
+            if worker in self._free:
+                self._free.remove(worker)
+                _log.warning("image worker lost", reason="idle")
+                self._on_lost("killed")
+                self._replace(worker)
+            else:
+                self._forget(worker)
+
+    def _add(self, worker: _Worker) -> None:
+        self._alive.add(worker)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(worker.control.fileno(), self._readable, worker)
+        self._give(worker)
+
+    def _forget(self, worker: _Worker) -> None:
+        if worker in self._alive:
+            self._alive.remove(worker)
+            asyncio.get_running_loop().remove_reader(worker.control.fileno())
+
+    def _replace(self, worker: _Worker) -> None:
+        """End a worker and start another."""
+        self._forget(worker)
+        worker.process.kill()
+        self._in_background(self._bury_and_start(worker))
+
+    async def _bury_and_start(self, worker: _Worker) -> None:
+        await self._status(worker)
+        worker.close()
+        while not self._closed:
+            try:
+                started = await asyncio.to_thread(_start)
+            except WorkersUnavailable as exc:
+                _log.error("image worker not started", reason=str(exc))
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if self._closed:
+                await asyncio.to_thread(_end, started)
+            else:
+                self._add(started)
+            return
+
+    async def _status(self, worker: _Worker) -> int | None:
+        """The wait status of a worker that has ended or been killed."""
+        known: int | None = await asyncio.to_thread(TEMPLATE.status, worker.process.pid)
+        return known
+
+    def _in_background(self, work: Any) -> None:  # noqa: ANN401
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _close(self) -> None:
+        self._closed = True
+        for waiting in self._waiting:
+            if not waiting.worker.done():
+                waiting.worker.set_exception(errors.Draining("the service is shutting down"))
+        self._waiting.clear()
+        for worker in [*self._alive]:
+            self._forget(worker)
+            await asyncio.to_thread(_end, worker)
+        if self._tasks:
+            await asyncio.wait([*self._tasks])
+
+
+def _start() -> _Worker:
+    """Start a worker. Raises `WorkersUnavailable`."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    memory = os.memfd_create("photo", os.MFD_CLOEXEC)
+    try:
+        with theirs:
+            process = TEMPLATE.fork(theirs, memory)
+    except BaseException:
+        ours.close()
+        os.close(memory)
+        raise
+    ours.setblocking(False)
+    return _Worker(process, ours, memory)
+
+
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    TEMPLATE.status(worker.process.pid)
+    worker.close()
+
+
+async def _uninterrupted(work: Any) -> Any:  # noqa: ANN401
+    """Await ``work``; if cancelled meanwhile, only after it has ended."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _blame(died: _Died, limits: Limits) -> SegmentError | None:
+    """The photo's error, if a worker's end was its fault; None if it was not."""
+    if died.too_slow:
+        return TooExpensive(f"decoding or encoding it takes more than {limits.wall_s:g} s")
+    if died.status is None:
+        return None
+    if os.WIFSIGNALED(died.status):
+        ended_by = os.WTERMSIG(died.status)
+        if ended_by in CPU_SIGNALS:
+            return TooExpensive(
+                "decoding and encoding it takes more CPU time than one photo may have"
+            )
+        if ended_by == signal.SIGKILL:  # by an operator, or the kernel when memory ran out
+            return None
+    return UndecodableImage("the image crashed its decoder")
+
+
+def _raise_error(facts: Mapping[str, Any]) -> None:
+    """Raise the error that a task ended with, if it did."""
+    if "unforeseen" in facts:
+        raise RuntimeError(f"an image worker failed:\n{facts['unforeseen']}")
+    if "error" not in facts:
+        return
+    found = getattr(errors, str(facts["error"]), None)
+    # A worker may be under a file's control: it can only complain about the request and the image.
+    if not (isinstance(found, type) and issubclass(found, RequestError | ImageError)):
+        raise RuntimeError(f"an image worker failed: {facts['error']!r:.80}")
+    arguments = [tuple(one) if isinstance(one, list) else one for one in facts["arguments"]]
+    raise found(*arguments)

@@ -1,0 +1,128 @@
+"""An image worker: a process that holds nothing but the photo in its hands.
+
+It is forked from a template (see `service.workers.template`) and has neither the service's sockets
+nor its secrets. Limits hold for each task: of CPU time (the kernel ends the process), of memory
+(allocations fail), and of wall time (the pool ends the process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import pickle
+import resource
+import select
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from service.errors import SegmentError, TooExpensive
+from service.inference.memory import give_back_freed, keep_freed_buffers
+from service.workers.channel import Part, get, lengths_of, put, receive
+
+IDLE_S: Final = 10.0
+"""Seconds without a task after which freed memory is given back to the operating system."""
+
+_PR_SET_PDEATHSIG: Final = 1
+_OUT_OF_MEMORY_SCORE: Final = "800"
+# What the interpreter, its buffers and the allocator's rounding need beside a task's own arrays.
+_SLACK_BYTES: Final = 96 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a task returns. ``facts``: JSON; ``parts``: bytes or C-contiguous arrays."""
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    parts: Sequence[Part] = ()
+
+
+class Task(Protocol):
+    """What a worker does. It is pickled, so its class must be importable in the worker."""
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """Do the work; ``parts`` are the pool's arguments. May raise any `SegmentError`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A task with its limits: ``cpu_s`` seconds of CPU time and ``memory_bytes``."""
+
+    task: Task
+    cpu_s: float
+    memory_bytes: int
+
+
+def live(control: socket.socket, memory: int, parent: int) -> None:
+    """Work until the service closes ``control``; ``parent``: the template's process."""
+    _prepare_process(parent)
+    while packet := _next(control):
+        pickled, *parts = get(memory, lengths_of(packet, memory))
+        order: Order = pickle.loads(pickled)  # noqa: S301 - the service wrote it
+        answer = _run(order, parts)
+        facts = json.dumps(answer.facts).encode()
+        control.send(put(memory, [facts, *answer.parts]))
+
+
+def _prepare_process(parent: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(0)
+    # The service ends its workers; a signal to the whole group must not end them under a request.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # When memory runs out, the kernel should end a worker and not the service.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(_OUT_OF_MEMORY_SCORE)
+    faulthandler.enable()
+    keep_freed_buffers()
+
+
+def _next(control: socket.socket) -> bytes:
+    """The next packet. Gives back freed memory once, if none comes for a while."""
+    if not select.select([control], [], [], IDLE_S)[0]:
+        give_back_freed()
+    return receive(control)
+
+
+def _run(order: Order, parts: Sequence[bytes]) -> Answer:
+    _limit_memory(order.memory_bytes)
+    started_s = time.process_time()
+    # The kernel counts both user and system time of all threads, and ends the process.
+    signal.setitimer(signal.ITIMER_PROF, order.cpu_s)
+    try:
+        answer = order.task.run(parts)
+    except SegmentError as exc:
+        answer = Answer({"error": type(exc).__name__, "arguments": list(exc.args)})
+    except MemoryError:
+        exc = TooExpensive("the image needs more memory than its size explains")
+        answer = Answer({"error": type(exc).__name__, "arguments": list(exc.args)})
+    # The service logs it and answers 500; the worker is as good as before.
+    except Exception:  # noqa: BLE001
+        answer = Answer({"unforeseen": traceback.format_exc(limit=-12)[-8192:]})
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    cpu_s = time.process_time() - started_s
+    return Answer({**answer.facts, "cpu_s": cpu_s}, answer.parts)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    """Let the address space grow by ``memory_bytes`` at most."""
+    with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123 - a third of pathlib's time
+        pages = int(statm.read().split(maxsplit=1)[0])
+    limit = pages * resource.getpagesize() + memory_bytes + _SLACK_BYTES
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
