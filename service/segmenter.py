@@ -210,8 +210,7 @@ class Segmenter:
             ]
         else:
             shape, outputs = outcome.shape, [np.ascontiguousarray(outcome)]
-        stages = [tuple(stage) for stage in timings.stages]
-        finish = Finish(contract, task.geometry, task.with_confidence, shape, stages)
+        finish = Finish(contract, task.geometry, task.with_confidence, shape, [*timings.stages])
         return await self._in_worker(finish, [*parts, *outputs], use, Rank.FINISH)
 
     async def _in_worker(self, task: Task, parts: Sequence[Part], use: _Use, rank: Rank) -> Done:

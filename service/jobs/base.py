@@ -39,7 +39,7 @@ class Grant:
             raise NeedsMemory(memory_bytes, pixels)
 
 
-class NeedsMemory(Exception):  # noqa: N818 - an answer, not an error
+class NeedsMemory(Exception):
     """The photo needs ``memory_bytes`` in a worker: the service asks again when it has them."""
 
     def __init__(self, memory_bytes: int, pixels: int) -> None:
