@@ -24,8 +24,8 @@ from service.client import Client
 from service.errors import InvalidParameter
 from service.images.brush_rle import RowRuns
 from service.inference.upsampling import Labels
-from service.routes.protocols.label_config import class_ids, parse_label_config
-from service.routes.protocols.label_studio import _BrushJob
+from service.jobs.label_config import class_ids, parse_label_config
+from service.jobs.label_studio import RegionsWriter
 from service.schemas import ModelName, Segmentation
 from service.settings import Settings
 from service.telemetry import logs
