@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field, ValidationError
@@ -30,6 +31,9 @@ from service.jobs.messages import (
 )
 from service.schemas import Schema
 from service.views import Scene
+
+# Measured memory for each pixel, bytes: mask, confidence, and one segment that is encoded.
+_PIXEL_BYTES: Final = 7
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -91,6 +95,8 @@ class ImageSegmentationJob:
         check_size(len(data), self.max_bytes)
         side = contract.working_size
         photo = decode(data, grant.max_pixels, side)
+        pixels = math.prod(photo.size)
+        grant.require(_PIXEL_BYTES * pixels, pixels)
         return Reading(photo, side, True, writer, len(data))
 
 

@@ -6,6 +6,7 @@ https://labelstud.io/guide/predictions.
 
 from __future__ import annotations
 
+import math
 import pickle
 import uuid
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ MAX_IMAGES: Final = 250
 
 By default Label Studio waits 100 s for an answer (its ``ML_TIMEOUT_PREDICT``).
 """
+
+# Measured memory for each pixel, bytes: mask, confidence and runs.
+_PIXEL_BYTES: Final = 6
 
 
 class Task(Message):
@@ -165,6 +169,8 @@ class BrushJob:
         check_size(len(data), self.max_bytes)
         side = contract.working_size
         photo = decode(data, grant.max_pixels, side)
+        pixels = math.prod(photo.size)
+        grant.require(_PIXEL_BYTES * pixels, pixels)
         controls: Sequence[BrushControl] = pickle.loads(self.controls)  # noqa: S301 - `ReadTasks`
         writer = RegionsWriter([one for one in controls if one.data_key == self.key])
         return Reading(photo, side, True, writer, len(data))

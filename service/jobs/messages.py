@@ -21,7 +21,7 @@ MessageT = TypeVar("MessageT", bound="Message")
 DATA_URI: Final = b"data:"
 
 MAX_JSON_MEMORY: Final = 512 * 2**20
-"""Most memory that a request's JSON may take: enough for 4,000,000 numbers."""
+"""Most memory that a request's JSON may take: enough for 3,000,000 numbers."""
 
 MAX_ANSWER_BYTES: Final = 128 * 2**20
 """Longest answer as text. The worker, the channel and the service each hold one copy of it."""
@@ -29,8 +29,8 @@ MAX_ANSWER_BYTES: Final = 128 * 2**20
 # Upper limits of what pydantic's parser was measured to take, bytes: per character, per value in a
 # list, per list and per object, with the Python objects that it returns.
 _CHARACTER: Final = 6
-_VALUE: Final = 100
-_LIST: Final = 150
+_VALUE: Final = 130
+_LIST: Final = 170
 _OBJECT: Final = 450
 
 # Characters of an explanation: the names in a request may be megabytes long.

@@ -45,6 +45,12 @@ Parameters = dict[str, Any]
 Size = Annotated[int, Field(le=2**31)]
 Pixels = npt.NDArray[np.uint8]
 
+# Memory for each pixel, bytes: of the photo and its copy for the resize; of an output as binary
+# data, which is computed, written, sent and received; of one in JSON, which is text from then on.
+_PHOTO_BYTES: Final = 6
+_BINARY_BYTES: Final = 4
+_JSON_BYTES: Final = 1 + 3 * NUMBER_BYTES
+
 _BYTES_LENGTH: Final = struct.Struct("<I")
 # [1, H, W, 3]
 _MAX_RANK: Final = 4
@@ -144,12 +150,15 @@ class InferenceJob:
             file_bytes = len(file)
         else:
             photo = _photo(tensor, binary, grant.max_pixels)
-        numbers = math.prod(photo.size) * sum(not binary for binary in outputs.values())
+        pixels = math.prod(photo.size)
+        numbers = pixels * sum(not binary for binary in outputs.values())
         if numbers * NUMBER_BYTES > MAX_ANSWER_BYTES:
             raise ImageTooLarge(
                 f"an answer in JSON may have at most {MAX_ANSWER_BYTES // NUMBER_BYTES} numbers, "
                 f"but this one would have {numbers}: ask for binary data with binary_data_output"
             )
+        output_bytes = sum(_BINARY_BYTES if binary else _JSON_BYTES for binary in outputs.values())
+        grant.require(pixels * max(_PHOTO_BYTES, output_bytes), pixels)
         return Reading(photo, max_side, CONFIDENCE in outputs, writer, file_bytes)
 
 

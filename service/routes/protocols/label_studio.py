@@ -95,7 +95,7 @@ async def label_studio_health(_: ReadyServiceDep) -> BackendHealth:
 @router.post(
     "/setup",
     summary="Connect a project",
-    responses=documented_errors(400, 408, 413, 422, 503),
+    responses=documented_errors(400, 408, 413, 422, 503, 504),
     openapi_extra=request_body(SetupRequest),
 )
 async def label_studio_setup(request: Request, service: ReadyServiceDep) -> SetupResponse:
@@ -122,10 +122,12 @@ async def label_studio_predict(request: Request, service: ReadyServiceDep) -> Re
     Images are `data:` URIs or files of the Label Studio at `FCN_LABEL_STUDIO_URL`. The service
     fetches nothing else.
     """
-    body = await read_image_body(request, service.settings, _ENVELOPE_BYTES)
-    predictions = await unless_gone(request, _predict(service, body, lease_of(request)))
-    content = b'{"results":[' + b",".join(predictions) + b"]}"
-    return Response(content, media_type="application/json")
+    work = _predict(
+        service,
+        await read_image_body(request, service.settings, _ENVELOPE_BYTES),
+        lease_of(request),
+    )
+    return Response(await unless_gone(request, work), media_type="application/json")
 
 
 @router.post("/webhook", summary="Receive events")
@@ -143,35 +145,39 @@ async def _read(service: Service, task: ReadSetup | ReadTasks, body: bytes, leas
     return await service.segmenter.work(task, body, task.memory_bytes, lease)
 
 
-async def _predict(service: Service, body: bytes, lease: Lease) -> list[bytes]:
-    """A prediction as JSON for each task; an empty one for an image that failed.
+async def _predict(service: Service, body: bytes, lease: Lease) -> bytes:
+    """A prediction for each task as JSON; an empty one for an image that failed.
 
     The request holds one place, so one image is segmented after the other. If all tasks failed,
     raises the error of the last.
     """
     with service.segmenter.hold(), _fetching_thread() as fetching:
+        if service.settings.label_studio_url is not None:
+            lease.take_body(service.settings.max_bytes)  # for the image that is fetched
         read = await _read(service, ReadTasks(_contract(service).labels, SMALL_BYTES), body, lease)
         del body  # its memory is now that of the images
         brush = _Brush(service, lease, fetching, controls=read.parts[1])
-        predictions: list[bytes] = []
+        tasks = read.facts["images"]
+        answer: list[bytes] = []
         failed: list[RequestError | ImageError] = []
-        for images in _images(read.parts[0], read.facts["images"]):
+        for images in _images(read.parts[0], tasks):
             found: list[Result] = []
             try:
                 for key, image in zip(read.facts["keys"], images, strict=True):
                     found.append(await brush.regions(key, image))
             except (RequestError, ImageError) as exc:
-                _log.warning("no prediction", task=len(predictions), reason=str(exc))
                 failed.append(exc)
                 found = []
-            predictions.append(_prediction(service, found))
-            if sum(map(len, predictions)) > MAX_ANSWER_BYTES:
+            answer += [b"," if answer else b"", *_prediction(service, found)]
+            if sum(map(len, answer)) > MAX_ANSWER_BYTES:
                 raise InvalidParameter(
                     f"tasks: an answer may have at most {MAX_ANSWER_BYTES >> 20} MiB: send fewer"
                 )
-    if failed and len(failed) == len(predictions):
+    if failed:
+        _log.warning("no predictions", tasks=len(failed), of=len(tasks), reason=str(failed[-1]))
+    if failed and len(failed) == len(tasks):
         raise failed[-1]
-    return predictions
+    return b"".join([b'{"results": [', *answer, b"]}"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,14 +223,17 @@ def _images(texts: bytes, lengths: Sequence[Sequence[int | None]]) -> Iterator[l
         yield images
 
 
-def _prediction(service: Service, found: Sequence[Result]) -> bytes:
-    """A `Prediction` of the regions found in a task's images, as JSON."""
+def _prediction(service: Service, found: Sequence[Result]) -> list[bytes]:
+    """A `Prediction` of the regions found in a task's images, as pieces of JSON."""
     regions = sum(result.facts["regions"] for result in found)
     score = sum(result.facts["score"] for result in found) / max(1, regions)
     members = json.dumps({"model_version": _version(service), "score": score})
-    # The regions are JSON already.
-    content = b",".join(result.content for result in found if result.content)
-    return members[:-1].encode() + b', "result": [' + content + b"]}"
+    pieces = [members[:-1].encode() + b', "result": [']
+    for result in found:
+        if result.content:
+            # Its regions are JSON already.
+            pieces += [b"," if len(pieces) > 1 else b"", result.content]
+    return [*pieces, b"]}"]
 
 
 def _contract(service: Service) -> ModelContract:
