@@ -61,6 +61,7 @@ class Directory:
         big = b"+" in data[2:4]
         counts, entry = struct.Struct(f"{order}{'Q' if big else 'H'}"), _entry_layout(order, big)
         (start,) = struct.unpack_from(f"{order}{'8xQ' if big else '4xI'}", data)
+        start = min(start, len(data))  # such places may not fit into an index
         (count,) = counts.unpack_from(data, start)
         if count > MAX_FIELDS:
             raise UndecodableImage(f"the image has more than {MAX_FIELDS} fields of metadata")
@@ -73,7 +74,7 @@ class Directory:
             if values * _VALUE_BYTES_BIG.get(kind, 1) > inline:
                 (at,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, at)
             stored = data[place : place + entry.size]
-            fields.setdefault(tag, Field(kind, values, at, stored))
+            fields.setdefault(tag, Field(kind, values, min(at, len(data)), stored))
         return cls(data, order, big, fields)
 
     def numbers(self, tag: int, most: int) -> npt.NDArray[np.int64]:
