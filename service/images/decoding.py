@@ -2,7 +2,8 @@
 
 The first bytes determine the type, not a header or a file name. `service.images.headers` reads the
 header, refuses what would cost too much, and takes the metadata out. All exceptions of the readers
-become one of the three errors of `service.errors.ImageError`.
+become one of
+the errors of `service.errors.ImageError`.
 
 The pixels of most JPEGs come from libjpeg-turbo directly (simplejpeg), which is faster than Pillow
 and can decode at an eighth to a half of the size. If it refuses a file, Pillow decides. Pillow's
@@ -23,7 +24,13 @@ import numpy.typing as npt
 import simplejpeg  # type: ignore[import-untyped]
 from PIL import Image, ImageFile, _imaging
 
-from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
+from service.errors import (
+    ImageError,
+    ImageTooLarge,
+    TooExpensive,
+    UndecodableImage,
+    UnsupportedImageType,
+)
 from service.images.headers import Header, least_side, read_header
 from service.images.profiles import lab_conversion, srgb_conversion
 from service.images.screening import MeteredFile
@@ -125,7 +132,7 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Deco
     at a fraction of its size. Without it, photos are decoded at their own size.
 
     Raises `UnsupportedImageType`, `ImageTooLarge` (more than ``max_pixels`` pixels by its header,
-    or too long a side) or `UndecodableImage`.
+    or too long a side), `TooExpensive` or `UndecodableImage`.
     """
     return decode_inspected(inspect(data, max_pixels), needed_side)
 
@@ -141,7 +148,7 @@ def inspect(data: bytes, max_pixels: int) -> Header:
 def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedPhoto:
     """Decode a photo whose header has been read; see `decode`.
 
-    Raises `ImageTooLarge` or `UndecodableImage`.
+    Raises `ImageTooLarge`, `TooExpensive` or `UndecodableImage`.
     """
     try:
         photo = _decode_jpeg(header, needed_side) if header.image_format == "JPEG" else None
@@ -150,8 +157,10 @@ def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedP
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ImageTooLarge("the image has more pixels than are allowed") from exc
+    except MemoryError as exc:
+        raise TooExpensive("the image needs more memory than its header explains") from exc
     # Pillow's readers raise many kinds of errors: OSError, SyntaxError, ValueError, struct.error,
-    # EOFError, KeyError, OverflowError, zlib.error, MemoryError and more.
+    # EOFError, KeyError, OverflowError, zlib.error and more.
     except Exception as exc:
         raise UndecodableImage(
             f"the {header.image_format} data is broken, truncated or of an unsupported variant"

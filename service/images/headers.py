@@ -21,7 +21,7 @@ from typing import Final
 
 import numpy as np
 
-from service.errors import ImageTooLarge, UndecodableImage
+from service.errors import ImageTooLarge, TooExpensive, UndecodableImage
 from service.images.profiles import MAX_PROFILE_BYTES
 from service.images.tiff import ORIENTATION, Directory, exif_orientation
 
@@ -152,8 +152,8 @@ def read_header(data: bytes, image_format: str, max_pixels: int) -> Header:
     """Read a file's header, and its metadata as far as it is used.
 
     ``image_format``: its name in Pillow. Raises `ImageTooLarge` for more than ``max_pixels`` pixels
-    or a side over `MAX_SIDE`, `UndecodableImage` for a file that is broken or would cost far more
-    than its pixels.
+    or a side over `MAX_SIDE`, `TooExpensive` for a file that would cost far more than its pixels,
+    `UndecodableImage` for one that is broken.
     """
     try:
         header = _READERS[image_format](data, max_pixels)
@@ -228,7 +228,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         if marker not in _ALONE:
             place += int.from_bytes(data[place : place + 2])
             yield marker, start, place
-    raise UndecodableImage(f"the image has more than {MAX_STEPS} segments")
+    raise TooExpensive(f"the image has more than {MAX_STEPS} segments")
 
 
 def _read_jpeg(data: bytes, max_pixels: int) -> Header:
@@ -264,7 +264,7 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Header:
     if frame.marker in _ARITHMETIC:
         visits += _ARITHMETIC_BYTE_VISITS * (len(data) - pixels_at)
     if visits > MAX_VISITS:
-        raise UndecodableImage("the image has too many scans for its size")
+        raise TooExpensive("the image has too many scans for its size")
     blocks = sum(rows * columns for rows, columns in frame.blocks.values())
     several = scans > 1 or frame.marker in _PROGRESSIVE
     return Header(
@@ -304,7 +304,7 @@ def _read_png(data: bytes, max_pixels: int) -> Header:
             break
         place = end
     else:
-        raise UndecodableImage(f"the image has more than {MAX_STEPS} chunks")
+        raise TooExpensive(f"the image has more than {MAX_STEPS} chunks")
     stored = {_PNG_GREY: 2 if depth == 16 else 1, _PNG_PALETTE: 1}.get(color, 4)
     return Header(
         "PNG",
@@ -336,7 +336,7 @@ def _read_tiff(data: bytes, max_pixels: int) -> Header:
         field = directory.fields.get(tag)
         if field is not None and field.count > most:
             what = "strips or tiles" if most == MAX_STRIPS else f"values in field {tag}"
-            raise UndecodableImage(f"the image has more than {most} {what}")
+            raise TooExpensive(f"the image has more than {most} {what}")
     width, height = directory.number(256, 0), directory.number(257, 0)
     check_size((height, width), max_pixels)
     # Pillow reads no files whose samples differ.
@@ -345,10 +345,10 @@ def _read_tiff(data: bytes, max_pixels: int) -> Header:
     tile_height, tile_width = _tile(directory, height, width)
     down, across = -(-height // tile_height), -(-width // tile_width)
     if down * across * planes > MAX_STRIPS:
-        raise UndecodableImage(f"the image has more than {MAX_STRIPS} strips or tiles")
+        raise TooExpensive(f"the image has more than {MAX_STRIPS} strips or tiles")
     padded = down * tile_height * across * tile_width
     if _is_tiled(directory) and padded - height * width > MAX_PADDING:
-        raise UndecodableImage("the tiles of the image are far larger than the image")
+        raise TooExpensive("the tiles of the image are far larger than the image")
     part_bytes = 0
     if directory.number(259, _TIFF_RAW) != _TIFF_RAW:
         _check_parts(directory, samples * -(-tile_height // 8) * -(-tile_width // 8))
@@ -390,7 +390,7 @@ def _check_parts(directory: Directory, part_blocks: int) -> None:
     parts = _strips(directory)
     # Without this, many strips could each read the whole file, and find next to no pixels.
     if sum(end - start for start, end in parts) > len(data) + SHARED_BYTES:
-        raise UndecodableImage("the strips of the image have more bytes than the file")
+        raise TooExpensive("the strips of the image have more bytes than the file")
     if directory.number(259, _TIFF_RAW) not in _TIFF_JPEG:
         return
     scans = sum(data.count(b"\xff\xda", start, end) for start, end in parts)
@@ -398,7 +398,7 @@ def _check_parts(directory: Directory, part_blocks: int) -> None:
     if re.search(rb"\xff[\xc9-\xcb]", data):
         visits = visits * _ARITHMETIC_VISITS + _ARITHMETIC_BYTE_VISITS * len(data)
     if visits > MAX_VISITS:
-        raise UndecodableImage("the image has too many scans for its size")
+        raise TooExpensive("the image has too many scans for its size")
 
 
 def _strips(directory: Directory) -> list[tuple[int, int]]:
@@ -462,7 +462,7 @@ def _read_webp(data: bytes, _: int) -> Header:
             chunks.setdefault(name, data[place + 8 : place + 8 + size])
         place += 8 + size + size % 2
     else:
-        raise UndecodableImage(f"the image has more than {MAX_STEPS} chunks")
+        raise TooExpensive(f"the image has more than {MAX_STEPS} chunks")
     return Header(
         "WEBP",
         (height, width),

@@ -12,7 +12,7 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from service.errors import UndecodableImage
+from service.errors import TooExpensive
 
 MAX_FIELDS: Final = 4096
 """Largest number of fields of a directory. Programs write a few dozen."""
@@ -55,7 +55,7 @@ class Directory:
     def of(cls, data: bytes) -> Self:
         """Read the directory.
 
-        Raises `UndecodableImage` if it has too many fields, `struct.error` if it is truncated.
+        Raises `TooExpensive` if it has too many fields, `struct.error` if it is truncated.
         """
         order = "<" if data.startswith(b"II") else ">"
         big = b"+" in data[2:4]
@@ -64,7 +64,7 @@ class Directory:
         start = min(start, len(data))  # such places may not fit into an index
         (count,) = counts.unpack_from(data, start)
         if count > MAX_FIELDS:
-            raise UndecodableImage(f"the image has more than {MAX_FIELDS} fields of metadata")
+            raise TooExpensive(f"the image has more than {MAX_FIELDS} fields of metadata")
         fields: dict[int, Field] = {}
         first = start + counts.size
         for place in range(first, first + count * entry.size, entry.size):
@@ -81,13 +81,13 @@ class Directory:
         """Return a field's values, ``(n,) int64``, without those past the end of the file.
 
         They are empty if there is no such field or its values are no unsigned integers. Raises
-        `UndecodableImage` if it has more than ``most`` values.
+        `TooExpensive` if it has more than ``most`` values.
         """
         field = self.fields.get(tag)
         if field is None or field.kind not in _UNSIGNED:
             return np.empty(0, dtype=np.int64)
         if field.count > most:
-            raise UndecodableImage(f"the image has more than {most} values in field {tag}")
+            raise TooExpensive(f"the image has more than {most} values in field {tag}")
         kind = np.dtype(self.order + _UNSIGNED[field.kind])
         stored = self.data[field.place : field.place + field.count * kind.itemsize]
         values = np.frombuffer(stored[: len(stored) // kind.itemsize * kind.itemsize], dtype=kind)
@@ -135,6 +135,6 @@ def exif_orientation(block: bytes) -> int:
     block = block.removeprefix(b"Exif\0\0")
     try:
         value = Directory.of(block).number(ORIENTATION, 1)
-    except (UndecodableImage, struct.error):
+    except (TooExpensive, struct.error):
         return 1
     return value if 1 <= value <= 8 else 1
