@@ -22,9 +22,11 @@ from service.http.middleware import RequestContext
 from service.http.routers import RouteFlags
 from service.http.uploads import Leases
 from service.inference.session import InferenceSession
+from service.jobs.hugging_face import SegmentationParameters, SegmentationRequest
+from service.jobs.label_studio import PredictRequest, SetupRequest
+from service.jobs.open_inference import InferenceRequest
 from service.routes import batch, catalogue, health, metrics, page, segment
 from service.routes.protocols import hugging_face, label_studio, open_inference
-from service.routes.protocols.tensors import InferenceRequest
 from service.runtime import OpenEngines, open_service
 from service.schemas import Problem
 from service.settings import Settings
@@ -78,10 +80,10 @@ _REFERENCED: Final = (
     Problem,
     InferenceRequest,
     open_inference.IndexRequest,
-    hugging_face.SegmentationRequest,
-    hugging_face.SegmentationParameters,
-    label_studio.PredictRequest,
-    label_studio.SetupRequest,
+    SegmentationRequest,
+    SegmentationParameters,
+    PredictRequest,
+    SetupRequest,
 )
 
 

@@ -293,7 +293,8 @@ class Options(BaseModel):
 def check_side(max_side: int | None, limit: int) -> None:
     """Raise `InvalidParameter` unless ``max_side`` is None or in `MIN_SIDE` to ``limit`` pixels."""
     if max_side is not None and not MIN_SIDE <= max_side <= limit:
-        raise InvalidParameter(f"max_side: {max_side} is not in {MIN_SIDE} to {limit}")
+        # Cut: JSON and URLs may have thousands of digits.
+        raise InvalidParameter(f"max_side: {max_side!r:.20} is not in {MIN_SIDE} to {limit}")
 
 
 def offers(name: ViewName) -> dict[MediaType, View]:

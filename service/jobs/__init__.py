@@ -4,6 +4,6 @@ Nothing here imports FastAPI or ONNX Runtime. The template of the workers import
 that every job is in memory when a worker is forked.
 """
 
-from service.jobs import base, view
+from service.jobs import base, hugging_face, label_studio, open_inference, view
 
-__all__ = ["base", "view"]
+__all__ = ["base", "hugging_face", "label_studio", "open_inference", "view"]

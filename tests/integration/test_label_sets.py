@@ -24,8 +24,8 @@ from service.client import Client
 from service.errors import InvalidParameter
 from service.images.brush_rle import RowRuns
 from service.inference.upsampling import Labels
-from service.routes.protocols.label_config import class_ids, parse_label_config
-from service.routes.protocols.label_studio import _BrushJob
+from service.jobs.label_config import class_ids, parse_label_config
+from service.jobs.label_studio import RegionsWriter
 from service.schemas import ModelName, Segmentation
 from service.settings import Settings
 from service.telemetry import logs
@@ -361,9 +361,9 @@ def test_brush_labels_are_those_of_the_answering_model() -> None:
     labels = Labels(mask, np.full_like(mask, 255))
     for label_set, pixels in ((before, mask == 1), (after, mask == 2)):
         scene = Scene(labels, make_contract(labels=label_set))
-        (region,) = _BrushJob(b"", [control]).write(scene)
-        assert region.value.brushlabels == ["Cat"]
-        assert region.value.rle == list(RowRuns.of(pixels.astype(np.uint8)).brush([1]))
+        region = json.loads(RegionsWriter([control]).write(scene, b"").content)
+        assert region["value"]["brushlabels"] == ["Cat"]
+        assert region["value"]["rle"] == list(RowRuns.of(pixels.astype(np.uint8)).brush([1]))
 
 
 def test_a_class_without_letters_is_meant_by_its_very_name() -> None:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from service.artefact import voc
 from service.images.brush_rle import RowRuns
+from service.routes.protocols import label_studio as routes
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, in_process, mask_of
@@ -343,6 +344,10 @@ async def test_one_bad_image_does_not_fail_the_others(client: InProcess) -> None
         ("data:image/png;base64,?", 400),
         (data_uri(b"hello"), 415),
         ("data:,hello%21", 415),
+        ("data:," + "%41" * 70_000, 413),
+        ("data:" + "a" * 70_000, 400),
+        ("x" * 5000, 422),
+        ("data:;base64,\U0001f600", 400),
         (data_uri(PHOTO[:100]), 422),
         (data_uri(bytes(100_001)), 413),
         (None, 400),
@@ -368,6 +373,9 @@ async def test_bad_images(client: InProcess, image: object, status: int) -> None
         '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><View>&b;</View>',
         '<!doctype x SYSTEM "file:///etc/passwd"><View/>',
         "<View>" * 40_000,
+        "<View>" * 15_000 + "</View>" * 15_000,
+        "<View " + " ".join(f"a{number}=''" for number in range(20_000)) + "/>",
+        '<?xml version="1.0" encoding="utf-99"?><View>\U0001f600',
         f"<View>{' ' * 300_000}</View>",
     ],
 )
@@ -379,8 +387,86 @@ async def test_configurations_that_cannot_be_pre_labelled(client: InProcess, con
     assert_error(await client.http.post(f"{BASE}/predict", json=body), 422)
 
 
+async def test_thousands_of_labels(client: InProcess) -> None:
+    """More labels than models have classes get 422: each would get a region of its own."""
+    labels = "".join(
+        f'<Label value="{number:x}" predicted_values="background"/>' for number in range(5200)
+    )
+    config = f'<View><Image name="i" value="$picture"/><BrushLabels name="b" toName="i">{labels}'
+    config += "</BrushLabels></View>"
+    setup = await client.http.post(f"{BASE}/setup", json={"schema": config})
+    assert "at most 1000 labels" in assert_error(setup, 422)
+    body = predict_body(data_uri(), config=config)
+    assert_error(await client.http.post(f"{BASE}/predict", json=body), 422)
+
+
+async def test_labels_of_the_same_class(client: InProcess) -> None:
+    """Each gets a region with the same pixels and an id of its own."""
+    config = CONFIG.replace("Unicorn", 'Pet" predicted_values="cat')
+    body = predict_body(data_uri(), config=config.replace("cat,dog", "cat"))
+    (prediction,) = (await client.http.post(f"{BASE}/predict", json=body)).json()["results"]
+    _, animal, pet = prediction["result"]
+    assert animal["value"]["rle"] == pet["value"]["rle"]
+    assert animal["id"] != pet["id"]
+
+
+async def test_too_many_tasks(make_settings: Callable[..., Settings]) -> None:
+    """More than 250 tasks get 400, and more than 250 images 422, before any is read."""
+    two_images = CONFIG.replace(
+        "</View>",
+        """<Image name="other" value="$second"/>
+        <BrushLabels name="more" toName="other"><Label value="Cat"/></BrushLabels></View>""",
+    )
+    async with in_process(make_settings()) as client:
+        body = predict_body(*["data:,"] * 100_000)
+        error = assert_error(await client.http.post(f"{BASE}/predict", json=body), 400)
+        assert "at most 250" in error
+        body = predict_body(*["data:,"] * 126, config=two_images)
+        error = assert_error(await client.http.post(f"{BASE}/predict", json=body), 422)
+        assert "at most 250 images" in error
+
+
+async def test_an_answer_that_is_too_long(
+    client: InProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions beyond the limit get 422 with advice, whatever the number of tasks."""
+    monkeypatch.setattr(routes, "MAX_ANSWER_BYTES", 5000)
+    one = await client.http.post(f"{BASE}/predict", json=predict_body(data_uri()))
+    assert one.status_code == 200
+    body = predict_body(*[data_uri()] * 5)
+    error = assert_error(await client.http.post(f"{BASE}/predict", json=body), 422)
+    assert "send fewer" in error
+
+
+async def test_a_task_with_two_images(client: InProcess) -> None:
+    """Its prediction has the regions of both, each with its own photo's size."""
+    config = CONFIG.replace(
+        "</View>",
+        """<Image name="other" value="$second"/>
+        <BrushLabels name="more" toName="other"><Label value="Cat"/></BrushLabels></View>""",
+    )
+    body = predict_body(data_uri(), config=config)
+    narrow = encode(two_class_photo()[:, 48:])
+    body["tasks"][0]["data"]["second"] = data_uri(narrow)
+    (prediction,) = (await client.http.post(f"{BASE}/predict", json=body)).json()["results"]
+    found = [(one["from_name"], one["original_width"]) for one in prediction["result"]]
+    assert found[:2] == [("tag", 96), ("tag", 96)]
+    assert set(found[2:]) <= {("more", 48)}
+    scores = [one["score"] for one in prediction["result"]]
+    assert prediction["score"] == pytest.approx(np.mean(scores))
+
+
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"tasks": [1], "label_config": ""}', b'{"tasks": null}']
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"tasks": [1], "label_config": ""}',
+        b'{"tasks": null}',
+        b'{"tasks": [{"data": []}]}',
+        b"[" * 10_000,
+    ],
 )
 async def test_malformed_requests(client: InProcess, content: bytes) -> None:
     """Malformed requests get 400."""

@@ -14,8 +14,9 @@ import structlog.testing
 import tritonclient.http as triton  # type: ignore[import-untyped]
 from tritonclient.utils import InferenceServerException  # type: ignore[import-untyped]
 
-from service import __version__, segmenter
+from service import __version__
 from service.artefact import voc
+from service.segmenter import Segmenter
 from service.settings import Settings
 from tests.artefacts import encode, two_class_photo
 from tests.clients import InProcess, Server, in_process, mask_of
@@ -289,7 +290,8 @@ MALFORMED: dict[str, tuple[object, int]] = {
     "an endless shape": (request(shape=[1] * 1000), 400),
     "other sizes than the data's": (request(shape=[HEIGHT, WIDTH - 1, 3]), 400),
     "more pixels than allowed": (request(shape=[128, 97, 3]), 413),
-    "more pixels than there are numbers": (request(shape=[10**30, 10**30, 3]), 413),
+    "more pixels than there are numbers": (request(shape=[2**30, 2**30, 3]), 413),
+    "sizes of a thousand digits": (request(shape=[10**1000, 10**1000, 3]), 400),
     "no data": (request(data=None), 400),
     "data as text": (request(data="abc"), 400),
     "numbers above 255": (request(data=[256] * PHOTO.size), 400),
@@ -300,8 +302,21 @@ MALFORMED: dict[str, tuple[object, int]] = {
     "ragged data": (request(data=[[1], [1, 2]]), 400),
     "texts among the numbers": (request(data=[["a"] * PHOTO.size]), 400),
     "objects among the numbers": (request(data=[{}]), 400),
+    "flags among the numbers": (request(data=[True] * 100), 400),
+    "nothing among the numbers": (request(data=[None] * 100), 400),
+    "a text, then numbers": (request(data=["a" * 10_000, *[1] * PHOTO.size]), 400),
+    "numbers, then a list": (request(data=[*[1] * PHOTO.size, []]), 400),
+    "lists, then a number": (request(data=[*[[1]] * PHOTO.size, 1]), 400),
+    "rows of different lengths": (request(data=[[1] * 3, [1] * (PHOTO.size - 3)]), 400),
+    "nested too deeply": (request(data=[[[[[1] * PHOTO.size]]]]), 400),
+    "empty lists": (request(data=[[[]] * 100] * 100), 400),
     "both data and a size": (request(parameters={"binary_data_size": 3}), 400),
     "a size without data": (request(data=None, parameters={"binary_data_size": 3}), 400),
+    "a size that is a flag": (request(data=None, parameters={"binary_data_size": False}), 400),
+    "a size of a thousand digits": (
+        request(data=None, parameters={"binary_data_size": 10**1000}),
+        400,
+    ),
     "a size that is no number": (request(data=None, parameters={"binary_data_size": "x"}), 400),
     "shared memory": (request(data=None, parameters={"shared_memory_region": "x"}), 400),
     "text that is not base64": (request(datatype="BYTES", shape=[1], data=["!"]), 400),
@@ -317,6 +332,8 @@ MALFORMED: dict[str, tuple[object, int]] = {
     ),
     "a flag that is none": ({**request(), "parameters": {"binary_data_output": "yes"}}, 400),
     "an id that is none": ({**request(), "id": 7}, 400),
+    "an id of a megabyte": ({**request(data=[]), "id": "7" * 2**16}, 400),
+    "max_side of a thousand digits": ({**request(), "parameters": {"max_side": 10**1000}}, 422),
     "max_side as text": ({**request(), "parameters": {"max_side": "96"}}, 422),
     "max_side as a flag": ({**request(), "parameters": {"max_side": True}}, 422),
 }
@@ -333,7 +350,17 @@ async def test_malformed_requests(service: InProcess, case: str) -> None:
 @pytest.mark.anyio
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"\xff\xfe", b"[" * 10_000, b'{"inputs": NaN}', b'{"id": "\\ud800"}', PNG],
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[" * 10_000,
+        b'{"a":' * 10_000,
+        b'{"inputs": NaN}',
+        b'{"id": "\\ud800"}',
+        b'{"inputs": [], "id": ' + b"9" * 5000 + b"}",
+        PNG,
+    ],
 )
 async def test_what_is_not_json(service: InProcess, content: bytes) -> None:
     """Any body that is not JSON gets 400."""
@@ -412,11 +439,34 @@ async def test_an_endless_body_is_not_read_to_its_end(service: InProcess) -> Non
 async def test_json_that_would_take_too_much_memory(
     make_settings: Callable[..., Settings],
 ) -> None:
-    """Millions of JSON values get 413: two bytes of JSON can take fifty bytes of memory."""
+    """Millions of JSON values get 413: two bytes of JSON can take hundreds of bytes of memory."""
     body = b'{"inputs": [' + b"[]," * 2_100_000 + b"[]]}"
     async with in_process(make_settings()) as service:
         error = assert_error(await service.http.post(INFER, content=body), 413)
-    assert "send binary data" in error
+    assert "send fewer, or binary data" in error
+
+
+@pytest.mark.anyio
+async def test_millions_of_errors(make_settings: Callable[..., Settings]) -> None:
+    """Reading stops at the first of 2,000,000 wrong values; the answer names it."""
+    body = b'{"inputs": [' + b"0," * 2_000_000 + b"0]}"
+    async with in_process(make_settings()) as service:
+        error = assert_error(await service.http.post(INFER, content=body), 400)
+    assert error == "inputs.0: Input should be an object"
+
+
+@pytest.mark.anyio
+async def test_an_answer_too_long_for_json(make_settings: Callable[..., Settings]) -> None:
+    """A photo of 18 megapixels has too many numbers for two outputs; as binary data they fit."""
+    photo = encode(np.zeros((3000, 6000, 3), np.uint8), "JPEG")
+    body = request(data=[base64.b64encode(photo).decode()], shape=[1], datatype="BYTES")
+    async with in_process(make_settings()) as service:
+        error = assert_error(await service.http.post(INFER, json=body), 413)
+        assert "ask for binary data" in error
+        body["parameters"] = {"binary_data_output": True}
+        response = await service.http.post(INFER, json=body)
+    assert response.status_code == 200, response.text
+    assert len(response.content) == int(response.headers[LENGTH]) + 2 * 3000 * 6000
 
 
 @pytest.mark.anyio
@@ -510,7 +560,7 @@ async def test_what_nobody_foresaw(
     def fail(*_: object, **__: object) -> NoReturn:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(segmenter, "upsample", fail)
+    monkeypatch.setattr(Segmenter, "segment", fail)
     async with in_process(make_settings(), FakeSession()) as service:
         with structlog.testing.capture_logs() as lines:
             response = await service.http.post(INFER, json=request())

@@ -7,38 +7,40 @@ https://labelstud.io/guide/predictions.
 from __future__ import annotations
 
 import asyncio
-import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-import numpy as np
 import structlog
 from fastapi import Request, Response
 from pydantic import Field
 
 from service.artefact.contract import ModelContract
-from service.artefact.labels import LabelSet
-from service.errors import ImageError, MalformedRequest, RequestError
+from service.errors import ImageError, InvalidParameter, MalformedRequest, RequestError
 from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
 from service.http.problems import documented_errors
 from service.http.routers import ServiceRouter
-from service.http.uploads import read_body
-from service.images.brush_rle import RowRuns
-from service.images.decoding import decode
-from service.inference.upsampling import Labels
-from service.routes.protocols.label_config import (
-    BrushControl,
-    class_ids,
-    parse_label_config,
+from service.http.uploads import lease_of, read_body
+from service.jobs.label_studio import (
+    BrushJob,
+    BrushRegion,
+    PredictRequest,
+    ReadSetup,
+    ReadTasks,
+    SetupRequest,
 )
+from service.jobs.messages import DATA_URI, MAX_ANSWER_BYTES
+from service.memory import Lease
 from service.routes.protocols.label_studio_images import LabelStudioImages
-from service.routes.protocols.messages import Message, parse, read_image_body, request_body
+from service.routes.protocols.messages import read_image_body, request_body
 from service.runtime import Service
 from service.schemas import Schema
-from service.segmenter import Reading
-from service.views import Scene
+from service.segmenter import SMALL_BYTES, Result
+from service.workers.pool import Done
 
 router = ServiceRouter(foreign_errors=True, prefix="/label-studio", tags=["label studio"])
 health = ServiceRouter(
@@ -49,49 +51,6 @@ health = ServiceRouter(
 _ENVELOPE_BYTES: Final = 8 * 2**20
 
 _log: Any = structlog.get_logger("service.label_studio")
-
-
-class Task(Message):
-    """One task of a project; ``data`` has its image under the key in the configuration."""
-
-    data: dict[str, Any]
-
-
-class PredictRequest(Message):
-    """Tasks to pre-label."""
-
-    tasks: list[Task]
-    label_config: str = Field(description="the project's labelling configuration, XML")
-
-
-class SetupRequest(Message):
-    """A project to connect. Its host name and access token are not used."""
-
-    label_schema: str | None = Field(
-        None, alias="schema", description="the project's labelling configuration, XML"
-    )
-
-
-class BrushValue(Schema):
-    """The pixels of one label."""
-
-    format: Literal["rle"] = "rle"
-    rle: list[int] = Field(description="the RGBA image, 255 or 0, encoded by rle-pack")
-    brushlabels: list[str]
-
-
-class BrushRegion(Schema):
-    """The region of one label."""
-
-    id: str
-    type: Literal["brushlabels"] = "brushlabels"
-    from_name: str
-    to_name: str
-    original_width: int
-    original_height: int
-    image_rotation: int = 0
-    value: BrushValue
-    score: float = Field(description="mean probability of the label over its pixels, 0 to 1")
 
 
 class Prediction(Schema):
@@ -136,14 +95,14 @@ async def label_studio_health(_: ReadyServiceDep) -> BackendHealth:
 @router.post(
     "/setup",
     summary="Connect a project",
-    responses=documented_errors(400, 408, 413, 422, 503),
+    responses=documented_errors(400, 408, 413, 422, 503, 504),
     openapi_extra=request_body(SetupRequest),
 )
 async def label_studio_setup(request: Request, service: ReadyServiceDep) -> SetupResponse:
     """Checks that a label of the project stands for a class. The service stores nothing."""
-    setup = parse(SetupRequest, await read_body(request, _ENVELOPE_BYTES))
-    if setup.label_schema is not None:
-        parse_label_config(setup.label_schema, _contract(service).labels)
+    body = await read_body(request, _ENVELOPE_BYTES)
+    task = ReadSetup(_contract(service).labels, SMALL_BYTES)
+    await unless_gone(request, _read(service, task, body, lease_of(request)))
     return SetupResponse(model_version=_version(service))
 
 
@@ -163,12 +122,12 @@ async def label_studio_predict(request: Request, service: ReadyServiceDep) -> Re
     Images are `data:` URIs or files of the Label Studio at `FCN_LABEL_STUDIO_URL`. The service
     fetches nothing else.
     """
-    body = await read_image_body(request, service.settings, _ENVELOPE_BYTES)
-    message = await asyncio.to_thread(parse, PredictRequest, body)
-    controls = parse_label_config(message.label_config, _contract(service).labels)
-    predictions = await unless_gone(request, _predict(service, message.tasks, controls))
-    content = b'{"results":[' + b",".join(predictions) + b"]}"
-    return Response(content, media_type="application/json")
+    work = _predict(
+        service,
+        await read_image_body(request, service.settings, _ENVELOPE_BYTES),
+        lease_of(request),
+    )
+    return Response(await unless_gone(request, work), media_type="application/json")
 
 
 @router.post("/webhook", summary="Receive events")
@@ -177,88 +136,104 @@ async def label_studio_webhook() -> WebhookAnswer:
     return WebhookAnswer()
 
 
-async def _predict(
-    service: Service, tasks: Sequence[Task], controls: Sequence[BrushControl]
-) -> list[bytes]:
-    """A prediction as JSON for each task; an empty one for an image that failed.
+async def _read(service: Service, task: ReadSetup | ReadTasks, body: bytes, lease: Lease) -> Done:
+    """Read a message in a worker, again with more memory if it needs more."""
+    done = await service.segmenter.work(task, body, task.memory_bytes, lease)
+    if "needs" not in done.facts:
+        return done
+    task = replace(task, memory_bytes=done.facts["needs"])
+    return await service.segmenter.work(task, body, task.memory_bytes, lease)
 
-    If all images failed, raises the error of the last.
+
+async def _predict(service: Service, body: bytes, lease: Lease) -> bytes:
+    """A prediction for each task as JSON; an empty one for an image that failed.
+
+    The request holds one place, so one image is segmented after the other. If all tasks failed,
+    raises the error of the last.
     """
-    images = LabelStudioImages.configured(service.settings)
-    predictions = []
-    failed: list[RequestError | ImageError] = []
-    for number, task in enumerate(tasks):
-        regions: list[BrushRegion] = []
-        try:
-            for key in dict.fromkeys(control.data_key for control in controls):
-                data = await asyncio.to_thread(images.read, _reference(task, key))
-                here = [control for control in controls if control.data_key == key]
-                regions += (await service.segmenter.segment(_BrushJob(data, here))).content
-        except (RequestError, ImageError) as exc:
-            _log.warning("no prediction", task=number, reason=str(exc))
-            failed.append(exc)
-            regions = []
-        score = sum(region.score for region in regions) / max(1, len(regions))
-        prediction = Prediction(model_version=_version(service), score=score, result=regions)
-        predictions.append(prediction.model_dump_json().encode())
+    with service.segmenter.hold(), _fetching_thread() as fetching:
+        if service.settings.label_studio_url is not None:
+            lease.take_body(service.settings.max_bytes)  # for the image that is fetched
+        read = await _read(service, ReadTasks(_contract(service).labels, SMALL_BYTES), body, lease)
+        del body  # its memory is now that of the images
+        brush = _Brush(service, lease, fetching, controls=read.parts[1])
+        tasks = read.facts["images"]
+        answer: list[bytes] = []
+        failed: list[RequestError | ImageError] = []
+        for images in _images(read.parts[0], tasks):
+            found: list[Result] = []
+            try:
+                for key, image in zip(read.facts["keys"], images, strict=True):
+                    found.append(await brush.regions(key, image))
+            except (RequestError, ImageError) as exc:
+                failed.append(exc)
+                found = []
+            answer += [b"," if answer else b"", *_prediction(service, found)]
+            if sum(map(len, answer)) > MAX_ANSWER_BYTES:
+                raise InvalidParameter(
+                    f"tasks: an answer may have at most {MAX_ANSWER_BYTES >> 20} MiB: send fewer"
+                )
+    if failed:
+        _log.warning("no predictions", tasks=len(failed), of=len(tasks), reason=str(failed[-1]))
     if failed and len(failed) == len(tasks):
         raise failed[-1]
-    return predictions
-
-
-def _reference(task: Task, key: str) -> str:
-    """The reference to a task's image."""
-    reference = task.data.get(key)
-    if not isinstance(reference, str):
-        raise MalformedRequest(f"tasks: data has no image in {key!r:.80}")
-    return reference
+    return b"".join([b'{"results": [', *answer, b"]}"])
 
 
 @dataclass(frozen=True, slots=True)
-class _BrushJob:
-    """The labels found in an image file, in the configuration's order, as a `Job`."""
+class _Brush:
+    """Finds regions in the images of one request. ``controls``: see `BrushJob`."""
 
-    data: bytes
-    controls: Sequence[BrushControl]
-    model: None = None
+    service: Service
+    lease: Lease
+    fetching: ThreadPoolExecutor
+    controls: bytes
 
-    def read(self, max_pixels: int, contract: ModelContract) -> Reading:
-        side = contract.working_size
-        photo = decode(self.data, max_pixels, side)
-        return Reading(photo, side, with_confidence=True, file_bytes=len(self.data))
+    async def regions(self, key: str, image: bytes | None) -> Result:
+        """The regions in an image, which is a ``data:`` URI or a URL."""
+        if image is None:
+            raise MalformedRequest(f"tasks: data has no image in {key!r:.80}")
+        settings = self.service.settings
+        if not image.startswith(DATA_URI):
+            fetch = LabelStudioImages.configured(settings).fetch
+            loop = asyncio.get_running_loop()
+            image = await loop.run_in_executor(self.fetching, fetch, image)
+        job = BrushJob(key, self.controls, settings.max_bytes)
+        return await self.service.segmenter.segment_held(job, image, self.lease)
 
-    def write(self, scene: Scene) -> list[BrushRegion]:
-        # By the answering model's own classes: a reload may have replaced the one that the
-        # configuration was checked against.
-        return _regions(scene.labels, scene.contract.labels, self.controls)
+
+@contextmanager
+def _fetching_thread() -> Iterator[ThreadPoolExecutor]:
+    """A thread that fetches images: a slow Label Studio must not take those that others use."""
+    executor = ThreadPoolExecutor(1)
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _regions(
-    labels: Labels, label_set: LabelSet, controls: Sequence[BrushControl]
-) -> list[BrushRegion]:
-    height, width = labels.mask.shape
-    runs = RowRuns.of(labels.mask)
-    pixels = runs.counts()
-    confidence = labels.class_confidence()
-    regions = []
-    for control in controls:
-        for name, names in control.labels.items():
-            ids = sorted(class_ids(names, label_set))
-            if not pixels[ids].any():
-                continue
-            value = BrushValue(rle=list(runs.brush(ids)), brushlabels=[name])
-            regions.append(
-                BrushRegion(
-                    id=uuid.uuid4().hex[:10],
-                    from_name=control.from_name,
-                    to_name=control.to_name,
-                    original_width=width,
-                    original_height=height,
-                    value=value,
-                    score=float(np.average(confidence[ids], weights=pixels[ids])),
-                )
-            )
-    return regions
+def _images(texts: bytes, lengths: Sequence[Sequence[int | None]]) -> Iterator[list[bytes | None]]:
+    """The images of each task; see `ReadTasks`."""
+    offset = 0
+    for task in lengths:
+        images: list[bytes | None] = []
+        for length in task:
+            images.append(None if length is None else texts[offset : offset + length])
+            offset += length or 0
+        yield images
+
+
+def _prediction(service: Service, found: Sequence[Result]) -> list[bytes]:
+    """A `Prediction` of the regions found in a task's images, as pieces of JSON."""
+    regions = sum(result.facts["regions"] for result in found)
+    score = sum(result.facts["score"] for result in found) / max(1, regions)
+    members = json.dumps({"model_version": _version(service), "score": score})
+    pieces = [members[:-1].encode() + b', "result": [']
+    for result in found:
+        if result.content:
+            # Its regions are JSON already.
+            pieces += [b"," if len(pieces) > 1 else b"", result.content]
+    return [*pieces, b"]}"]
 
 
 def _contract(service: Service) -> ModelContract:

@@ -1,4 +1,4 @@
-"""Reads the image of a Label Studio task: from the request itself, or from one Label Studio.
+"""Fetches the image of a Label Studio task from one Label Studio.
 
 Tasks name images by URL, and any client may send tasks. Therefore the service fetches only media
 files of the Label Studio in the settings: it uses only path and query of a task's URL, the path
@@ -15,7 +15,6 @@ from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
 from service.errors import BodyTooLarge, ImageUnavailable, InvalidParameter
-from service.routes.protocols.messages import DATA_URI, decode_data_uri
 from service.settings import Settings
 
 MEDIA_PATHS: Final = ("/data/", "/storage-data/")
@@ -24,13 +23,16 @@ MEDIA_PATHS: Final = ("/data/", "/storage-data/")
 TIMEOUT_S: Final = 10.0
 """Longest time for one whole response from Label Studio."""
 
+MAX_URL_BYTES: Final = 4096
+"""Longest URL that a task may name."""
+
 _CHUNK_BYTES: Final = 1 << 16
 _PORTS: Final = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True)
 class LabelStudioImages:
-    """Reads the images of tasks; blocking.
+    """Fetches the images of tasks; blocking.
 
     ``url``: Label Studio's own (None: images must be ``data:`` URIs); ``token``: an access token
     for it; ``max_bytes``: largest image file.
@@ -50,20 +52,20 @@ class LabelStudioImages:
             settings.max_bytes,
         )
 
-    def read(self, reference: str) -> bytes:
+    def fetch(self, reference: bytes) -> bytes:
         """The bytes of the image file that a task names.
 
-        Raises `InvalidParameter` for a URL that the service does not fetch, `ImageUnavailable`,
-        `BodyTooLarge` or `MalformedRequest`.
+        Raises `InvalidParameter` for a URL that the service does not fetch, `ImageUnavailable` or
+        `BodyTooLarge`.
         """
-        if reference.startswith(DATA_URI):
-            return decode_data_uri(reference, self.max_bytes)
         if self.url is None:
             raise InvalidParameter(
                 "an image must be a data: URI: FCN_LABEL_STUDIO_URL is not set, so the service "
                 "cannot fetch images"
             )
-        return self._fetch(self.url, _media_path(reference, self.url))
+        if len(reference) > MAX_URL_BYTES:
+            raise InvalidParameter(f"an image's URL may have at most {MAX_URL_BYTES} bytes")
+        return self._fetch(self.url, _media_path(reference.decode(), self.url))
 
     def _fetch(self, url: str, path: str) -> bytes:
         base = urlsplit(url)

@@ -19,22 +19,17 @@ from service.http.disconnects import unless_gone
 from service.http.problems import documented_errors
 from service.http.responses import answer_headers
 from service.http.routers import ServiceRouter
-from service.http.uploads import read_body
-from service.routes.protocols.messages import (
-    BINARY,
-    Message,
-    parse,
-    read_image_body,
-    request_body,
-)
-from service.routes.protocols.tensors import (
+from service.http.uploads import lease_of, read_body
+from service.jobs.messages import Message, parse
+from service.jobs.open_inference import (
     CONFIDENCE,
     IMAGE,
     MASK,
-    Inference,
+    InferenceJob,
     InferenceRequest,
     InferenceResponse,
 )
+from service.routes.protocols.messages import BINARY, read_image_body, request_body
 from service.runtime import Service
 from service.schemas import Schema
 
@@ -247,13 +242,15 @@ async def _infer(
     if request.headers.get("Content-Encoding", "identity") != "identity":
         raise HTTPException(415, "Content-Encoding: the request must not be compressed")
     body = await read_image_body(request, service.settings, _ENVELOPE_BYTES)
-    inference = Inference(body, _json_bytes(json_length, len(body)), service.settings, name)
-    result = await unless_gone(request, service.segmenter.segment(inference))
-    (content, json_bytes), headers = result.content, answer_headers(result)
-    if json_bytes is None:
-        return Response(content, media_type="application/json", headers=headers)
-    headers[JSON_LENGTH] = str(json_bytes)
-    return Response(content, media_type="application/octet-stream", headers=headers)
+    settings = service.settings
+    json_bytes = _json_bytes(json_length, len(body))
+    job = InferenceJob(name, json_bytes, settings.max_bytes, settings.max_side)
+    result = await unless_gone(request, service.segmenter.segment(job, body, lease_of(request)))
+    answered, headers = result.facts["json_bytes"], answer_headers(result)
+    if answered is None:
+        return Response(result.content, media_type="application/json", headers=headers)
+    headers[JSON_LENGTH] = str(answered)
+    return Response(result.content, media_type="application/octet-stream", headers=headers)
 
 
 def _json_bytes(header: str | None, body_bytes: int) -> int | None:

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from service.artefact.labels import LabelSet
 from service.errors import InvalidParameter
+
+MAX_LABELS: Final = 1000
+"""Most labels of a configuration: four times the classes that a model can have."""
 
 _MAX_LENGTH: Final = 2**18
 # No configuration needs these; attackers use them to expand XML or to read files.
@@ -63,6 +68,8 @@ def parse_label_config(config: str, label_set: LabelSet) -> list[BrushControl]:
                 if name:
                     labels[name] = _names(child)
             controls.append(BrushControl(from_name, to_name, images[to_name], labels))
+    if sum(len(control.labels) for control in controls) > MAX_LABELS:
+        raise InvalidParameter(f"label_config: must have at most {MAX_LABELS} labels")
     if not controls:
         raise InvalidParameter('label_config: no <BrushLabels> over an <Image value="$...">')
     if not any(class_ids(names, label_set) for one in controls for names in one.labels.values()):
@@ -74,13 +81,24 @@ def parse_label_config(config: str, label_set: LabelSet) -> list[BrushControl]:
 
 def class_ids(names: Collection[str], label_set: LabelSet) -> frozenset[int]:
     """The classes of ``label_set`` that a label of these names stands for."""
-    # A class whose name has no letter or digit is meant only by that very name.
-    plain = {_plain(name) for name in names} - {""}
-    return frozenset(
-        index
-        for index, name in enumerate(label_set.names)
-        if name in names or _plain(name) in plain
+    exact, plain = _ids_by_name(label_set.names)
+    return frozenset().union(
+        *(exact.get(name, ()) for name in names),
+        # A class whose name has no letter or digit is meant only by that very name.
+        *(plain.get(_plain(name), ()) for name in names if _plain(name)),
     )
+
+
+@lru_cache(maxsize=8)
+def _ids_by_name(
+    names: tuple[str, ...],
+) -> tuple[Mapping[str, Collection[int]], Mapping[str, Collection[int]]]:
+    """The classes by name, and by `_plain` name."""
+    exact, plain = defaultdict(list), defaultdict(list)
+    for index, name in enumerate(names):
+        exact[name].append(index)
+        plain[_plain(name)].append(index)
+    return exact, plain
 
 
 def _names(tag: ET.Element) -> frozenset[str]:
