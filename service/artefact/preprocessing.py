@@ -70,8 +70,11 @@ def preprocess(
     height, width = geometry.resized
     padded = np.empty((*geometry.padded, 3), dtype=np.uint8)
     padded[:height, :width] = _resize(image, geometry.resized, box)
-    padded[height:] = padding_color
-    padded[:height, width:] = padding_color
+    # Whole lines: NumPy is slow where the last of many broadcast axes has only three values.
+    line = np.empty((geometry.padded[1], 3), dtype=np.uint8)
+    line[:] = padding_color
+    padded[height:] = line
+    padded[:height, width:] = line[width:]
     return padded
 
 
