@@ -233,6 +233,11 @@ class Segmenter:
         return found[1]
 
     @property
+    def pids(self) -> list[int]:
+        """The process ids of this process and of all that work for it."""
+        return self._workers.all_pids
+
+    @property
     def in_flight(self) -> int:
         """The number of photos in progress."""
         return self._in_flight

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Echo:
 
     def run(self, parts: Sequence[bytes]) -> Answer:
         """See `service.workers.worker.Task`."""
-        threads = len(os.listdir("/proc/self/task"))
+        threads = len([*Path("/proc/self/task").iterdir()])
         return Answer({"pid": os.getpid(), "threads": threads}, parts)
 
 
@@ -38,9 +39,7 @@ class Inspect:
 
     def run(self, parts: Sequence[bytes]) -> Answer:
         """See `service.workers.worker.Task`."""
-        import sys  # noqa: PLC0415
-
-        links = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.exists()]
         sockets = sum(link.startswith("socket:") for link in links)
         return Answer(
             {"modules": sorted(sys.modules), "environment": sorted(os.environ), "sockets": sockets}

@@ -142,6 +142,11 @@ class WorkerPool:
         """The process ids of the workers."""
         return [worker.process.pid for worker in self._alive]
 
+    @property
+    def all_pids(self) -> list[int]:
+        """The process ids of this process, its template and the workers."""
+        return [os.getpid(), TEMPLATE.pid, *self.pids]
+
     async def run(
         self, task: Task, parts: Sequence[Part], limits: Limits, rank: Rank = Rank.BEGIN
     ) -> Done:

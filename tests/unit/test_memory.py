@@ -105,7 +105,7 @@ async def test_a_lease_gives_back_what_is_left() -> None:
     assert account.state == (0, 400)
 
 
-async def test_resident_memory_is_measured() -> None:
+def test_resident_memory_is_measured() -> None:
     """Of several processes; one that has ended counts nothing."""
     before = resident_bytes([os.getpid()])
     block = np.ones(64 * 2**20, dtype=np.uint8)

@@ -19,8 +19,8 @@ from service.errors import (
     TooExpensive,
 )
 from service.inference.batcher import THREAD_NAME
-from service.runtime import open_service
 from service.jobs.view import ViewJob
+from service.runtime import open_service
 from service.segmenter import Result
 from service.settings import Settings
 from service.views import VIEWS, Options
