@@ -8,7 +8,7 @@ saves its memory while the network runs.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from service.artefact.contract import ModelContract
 from service.artefact.preprocessing import Geometry, preprocess
-from service.images.decoding import DecodedPhoto
+from service.images.decoding import DecodedPhoto, decode_inspected, inspect
+from service.images.headers import Header
 from service.inference.upsampling import Labels, upsample
 from service.telemetry.timings import Timings
 from service.views import Scene
@@ -37,6 +38,22 @@ class Grant:
         """Raise `NeedsMemory` if the photo needs more memory than it was granted."""
         if memory_bytes > self.memory_bytes:
             raise NeedsMemory(memory_bytes, pixels)
+
+    def decode(
+        self, data: bytes, needed_side: int, writing: Callable[[Header], int]
+    ) -> DecodedPhoto:
+        """Decode an image file, once there is memory for that and for the answer.
+
+        ``needed_side``: see `service.images.decoding.decode`; ``writing``: the most memory in bytes
+        that the answer takes while it is written. Raises `ImageError` or `NeedsMemory`.
+        """
+        header = inspect(data, self.max_pixels)
+        height, width = header.size
+        pixels = height * width
+        # The service and the file between the two have a copy of what is sent and of the mask.
+        reading = header.bytes_needed(needed_side) + 2 * len(data)
+        self.require(max(reading, writing(header) + 2 * len(data) + pixels), pixels)
+        return decode_inspected(header, needed_side)
 
 
 class NeedsMemory(Exception):

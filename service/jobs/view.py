@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Self
 
 from service.artefact.contract import ModelContract
 from service.images.decoding import decode
+from service.images.headers import Header
 from service.jobs.base import Grant, Reading, Written
 from service.views import VIEWS, MediaType, Options, Scene, ViewName
 
@@ -35,10 +37,16 @@ class ViewJob:
         view = VIEWS[self.view]
         max_side = self.options.max_side or contract.working_size
         contract.labels.ids(self.options.class_names)  # unknown names fail before decoding
-        photo = decode(body, grant.max_pixels, max_side)
+        photo = grant.decode(body, max_side, self._writing_bytes)
         view.check_size(photo.size, self.media_type)
         writer = _ViewWriter(self, grant.max_pixels)
         return Reading(photo, max_side, view.needs_confidence, writer, len(body))
+
+    def _writing_bytes(self, header: Header) -> int:
+        """The most memory in bytes that the view takes while it is written."""
+        view = VIEWS[self.view]
+        photo = header.bytes_needed() if view.needs_photo else 0
+        return photo + math.prod(header.size) * view.pixel_bytes
 
 
 @dataclass(frozen=True, slots=True)
