@@ -88,7 +88,8 @@ class View:
     """One way to show a segmented photo.
 
     ``media_types``: its encodings, the default first; ``parameters``: the fields of `Options` that
-    it reads beside `COMMON_PARAMETERS`; ``needs_photo`` and ``needs_confidence``: its needs.
+    it reads beside `COMMON_PARAMETERS`; ``needs_photo`` and ``needs_confidence``: its needs;
+    ``pixel_bytes``: the most memory for each pixel, beside the photo, while it is written and sent.
     ``render(scene, options, media_type)`` returns the encoded view.
     """
 
@@ -96,6 +97,7 @@ class View:
     description: str
     media_types: tuple[MediaType, ...]
     render: Callable[[Scene, Options, MediaType], bytes]
+    pixel_bytes: int
     parameters: tuple[str, ...] = ()
     needs_photo: bool = False
     needs_confidence: bool = False
@@ -217,12 +219,14 @@ VIEWS: Final[dict[ViewName, View]] = {
             "palette PNG of class ids",
             ("image/png",),
             _render_mask,
+            pixel_bytes=3,
         ),
         View(
             "overlay",
             "the photo blended with the classes' colours",
             ("image/png", "image/jpeg", "image/webp"),
             _render_overlay,
+            pixel_bytes=8,
             parameters=("alpha",),
             needs_photo=True,
         ),
@@ -232,6 +236,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "elsewhere",
             ("image/png", "image/webp"),
             _render_cutout,
+            pixel_bytes=9,
             needs_photo=True,
         ),
         View(
@@ -240,6 +245,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "the chosen classes",
             ("image/png",),
             _render_confidence,
+            pixel_bytes=5,
             needs_confidence=True,
         ),
         View(
@@ -247,6 +253,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "statistics and the mask of each class that is present",
             (JSON,),
             _render_json,
+            pixel_bytes=8,
             parameters=("mask",),
             needs_confidence=True,
         ),
