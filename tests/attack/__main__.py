@@ -1,7 +1,7 @@
 """``python -m tests.attack [PART ...]``: measure the targets under attack, and write them as JSON.
 
-Parts: `cases`, `rows`, `overload`, `kills` and `mixup`; all if none is named. ``--only N`` sends one
-request of `cases` again and prints what it cost.
+Parts: `cases`, `rows`, `overload`, `kills` and `mixup`; all if none is named. ``--only N`` sends
+one request of `cases` again and prints what it cost.
 
 Exit status: 0, or 1 if a target was missed. The times are meaningful only on a machine without
 other load.

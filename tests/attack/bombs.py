@@ -33,7 +33,7 @@ def one_color(width: int, height: int, class_id: int = PERSON) -> bytes:
     """A PNG in a class's colour; few bytes, whatever its size."""
     color = bytes(int(one) for one in voc.PALETTE[class_id])
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pack = zlib.compressobj(1)
+    pack = zlib.compressobj(9)
     row = b"\0" + color * width
     data = b"".join([pack.compress(row) for _ in range(height)]) + pack.flush()
     return PNG_SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")

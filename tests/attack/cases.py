@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -27,7 +28,7 @@ from service.settings import DEFAULT_MODEL
 from tests.artefacts import build_artefact
 from tests.attack import framing, images, messages
 from tests.attack.exchange import Request, acceptable, exchange
-from tests.attack.watch import MIB, MemoryWatch, Seen, bystanders, cpu_s, memory_bytes
+from tests.attack.watch import MIB, Bystanders, MemoryWatch, Seen, cpu_s, memory_bytes
 from tests.benchmarks.bench import Target
 from tests.benchmarks.photos import serving_photos
 from tests.processes import Logged, logged
@@ -170,18 +171,24 @@ async def beside(
     """What bystanders see without the requests, and while they are sent in turn."""
     _, port = service.address
     one = Request("photo", framing.post(port, "/segment", photo))
-    # Made before: making them would delay the bystanders' clocks, which are in this process.
+    # Made before, so that making them takes no CPU time from the service meanwhile.
     requests = [draw(seed, number, port, model) for number in numbers]
-    async with bystanders(port, one, every_s=every_s) as before:
-        await asyncio.sleep(_BEFORE_S)
-    async with bystanders(port, one, every_s=every_s) as during:
-        until_s = time.monotonic() + _BESIDE_S
-        while time.monotonic() < until_s:
-            for request in requests:
-                await exchange(port, request)
-                if time.monotonic() > until_s or service.process.poll() is not None:
-                    break
+    with Bystanders.of(port, one, every_s) as bystanders:
+        with bystanders.watching() as before:
+            await asyncio.sleep(_BEFORE_S)
+        with bystanders.watching() as during:
+            await _again(service, requests)
     return before, during
+
+
+async def _again(service: Logged, requests: Sequence[Request]) -> None:
+    """Send the requests in turn for `_BESIDE_S`, or until the process ends."""
+    _, port = service.address
+    until_s = time.monotonic() + _BESIDE_S
+    for request in cycle(requests):
+        if time.monotonic() > until_s or service.process.poll() is not None:
+            return
+        await exchange(port, request)
 
 
 @dataclass(frozen=True, slots=True)

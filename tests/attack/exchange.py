@@ -64,6 +64,11 @@ class Answer:
         return str(found["type"]).rpartition("/")[2]
 
     @property
+    def detail(self) -> str:
+        """What the problem says; empty if it is no problem."""
+        return str(json.loads(self.body)["detail"]) if self.problem else ""
+
+    @property
     def truthful_refusal(self) -> bool:
         """Whether it is a 503 that says when to return."""
         return self.status == 503 and self.headers.get("retry-after", "").isdigit()

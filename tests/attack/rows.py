@@ -25,9 +25,9 @@ from tests.attack.exchange import Answer, Request, acceptable, connect, exchange
 from tests.attack.framing import PHOTO, post
 from tests.attack.watch import (
     MIB,
+    Bystanders,
     MemoryWatch,
     Seen,
-    bystanders,
     cpu_s,
     image_workers,
     loopback,
@@ -46,6 +46,7 @@ AT_ONCE_S: Final = 3.0
 _LEAST_S: Final = 3.0
 """How long a row lasts at least, so that enough probes are answered beside it."""
 
+_WARM_UP_S: Final = 0.5
 _IDLE: Final = 1000
 _OVERLAYS: Final = 16
 _WAITERS: Final = 20
@@ -71,6 +72,7 @@ class Outcome:
 
     name: str
     statuses: dict[str, int]
+    details: list[str]
     wrong: list[str]
     seconds: float
     cpu_s: float
@@ -82,6 +84,7 @@ class Outcome:
         return {
             "name": self.name,
             "statuses": self.statuses,
+            "details": self.details,
             "wrong": self.wrong,
             "seconds": self.seconds,
             "cpu_s": self.cpu_s,
@@ -206,16 +209,19 @@ async def run(service: Logged, rows: Sequence[Row], least_s: float = _LEAST_S) -
     _, port = service.address
     pid = service.process.pid
     outcomes = []
-    with MemoryWatch.of(pid) as memory:
+    with MemoryWatch.of(pid) as memory, Bystanders.of(port) as bystanders:
+        with bystanders.watching():
+            await asyncio.sleep(_WARM_UP_S)
         for row in rows:
             memory.peak_bytes = 0
             began_s, began_cpu_s = time.monotonic(), cpu_s(pid)
-            async with bystanders(port) as seen:
+            with bystanders.watching() as seen:
                 done = await row.send(service)
                 await asyncio.sleep(max(0.0, least_s - (time.monotonic() - began_s)))
             outcome = Outcome(
                 row.name,
                 dict(Counter(f"{one.status} {one.problem}".rstrip() for _, one in done)),
+                sorted({one.detail for _, one in done if one.detail}),
                 [*_wrong(done, row)],
                 time.monotonic() - began_s,
                 cpu_s(pid) - began_cpu_s,

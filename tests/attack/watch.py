@@ -11,8 +11,10 @@ import os
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
 
@@ -30,6 +32,9 @@ MIB: Final = 2**20
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _PSS: Final = re.compile(r"^Pss: +(\d+) kB", re.MULTILINE)
 _PROBE_EVERY_S: Final = 0.1
+_BYSTANDER: Final = "127.0.0.77"
+_BEGIN: Final = "begin"
+_END: Final = "end"
 _GONE: Final = (FileNotFoundError, ProcessLookupError, PermissionError)
 
 
@@ -138,58 +143,93 @@ def p99_ms(answers: list[Answer]) -> float:
     return 1000 * float(np.percentile(seconds, 99, method="lower")) if seconds else float("nan")
 
 
-@contextlib.asynccontextmanager
-async def bystanders(
-    port: int,
-    photo: Request | None = None,
-    *,
-    every_s: float = _PROBE_EVERY_S,
-    source: str = "127.0.0.77",
-) -> AsyncIterator[Seen]:
-    """An ordinary client that sends ``photo`` every ``every_s``, and an orchestrator's probes.
+@dataclass(frozen=True, slots=True)
+class _Clients:
+    """Clients beside an attack: probes, and one that sends ``photo`` every ``every_s``, if any."""
 
-    Each request has a connection of its own, and a time at which it is due: latencies count from
-    there, so that none is left out because the one before it was slow.
+    port: int
+    photo: Request | None
+    every_s: float
+
+    async def run(self, over: Connection) -> Seen:
+        """Send until there is something to receive from ``over``."""
+        seen = Seen()
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_reader(over.fileno(), ended.set)
+        async with asyncio.TaskGroup() as group:
+            for path, answers in seen.probes.items():
+                head = request_bytes(self.port, path, "", b"", "Connection: close")
+                probe = Request(path, head)
+                group.create_task(self._send(probe, _PROBE_EVERY_S, answers, ended))
+            if self.photo is not None:
+                group.create_task(self._send(self.photo, self.every_s, seen.photos, ended))
+        return seen
+
+    async def _send(
+        self, request: Request, every_s: float, answers: list[Answer], ended: asyncio.Event
+    ) -> None:
+        due_s = time.monotonic()
+        while not ended.is_set():
+            try:
+                status = (await exchange(self.port, request, source=_BYSTANDER)).status
+            except OSError:  # no connection
+                status = CUT
+            answers.append(Answer(status, time.monotonic() - due_s))
+            due_s += every_s
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), max(0.0, due_s - time.monotonic()))
+
+
+class Bystanders:
+    """An ordinary client and an orchestrator's probes, in a process of their own.
+
+    There nothing delays their clocks. Each request has a connection of its own, and a time at which
+    it is due: latencies count from there, so that none is left out because the last was slow.
     """
-    seen = Seen()
-    over = asyncio.Event()
-    clients = [
-        _client(port, Request(path, _probe(port, path)), _PROBE_EVERY_S, source, answers, over)
-        for path, answers in seen.probes.items()
-    ]
-    if photo is not None:
-        clients.append(_client(port, photo, every_s, source, seen.photos, over))
-    async with asyncio.TaskGroup() as group:
-        for client in clients:
-            group.create_task(client)
+
+    def __init__(self, commands: Connection) -> None:
+        self._commands = commands
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(
+        cls, port: int, photo: Request | None = None, every_s: float = 0.1
+    ) -> Iterator[Bystanders]:
+        """Start the process; its clients wait for `watching`."""
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        clients = _Clients(port, photo, every_s)
+        process = context.Process(target=_stand_by, args=(theirs, clients), daemon=True)
+        process.start()
+        try:
+            yield cls(ours)
+        finally:
+            ours.send(_END)
+            process.join()
+            ours.close()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[Seen]:
+        """Let the clients send; what is yielded is complete when the context has ended."""
+        self._commands.send(_BEGIN)
+        self._commands.recv()
+        seen = Seen()
         try:
             yield seen
         finally:
-            over.set()
+            self._commands.send(_END)
+            found: Seen = self._commands.recv()
+            seen.photos = found.photos
+            seen.probes = found.probes
 
 
-def _probe(port: int, path: str) -> bytes:
-    return request_bytes(port, path, "", b"", "Connection: close")
-
-
-async def _client(
-    port: int,
-    request: Request,
-    every_s: float,
-    source: str,
-    answers: list[Answer],
-    over: asyncio.Event,
-) -> None:
-    due_s = time.monotonic()
-    while not over.is_set():
-        try:
-            answer = await exchange(port, request, source=source)
-        except OSError:  # refused
-            answer = Answer(CUT, 0.0)
-        answers.append(Answer(answer.status, time.monotonic() - due_s, answer.headers, answer.body))
-        due_s += every_s
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(over.wait(), max(0.0, due_s - time.monotonic()))
+def _stand_by(commands: Connection, clients: _Clients) -> None:
+    """The bystanders' process."""
+    while commands.recv() == _BEGIN:
+        commands.send(_BEGIN)
+        seen = asyncio.run(clients.run(commands))
+        commands.recv()
+        commands.send(seen)
 
 
 def loopback(number: int) -> str:
