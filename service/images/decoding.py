@@ -32,7 +32,7 @@ from service.errors import (
     UnsupportedImageType,
 )
 from service.images.headers import Header, least_side, read_header
-from service.images.profiles import lab_conversion, srgb_conversion
+from service.images.profiles import lab_conversion, srgb_conversion, srgb_levels
 from service.images.screening import MeteredFile
 from service.images.stripes import stripes
 
@@ -171,11 +171,9 @@ def _decode_jpeg(header: Header, needed_side: int | None) -> DecodedPhoto | None
     """Decode a JPEG's pixels with simplejpeg, possibly scaled; None if Pillow has to do it."""
     if header.channels not in (1, 3):
         return None
-    conversion = None
-    if header.icc_profile:
-        conversion = srgb_conversion(header.icc_profile, "L" if header.channels == 1 else "RGB")
-        if conversion is not None and header.channels == 1:  # it is for grey, not for RGB
-            return None
+    if header.channels == 1 and srgb_levels(header.icc_profile) is not None:
+        return None
+    conversion = srgb_conversion(header.icc_profile, "RGB") if header.channels == 3 else None
     height, width = header.size
     least = least_side(needed_side)
     try:
@@ -291,12 +289,7 @@ def _conversion_of(image: Image.Image, icc_profile: bytes | None) -> _ToRgb:
     if image.mode == "LAB":
         return lab_conversion().apply
     grey = image.mode in ("1", "L", "LA")
-    space = "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
-    conversion = srgb_conversion(icc_profile, space)
-
-    def opaque(stripe: Image.Image) -> Image.Image:
-        stripe = stripe.convert(space)
-        return stripe.convert("RGB") if conversion is None else conversion.apply(stripe)
+    opaque = _conversion_of_grey(icc_profile) if grey else _conversion_of_color(image, icc_profile)
 
     def over_white(stripe: Image.Image) -> Image.Image:
         with_alpha = stripe.convert("LA" if grey else "RGBA")
@@ -307,15 +300,28 @@ def _conversion_of(image: Image.Image, icc_profile: bytes | None) -> _ToRgb:
     return over_white if image.has_transparency_data else opaque
 
 
+def _conversion_of_color(image: Image.Image, icc_profile: bytes | None) -> _ToRgb:
+    space = "CMYK" if image.mode == "CMYK" else "RGB"
+    conversion = srgb_conversion(icc_profile, space)
+    if conversion is None:
+        return lambda stripe: stripe.convert("RGB")
+    return lambda stripe: conversion.apply(stripe.convert(space))
+
+
+def _conversion_of_grey(icc_profile: bytes | None) -> _ToRgb:
+    levels = srgb_levels(icc_profile)
+    if levels is None:
+        return lambda stripe: stripe.convert("L").convert("RGB")
+    table = levels[::257].tolist()
+    return lambda stripe: stripe.convert("L").point(table).convert("RGB")
+
+
 def _conversion_of_16_bits(icc_profile: bytes | None) -> _ToRgb:
     """Scale by 255 / 65535, or by the profile's curve."""
-    levels = np.arange(1 << 16, dtype=np.uint16)
-    conversion = srgb_conversion(icc_profile, "I;16")
-    if conversion is None:
-        table = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    else:
-        table = np.asarray(conversion.apply(Image.fromarray(levels[None])))[0, :, 0]
-    return lambda stripe: Image.fromarray(table[np.asarray(stripe)]).convert("RGB")
+    levels = srgb_levels(icc_profile)
+    if levels is None:
+        levels = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)
+    return lambda stripe: Image.fromarray(levels[np.asarray(stripe)]).convert("RGB")
 
 
 def _conversion_of_32_bits(image: Image.Image) -> _ToRgb:

@@ -112,15 +112,15 @@ class Header:
 
     ``size``: ``(H, W)`` as stored, not upright; ``orientation``: EXIF's, 1 to 8; ``icc_profile``:
     as stored, not checked; ``data``: the file without metadata, for its reader; ``channels``: of a
-    JPEG, else 0. ``pixel_bytes``: the most memory per pixel that decoding holds at once;
-    ``fixed_bytes``: what it holds beside that, whatever the scale, and without the file.
+    JPEG, else 0. ``stored_bytes``: what a decoded pixel takes before it is converted to RGB;
+    ``decoder_bytes``: what the decoder takes beside the pixels, whatever the scale.
     """
 
     image_format: str
     size: tuple[int, int]
     data: bytes
-    pixel_bytes: int
-    fixed_bytes: int = 0
+    stored_bytes: int
+    decoder_bytes: int = 0
     channels: int = 0
     orientation: int = 1
     icc_profile: bytes | None = None
@@ -137,7 +137,9 @@ class Header:
             divisor = next(scale for scale in (8, 4, 2, 1) if quotient >= scale or scale == 1)
         height, width = self.size
         pixels = -(-height // divisor) * -(-width // divisor)
-        return pixels * self.pixel_bytes + self.fixed_bytes + len(self.data) + _WORKING_BYTES
+        # The decoder has ended when the answer is begun.
+        beside = max(self.decoder_bytes, pixels * RGB_BYTES)
+        return pixels * self.stored_bytes + beside + len(self.data) + _WORKING_BYTES
 
 
 def least_side(needed_side: int | None) -> int:
@@ -271,10 +273,10 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Header:
         "JPEG",
         frame.size,
         b"".join((*kept, data[pixels_at:])),
-        # Pillow's pixels and the answer; or the answer before and after it is turned upright.
-        pixel_bytes=4 + RGB_BYTES,
-        # Coefficients of all scans.
-        fixed_bytes=blocks * 64 * 2 if several else 0,
+        # Pillow's. simplejpeg's take less, but Pillow decodes what it refuses.
+        stored_bytes=4,
+        # The coefficients of all scans.
+        decoder_bytes=blocks * 64 * 2 if several else 0,
         channels=len(frame.blocks),
         orientation=exif_orientation(exif),
         icc_profile=b"".join(profile_parts[part] for part in sorted(profile_parts)),
@@ -310,7 +312,7 @@ def _read_png(data: bytes, max_pixels: int) -> Header:
         "PNG",
         (height, width),
         b"".join(kept),
-        pixel_bytes=stored + RGB_BYTES,
+        stored_bytes=stored,
         orientation=exif_orientation(exif),
         icc_profile=icc_profile,
     )
@@ -358,10 +360,9 @@ def _read_tiff(data: bytes, max_pixels: int) -> Header:
         "TIFF",
         (height, width),
         directory.with_only(frozenset(_TIFF_KEPT)),
-        # Pillow's pixels and the answer.
-        pixel_bytes=4 + RGB_BYTES,
+        stored_bytes=4,
         # libtiff's strip or tile, and the colours that it makes of its samples.
-        fixed_bytes=2 * part_bytes,
+        decoder_bytes=2 * part_bytes,
         orientation=orientation if 1 <= orientation <= 8 else 1,
         icc_profile=directory.bytes_of(_TIFF_PROFILE, MAX_PROFILE_BYTES),
     )
@@ -424,23 +425,33 @@ def _read_gif(data: bytes, _: int) -> Header:
     start = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
     place, control = start, b""
     # Of all before the first frame, only the last control block counts: it has the transparency.
-    for _ in range(MAX_STEPS):
-        if data[place : place + 1] != b"!":
-            break
-        block, place = place, place + 2
-        for _ in range(MAX_STEPS):
-            if place >= len(data) or not data[place]:
-                break
-            place += 1 + data[place]
-        place += 1
-        if data[block + 1 : block + 2] == b"\xf9":
-            control = data[block:place]
+    for extension, end in _gif_extensions(data, start):
+        place = end
+        if data[extension + 1 : extension + 2] == b"\xf9":
+            control = data[extension:end]
     if data[place : place + 1] == b",":
         # Pillow enlarges the picture to its first frame.
         left, top, wide, high = struct.unpack_from("<HHHH", data, place + 1)
         width, height = max(width, left + wide), max(height, top + high)
     whole = b"".join((data[:start], control, data[place:]))
-    return Header("GIF", (height, width), whole, pixel_bytes=4 + RGB_BYTES)
+    return Header("GIF", (height, width), whole, stored_bytes=1)
+
+
+def _gif_extensions(data: bytes, place: int) -> Iterator[tuple[int, int]]:
+    """Yield the start and the end of the extensions before a GIF's first frame."""
+    start = place
+    inside = False
+    for _ in range(MAX_STEPS):
+        if not inside:
+            if data[place : place + 1] != b"!":
+                return
+            start, place, inside = place, place + 2, True
+        size = data[place] if place < len(data) else 0
+        place += 1 + size
+        if not size:
+            inside = False
+            yield start, place
+    raise TooExpensive(f"the image has more than {MAX_STEPS} blocks")
 
 
 def _read_webp(data: bytes, _: int) -> Header:
@@ -467,10 +478,9 @@ def _read_webp(data: bytes, _: int) -> Header:
         "WEBP",
         (height, width),
         data,
-        # libwebp's decoder of animations has two canvases, and a frame is a copy of one.
-        pixel_bytes=12,
-        # Pillow copies the file, and its metadata again.
-        fixed_bytes=2 * len(data),
+        stored_bytes=4,
+        # libwebp's decoder of animations has two canvases. Pillow copies the file and its metadata.
+        decoder_bytes=8 * width * height + 2 * len(data),
         orientation=exif_orientation(chunks.get(b"EXIF", b"")),
         icc_profile=chunks.get(b"ICCP"),
     )
@@ -485,8 +495,7 @@ def _read_bmp(data: bytes, _: int) -> Header:
     if compression in (1, 2):
         # Pillow's only decoder in Python; its time grows with the runs, up to ten million.
         raise UndecodableImage("run-length encoded BMP is not supported")
-    stored = 1 if bits <= 8 else 4
-    return Header("BMP", (abs(height), width), data, pixel_bytes=stored + RGB_BYTES)
+    return Header("BMP", (abs(height), width), data, stored_bytes=1 if bits <= 8 else 4)
 
 
 _READERS: Final[dict[str, Callable[[bytes, int], Header]]] = {

@@ -12,12 +12,15 @@ from __future__ import annotations
 import io
 import math
 import struct
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms
+
+T = TypeVar("T")
 
 MAX_PROFILE_BYTES: Final = 4 << 20
 """Largest profile that is applied. Those of cameras and screens have a few KiB, the tables of
@@ -29,7 +32,6 @@ _ENTRY: Final = struct.Struct(">4sII")
 _CLASSES: Final = frozenset({b"scnr", b"mntr", b"prtr", b"spac"})
 # Pillow's mode -> the colour space that the profile must describe, and its channels.
 _SPACES: Final = {
-    "L": (b"GRAY", 1),
     "I;16": (b"GRAY", 1),
     "RGB": (b"RGB ", 3),
     "CMYK": (b"CMYK", 4),
@@ -38,24 +40,37 @@ _COLUMNS: Final = (b"rXYZ", b"gXYZ", b"bXYZ")
 _CURVES: Final = (b"rTRC", b"gTRC", b"bTRC", b"kTRC")
 _TABLE: Final = b"A2B0"  # the perceptual intent's; Little CMS falls back to the matrix
 
-_CACHED: Final = 16
-_CACHED_BYTES: Final = 1 << 16
+_REMEMBERED_BYTES: Final = 1 << 16
 _SAMPLES_PER_AXIS: Final = 9
 _INVISIBLE: Final = 1
 """Levels of 255 by which a profile of sRGB may differ from Little CMS's own: rounding of curves."""
 
 
-def srgb_conversion(icc_profile: object, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Return the conversion of ``mode`` to 8-bit sRGB, Pillow's mode ``RGB``.
+def srgb_conversion(icc_profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return the conversion of ``mode``, ``RGB`` or ``CMYK``, to 8-bit sRGB.
 
-    ``icc_profile``: a photo's profile, None if it has none; ``mode``: ``L``, ``I;16``, ``RGB`` or
-    ``CMYK``. Returns None if the pixels are in sRGB already, by the profile's curves and not by its
-    name, or if the profile is broken, too large, or for another colour space: viewers ignore it.
+    ``icc_profile``: a photo's profile, None if it has none. Returns None if the pixels are in sRGB
+    already, by the profile's curves and not by its name, or if the profile is broken, too large, or
+    for another colour space: viewers ignore it.
     """
-    if not isinstance(icc_profile, bytes) or len(icc_profile) > MAX_PROFILE_BYTES:
+    return _find(_conversion, icc_profile, mode)
+
+
+def srgb_levels(icc_profile: bytes | None) -> npt.NDArray[np.uint8] | None:
+    """Return the 8-bit sRGB level of each 16-bit level of a grey photo, ``(65536,) uint8``.
+
+    None as in `srgb_conversion`.
+    """
+    return _find(_levels, icc_profile, "I;16")
+
+
+def _find(find: Callable[[bytes, str], T], icc_profile: bytes | None, mode: str) -> T | None:
+    if not icc_profile or len(icc_profile) > MAX_PROFILE_BYTES:
         return None
-    small = len(icc_profile) <= _CACHED_BYTES
-    return (_remembered_conversion if small else _conversion)(icc_profile, mode)
+    try:
+        return find(icc_profile, mode)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, struct.error):
+        return None
 
 
 @lru_cache(maxsize=1)
@@ -65,19 +80,35 @@ def lab_conversion() -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(lab, srgb, "LAB", "RGB")
 
 
-def _conversion(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(simple_profile(icc_profile, mode)))
-        srgb = ImageCms.createProfile("sRGB")
-        conversion = ImageCms.buildTransform(profile, srgb, mode, "RGB")
-        return None if _changes_nothing(conversion, mode) else conversion
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, struct.error):
-        return None
-
-
 # A photo of half a megapixel is decoded in less time than a conversion is built, and cameras and
 # editors write the same profile into every photo.
-_remembered_conversion = lru_cache(maxsize=_CACHED)(_conversion)
+@lru_cache(maxsize=16)
+def _remembered_conversion(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    conversion = _transform(icc_profile, mode)
+    return None if mode == "RGB" and _changes_nothing(conversion) else conversion
+
+
+def _conversion(icc_profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    remembered = len(icc_profile) <= _REMEMBERED_BYTES
+    find = _remembered_conversion if remembered else _remembered_conversion.__wrapped__
+    return find(icc_profile, mode)
+
+
+def _levels(icc_profile: bytes, mode: str) -> npt.NDArray[np.uint8] | None:
+    levels = np.arange(1 << 16, dtype=np.uint16)
+    # Little CMS would draw straight lines between few points of a curve, which is steep at black.
+    conversion = _transform(icc_profile, mode, ImageCms.Flags.NOOPTIMIZE)
+    converted = np.asarray(conversion.apply(Image.fromarray(levels[None])))[0, :, 0]
+    change = converted[::257].astype(np.int16) - np.arange(256)
+    return None if np.abs(change).max() <= _INVISIBLE else converted
+
+
+def _transform(
+    icc_profile: bytes, mode: str, flags: ImageCms.Flags = ImageCms.Flags.NONE
+) -> ImageCms.ImageCmsTransform:
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(simple_profile(icc_profile, mode)))
+    srgb = ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(profile, srgb, mode, "RGB", flags=flags)
 
 
 def simple_profile(icc_profile: bytes, mode: str) -> bytes:
@@ -113,7 +144,8 @@ def _is_simple(name: bytes, tag: bytes, channels: int) -> bool:
         return kind == b"XYZ "
     if name in _CURVES:
         return kind in (b"curv", b"para")
-    return name == _TABLE and _is_whole_table(kind, tag, channels)
+    # A grey photo has a curve; a table could only give it colours.
+    return name == _TABLE and channels > 1 and _is_whole_table(kind, tag, channels)
 
 
 def _is_whole_table(kind: bytes, tag: bytes, channels: int) -> bool:
@@ -135,20 +167,9 @@ def _is_whole_table(kind: bytes, tag: bytes, channels: int) -> bool:
     return len(tag) >= needed
 
 
-def _changes_nothing(conversion: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Return whether a conversion leaves samples of all colours as they are."""
-    if mode not in ("L", "RGB"):
-        return False
-    samples = _samples(mode)
-    converted = np.asarray(conversion.apply(Image.fromarray(samples))).astype(np.int16)
-    change = converted - (samples[..., None] if mode == "L" else samples)
-    return bool(np.abs(change).max() <= _INVISIBLE)
-
-
-def _samples(mode: str) -> npt.NDArray[np.uint8]:
-    """Colours all over the cube, ``(81, 9, 3) uint8``, or all levels of grey, ``(1, 256)``."""
-    if mode == "L":
-        return np.arange(256, dtype=np.uint8)[None]
+def _changes_nothing(conversion: ImageCms.ImageCmsTransform) -> bool:
+    """Return whether a conversion of RGB leaves colours all over the cube as they are."""
     levels = np.linspace(0, 255, _SAMPLES_PER_AXIS).round().astype(np.uint8)
-    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1)
-    return cube.reshape(-1, _SAMPLES_PER_AXIS, 3)
+    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, len(levels), 3)
+    change = np.asarray(conversion.apply(Image.fromarray(cube))).astype(np.int16) - cube
+    return bool(np.abs(change).max() <= _INVISIBLE)

@@ -541,7 +541,8 @@ _KINDS: Final[dict[str, Callable[[Rng], bytes]]] = {
 class Outcome:
     """What became of a file, and what decoding it took beside what the process had before."""
 
-    case: Case
+    name: str
+    file_bytes: int
     result: str
     cpu_s: float
     peak_bytes: int
@@ -570,7 +571,8 @@ def decode_apart(one: Case, needed_side: int | None) -> Outcome:
     result, announced, peak = answer.split("|") if answer else ("", "0", "0")
     if status:
         result = f"ended with {signal.Signals(status & 127).name}"
-    return Outcome(one, result, usage.ru_utime + usage.ru_stime, int(peak), int(announced))
+    cpu_s = usage.ru_utime + usage.ru_stime
+    return Outcome(one.name, len(one.data), result, cpu_s, int(peak), int(announced))
 
 
 def _decode(data: bytes, needed_side: int | None) -> str:
@@ -635,7 +637,7 @@ _RANKINGS: Final[dict[str, Callable[[Outcome], float]]] = {
 
 def _line(outcome: Outcome) -> str:
     return (
-        f"{outcome.case.name}: {len(outcome.case.data):,} bytes, {outcome.cpu_s:.2f} s, "
+        f"{outcome.name}: {outcome.file_bytes:,} bytes, {outcome.cpu_s:.2f} s, "
         f"{outcome.peak_bytes >> 20} MiB of {outcome.announced_bytes >> 20}, {outcome.result}"
     )
 
