@@ -111,8 +111,12 @@ class NotAcceptable(RequestError):
     """The client accepts none of the ``available`` media types."""
 
     def __init__(self, message: str, available: tuple[str, ...]) -> None:
-        super().__init__(message)
+        # Both arguments, so that it can be pickled and sent by an image worker.
+        super().__init__(message, available)
         self.available = available
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class ImageError(SegmentError):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +27,6 @@ from service.telemetry.metrics import (
     Peers,
 )
 from service.workers.pool import WorkerPool
-from service.workers.template import TEMPLATE
 
 if TYPE_CHECKING:  # needs the extra `tracing`
     from service.telemetry.tracing import Traces
@@ -75,12 +73,14 @@ class Service:
 
     async def families(self) -> Families:
         """This process's current metrics."""
+        # In a thread: the kernel walks through all pages.
+        in_use = await asyncio.to_thread(resident_bytes, self.segmenter.pids)
         self.metrics.look_at_service(
             ready=self.phase is Phase.READY,
             in_flight=self.segmenter.in_flight,
             limit=self.segmenter.max_in_flight,
             deadline_s=self.settings.deadline_s,
-            memory=self.segmenter.memory.state,
+            memory=(in_use, *self.segmenter.memory.state),
         )
         return await engine_families(self.metrics, self.engines.opened)
 
@@ -137,7 +137,7 @@ def _memory_for_requests(settings: Settings, workers: WorkerPool) -> int:
     Raises `SettingsError` if it is too little for two photos.
     """
     limit = (settings.memory_mb or default_memory_mb()) * 2**20
-    at_rest = resident_bytes([os.getpid(), TEMPLATE.pid, *workers.pids])
+    at_rest = resident_bytes(workers.all_pids)
     least = 4 * SMALL_BYTES
     if limit - at_rest < least:
         raise SettingsError(

@@ -150,14 +150,15 @@ class Segmenter:
             # Each switch to a worker costs about a tenth of a millisecond: two stages per task.
             async with self._engines.use(job.model) as engine:
                 prepared = await self._prepare(job, body, engine, use)
-                task, writer = _device_task(prepared)
+                task = _device_task(prepared)
+                _, writer, shown = prepared.parts
                 _record(prepared, timings)
                 outcome = await _run(engine, task, timings)
                 use.expected.device_s = 0.0
                 # Read again: a cluster's device may have loaded another model meanwhile.
                 contract = engine.model.contract
             written = await self._finish(
-                [writer, body if prepared.facts["needs_body"] else b""],
+                [writer, shown, body if prepared.facts["decodes_again"] else b""],
                 task,
                 outcome,
                 self._pickle(contract),
@@ -210,8 +211,14 @@ class Segmenter:
             ]
         else:
             shape, outputs = outcome.shape, [np.ascontiguousarray(outcome)]
-        stages = [tuple(stage) for stage in timings.stages]
-        finish = Finish(contract, task.geometry, task.with_confidence, shape, stages)
+        finish = Finish(
+            contract,
+            self._limits.max_pixels,
+            task.geometry,
+            task.with_confidence,
+            shape,
+            [*timings.stages],
+        )
         return await self._in_worker(finish, [*parts, *outputs], use, Rank.FINISH)
 
     async def _in_worker(self, task: Task, parts: Sequence[Part], use: _Use, rank: Rank) -> Done:
@@ -232,6 +239,11 @@ class Segmenter:
         if found is None or found[0] is not contract:
             found = self._pickled[contract.name] = contract, pickle.dumps(contract)
         return found[1]
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of this process and of all that work for it."""
+        return self._workers.all_pids
 
     @property
     def in_flight(self) -> int:
@@ -296,12 +308,12 @@ class _Use:
         self.granted = min(self.granted, size)
 
 
-def _device_task(prepared: Done) -> tuple[DeviceTask, bytes]:
-    """The photo for the device, and the pickled second half of its job."""
-    image, writer = prepared.parts
+def _device_task(prepared: Done) -> DeviceTask:
+    """The photo for the device."""
+    image = prepared.parts[0]
     geometry = Geometry(*(tuple(shape) for shape in prepared.facts["geometry"]))
     pixels = array(image, (*geometry.padded, 3), np.uint8)
-    return DeviceTask(pixels, geometry, prepared.facts["with_confidence"]), writer
+    return DeviceTask(pixels, geometry, prepared.facts["with_confidence"])
 
 
 def _record(done: Done, timings: Timings) -> None:

@@ -104,9 +104,9 @@ class Settings(BaseSettings):
     memory_mb: int | None = Field(
         None,
         ge=256,
-        description="memory that the service may take with its image workers, requests and answers, "
-        "but without models loaded on demand, MiB (default: four fifths of the container's or "
-        "machine's); several processes share it evenly",
+        description="memory that the service may take with its image workers, requests and "
+        "answers, but without models loaded on demand, MiB; several processes share it evenly "
+        "(default: four fifths of the container's or machine's)",
     )
     photo_cpu_s: float = Field(
         4.0,

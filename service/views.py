@@ -19,13 +19,14 @@ from service.artefact.contract import ModelContract
 from service.errors import InvalidParameter, NotAcceptable
 from service.images.encoding import (
     MAX_SIDES,
+    Cutout,
     ImageFormat,
-    cutout,
+    Overlay,
     encode_grey,
     encode_image,
     encode_mask,
     limit_classes,
-    overlay,
+    look_up,
 )
 from service.images.polygons import trace_polygons
 from service.images.runs import Runs
@@ -87,7 +88,8 @@ class View:
     """One way to show a segmented photo.
 
     ``media_types``: its encodings, the default first; ``parameters``: the fields of `Options` that
-    it reads beside `COMMON_PARAMETERS`; ``needs_photo`` and ``needs_confidence``: its needs.
+    it reads beside `COMMON_PARAMETERS`; ``needs_photo`` and ``needs_confidence``: its needs;
+    ``pixel_bytes``: the most memory for each pixel, beside the photo, while it is written and sent.
     ``render(scene, options, media_type)`` returns the encoded view.
     """
 
@@ -95,6 +97,7 @@ class View:
     description: str
     media_types: tuple[MediaType, ...]
     render: Callable[[Scene, Options, MediaType], bytes]
+    pixel_bytes: int
     parameters: tuple[str, ...] = ()
     needs_photo: bool = False
     needs_confidence: bool = False
@@ -131,7 +134,7 @@ def _render_mask(scene: Scene, options: Options, _: MediaType) -> bytes:
 def _render_overlay(scene: Scene, options: Options, media_type: MediaType) -> bytes:
     mask = _limited_mask(scene, options)
     palette = scene.contract.labels.palette
-    blended = overlay(scene.require_photo(), mask, palette, options.alpha)
+    blended = Overlay(scene.require_photo(), mask, palette, options.alpha)
     return encode_image(blended, IMAGE_FORMATS[media_type])
 
 
@@ -139,14 +142,16 @@ def _render_cutout(scene: Scene, options: Options, media_type: MediaType) -> byt
     chosen = _chosen(scene, options)
     if chosen is None:
         chosen = scene.contract.labels.foreground
-    cut = cutout(scene.require_photo(), scene.labels.mask, chosen)
+    cut = Cutout(scene.require_photo(), scene.labels.mask, chosen)
     return encode_image(cut, IMAGE_FORMATS[media_type])
 
 
 def _render_confidence(scene: Scene, options: Options, _: MediaType) -> bytes:
     confidence, chosen = scene.require_confidence(), _chosen(scene, options)
     if chosen is not None:
-        confidence = np.where(np.isin(scene.labels.mask, sorted(chosen)), confidence, np.uint8(0))
+        kept = np.zeros(256, dtype=np.uint8)
+        kept[list(chosen)] = 255
+        confidence = confidence & look_up(scene.labels.mask, kept)
     return encode_grey(confidence)
 
 
@@ -214,12 +219,14 @@ VIEWS: Final[dict[ViewName, View]] = {
             "palette PNG of class ids",
             ("image/png",),
             _render_mask,
+            pixel_bytes=3,
         ),
         View(
             "overlay",
             "the photo blended with the classes' colours",
             ("image/png", "image/jpeg", "image/webp"),
             _render_overlay,
+            pixel_bytes=8,
             parameters=("alpha",),
             needs_photo=True,
         ),
@@ -229,6 +236,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "elsewhere",
             ("image/png", "image/webp"),
             _render_cutout,
+            pixel_bytes=9,
             needs_photo=True,
         ),
         View(
@@ -237,6 +245,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "the chosen classes",
             ("image/png",),
             _render_confidence,
+            pixel_bytes=5,
             needs_confidence=True,
         ),
         View(
@@ -244,6 +253,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "statistics and the mask of each class that is present",
             (JSON,),
             _render_json,
+            pixel_bytes=8,
             parameters=("mask",),
             needs_confidence=True,
         ),

@@ -29,8 +29,8 @@ MULTIPART: Final = "multipart/form-data"
 
 PROGRESS_BYTES: Final = 65_536
 PARTS: Final = 16
-"""A client must send or read `PROGRESS_BYTES`, or one of `PARTS` parts of the whole if that is more,
-within each `Settings.client_timeout_s`."""
+"""Within each `Settings.client_timeout_s` a client must send or read `PROGRESS_BYTES`, or one of
+`PARTS` parts of the whole if that is more."""
 
 # Boundaries, part headers and a few small fields around the file of a multipart body.
 _MULTIPART_OVERHEAD_BYTES: Final = 16 * 1024

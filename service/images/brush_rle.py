@@ -17,6 +17,8 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from service.images.runs import check_runs
+
 CHANNELS: Final = 4
 _VALUE_BITS: Final = 8
 _LENGTH_BITS: Final = (3, 4, 8, 16)
@@ -38,9 +40,14 @@ class RowRuns:
 
     @classmethod
     def of(cls, mask: npt.NDArray[np.uint8]) -> Self:
-        """Find the runs of a ``(H, W) uint8`` mask."""
+        """Find the runs of a ``(H, W) uint8`` mask.
+
+        Raises `TooExpensive` if there are more than `service.images.runs.MAX_RUNS`.
+        """
         pixels = mask.reshape(-1)
-        starts = np.concatenate(([0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1))
+        changes = pixels[1:] != pixels[:-1]
+        check_runs(int(np.count_nonzero(changes)) + 1)
+        starts = np.concatenate(([0], np.flatnonzero(changes) + 1))
         return cls(np.diff(starts, append=pixels.size), pixels[starts])
 
     def counts(self) -> npt.NDArray[np.float64]:
@@ -55,24 +62,11 @@ class RowRuns:
         # Neighbouring runs merge where all are chosen or none is.
         first = np.concatenate(([0], np.flatnonzero(inside[1:] != inside[:-1]) + 1))
         lengths = np.add.reduceat(self.lengths, first) * CHANNELS
-        return _pack(lengths, np.where(inside[first], 255, 0))
+        return _pack(lengths, inside[first] * np.uint8(255))
 
 
-def _pack(lengths: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> bytes:
+def _pack(lengths: npt.NDArray[np.int64], values: npt.NDArray[np.uint8]) -> bytes:
     """Pack runs ``(n,)`` of values in [0, 255] as rle-pack's stream."""
-    parts = -(-lengths // _LONGEST)
-    last = np.cumsum(parts) - 1
-    rest = lengths - (parts - 1) * _LONGEST
-    values = values.repeat(parts)
-    lengths = np.full(len(values), _LONGEST)
-    lengths[last] = rest
-
-    sizes = np.searchsorted(1 << np.array(_LENGTH_BITS), lengths)
-    length_bits = np.array(_LENGTH_BITS)[sizes]
-    codes = (4 + sizes) << length_bits | (lengths - 1)
-    codes = codes << _VALUE_BITS | values
-    code_bits = 3 + length_bits + _VALUE_BITS
-
     header = _VALUE_BITS - 1
     for length_size in _LENGTH_BITS:
         header = header << 4 | (length_size - 1)
@@ -81,13 +75,29 @@ def _pack(lengths: npt.NDArray[np.int64], values: npt.NDArray[np.int64]) -> byte
     stream = struct.pack(">I", total) + (header << 3).to_bytes(3, "big")
     packed = [stream[:-1]]
     carried = np.unpackbits(np.frombuffer(stream[-1:], dtype=np.uint8))[:5]
-    for start in range(0, len(codes), _RUNS_AT_ONCE):
+    for start in range(0, len(lengths), _RUNS_AT_ONCE):
         part = slice(start, start + _RUNS_AT_ONCE)
-        bits = np.concatenate((carried, _bits(codes[part], code_bits[part])))
+        bits = np.concatenate((carried, _bits(*_codes(lengths[part], values[part]))))
         whole = len(bits) // 8 * 8
         packed.append(np.packbits(bits[:whole]).tobytes())
         carried = bits[whole:]
     return b"".join([*packed, np.packbits(carried).tobytes()])
+
+
+def _codes(
+    lengths: npt.NDArray[np.int64], values: npt.NDArray[np.uint8]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return runs as codes, and each code's bits; runs that are too long are split."""
+    parts = -(-lengths // _LONGEST)
+    last = np.cumsum(parts) - 1
+    rest = lengths - (parts - 1) * _LONGEST
+    values = values.repeat(parts)
+    lengths = np.full(len(values), _LONGEST)
+    lengths[last] = rest
+    sizes = np.searchsorted(1 << np.array(_LENGTH_BITS), lengths)
+    length_bits = np.array(_LENGTH_BITS)[sizes]
+    codes = (4 + sizes) << length_bits | (lengths - 1)
+    return codes << _VALUE_BITS | values, 3 + length_bits + _VALUE_BITS
 
 
 def _bits(codes: npt.NDArray[np.int64], code_bits: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

@@ -1,31 +1,40 @@
 """Decode untrusted image files to ``(h, w, 3) uint8`` RGB. No other module opens them.
 
-The first bytes determine the type, not a header or a file name. The pixel cap is checked on the
-size in the image's own header, before pixels are allocated. All of Pillow's exceptions become one
-of the three errors of `service.errors.ImageError`.
+The first bytes determine the type, not a header or a file name. `service.images.headers` reads the
+header, refuses what would cost too much, and takes the metadata out. All exceptions of the readers
+become one of
+the errors of `service.errors.ImageError`.
 
-Pillow reads every header. The pixels of most JPEGs come from libjpeg-turbo directly (simplejpeg),
-which is faster and can decode at an eighth to a half of the size. If it refuses a file, Pillow
-decides.
+The pixels of most JPEGs come from libjpeg-turbo directly (simplejpeg), which is faster than Pillow
+and can decode at an eighth to a half of the size. If it refuses a file, Pillow decides. Pillow's
+pixels are converted in stripes, so that beside them only the answer needs memory.
 """
 
 from __future__ import annotations
 
 import ctypes
-import io
 import logging
-import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg  # type: ignore[import-untyped]
-from PIL import ExifTags, Image, ImageCms, _imaging
+from PIL import Image, ImageFile, _imaging
 
-from service.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImageType
-from service.images.screening import MeteredFile, check_before_decoding, check_before_opening
+from service.errors import (
+    ImageError,
+    ImageTooLarge,
+    TooExpensive,
+    UndecodableImage,
+    UnsupportedImageType,
+)
+from service.images.headers import Header, least_side, read_header
+from service.images.profiles import lab_conversion, srgb_conversion
+from service.images.screening import MeteredFile
+from service.images.stripes import stripes
 
 IMAGE_MEDIA_TYPES: Final[dict[str, str]] = {
     "JPEG": "image/jpeg",
@@ -54,6 +63,7 @@ _BMP_HEADER_BYTES: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
 # EXIF orientation -> the steps that turn the stored pixels upright: swap the axes, reverse the
 # rows, reverse the columns. Source: EXIF 2.3, tag 0x0112.
 _UPRIGHT: Final = {
+    1: (False, False, False),
     2: (False, False, True),
     3: (False, True, True),
     4: (False, True, False),
@@ -62,17 +72,6 @@ _UPRIGHT: Final = {
     7: (True, True, True),
     8: (True, True, False),
 }
-
-# The colour space that a profile must describe before it may be applied to a mode.
-_PROFILE_SPACES: Final = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
-
-SCALING_MARGIN: Final = 2.25
-"""Minimum of decoded pixels per needed pixel along either side of a scaled photo.
-
-For 12 VOC photos enlarged to 4,000 pixels, the mask then agrees with the whole photo's in 99.8 % of
-the pixels (fp32) and 99.5 % (int8). An invisible change, a random grey level up or down, gives
-99.5 % and 99.3 %, so a greater margin gains nothing. A margin of 1 gives 99.0 % (fp32).
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,53 +131,59 @@ def decode(data: bytes, max_pixels: int, needed_side: int | None = None) -> Deco
     the longest side in pixels that the caller resizes the photo to: a much larger JPEG is decoded
     at a fraction of its size. Without it, photos are decoded at their own size.
 
-    Raises `UnsupportedImageType`, `ImageTooLarge` (more than ``max_pixels`` pixels by its header)
-    or `UndecodableImage`.
+    Raises `UnsupportedImageType`, `ImageTooLarge` (more than ``max_pixels`` pixels by its header,
+    or too long a side), `TooExpensive` or `UndecodableImage`.
     """
-    image_format = sniff(data)
+    return decode_inspected(inspect(data, max_pixels), needed_side)
+
+
+def inspect(data: bytes, max_pixels: int) -> Header:
+    """Read a photo's header: its size, and the memory that decoding it needs.
+
+    No library opens the file. Raises as `decode` does.
+    """
+    return read_header(data, sniff(data), max_pixels)
+
+
+def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedPhoto:
+    """Decode a photo whose header has been read; see `decode`.
+
+    Raises `ImageTooLarge`, `TooExpensive` or `UndecodableImage`.
+    """
     try:
-        check_before_opening(data, image_format)
-        file = MeteredFile(data, image_format)
-        with Image.open(file, formats=(image_format,)) as image:
-            _check_size(image.size, max_pixels)
-            check_before_decoding(data, image)
-            file.header_ends()
-            photo = _decode_jpeg(data, image, needed_side) if image_format == "JPEG" else None
-            if photo is None:
-                image.load()
-                # Again: a container's header may state a smaller size than its frame has.
-                _check_size(image.size, max_pixels)
-                photo = DecodedPhoto.whole(np.array(_to_srgb(image)))
-            # Only now: in a PNG it may follow the pixels; in a TIFF Pillow's load() applies it.
-            return _turn_upright(photo, _orientation(image))
+        photo = _decode_jpeg(header, needed_side) if header.image_format == "JPEG" else None
+        return photo or _decode_with_pillow(header, needed_side)
     except ImageError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
-        raise ImageTooLarge(f"the image has more than {max_pixels} pixels") from exc
+        raise ImageTooLarge("the image has more pixels than are allowed") from exc
+    except MemoryError as exc:
+        raise TooExpensive("the image needs more memory than its header explains") from exc
     # Pillow's readers raise many kinds of errors: OSError, SyntaxError, ValueError, struct.error,
-    # EOFError, KeyError, OverflowError, zlib.error, MemoryError and more.
+    # EOFError, KeyError, OverflowError, zlib.error and more.
     except Exception as exc:
         raise UndecodableImage(
-            f"the {image_format} data is broken, truncated or of an unsupported variant"
+            f"the {header.image_format} data is broken, truncated or of an unsupported variant"
         ) from exc
 
 
-def _decode_jpeg(data: bytes, image: Image.Image, needed_side: int | None) -> DecodedPhoto | None:
-    """Decode a JPEG's pixels as stored, possibly scaled; None if Pillow has to do it."""
-    if image.mode not in ("RGB", "L"):
+def _decode_jpeg(header: Header, needed_side: int | None) -> DecodedPhoto | None:
+    """Decode a JPEG's pixels with simplejpeg, possibly scaled; None if Pillow has to do it."""
+    if header.channels not in (1, 3):
         return None
-    profile = _foreign_profile(image.mode, image.info.get("icc_profile"))
-    if profile is not None and image.mode == "L":  # the profile is for grey, not for RGB
-        return None
-    width, height = image.size
-    # The longest side must not become smaller than this; 0: no scaling.
-    least = math.ceil(needed_side * SCALING_MARGIN) if needed_side else 0
+    conversion = None
+    if header.icc_profile:
+        conversion = srgb_conversion(header.icc_profile, "L" if header.channels == 1 else "RGB")
+        if conversion is not None and header.channels == 1:  # it is for grey, not for RGB
+            return None
+    height, width = header.size
+    least = least_side(needed_side)
     try:
-        # The cap was checked on Pillow's size; libjpeg must find the same one.
-        if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
+        # The cap was checked on another reader's size; libjpeg must find the same one.
+        if simplejpeg.decode_jpeg_header(header.data)[:2] != (height, width):
             return None
         pixels = simplejpeg.decode_jpeg(
-            data,
+            header.data,
             "RGB",
             min_height=least if height >= width else 0,
             min_width=least if width > height else 0,
@@ -189,114 +194,149 @@ def _decode_jpeg(data: bytes, image: Image.Image, needed_side: int | None) -> De
     # unusual files. Pillow decides about all of them.
     except Exception:  # noqa: BLE001
         return None
-    # libjpeg scales by eighths and rounds both sides up; the longer side gives the scale.
-    scale = round(8 * max(pixels.shape[:2]) / max(width, height)) / 8
-    if profile is not None:
-        pixels = np.array(_apply_profile(Image.fromarray(pixels), profile))
-    return DecodedPhoto(pixels, (height, width), (0, 0, width * scale, height * scale))
+    if conversion is not None:
+        for rows in stripes(len(pixels), 4 * pixels.shape[1]):
+            stripe = Image.fromarray(pixels[rows])
+            conversion.apply_in_place(stripe)
+            pixels[rows] = np.asarray(stripe)
+    if header.orientation != 1:
+        upright = _empty_upright(pixels.shape[:2], header.orientation)
+        _as_stored(upright, header.orientation)[:] = pixels.view("V3")[..., 0]
+        pixels = upright
+    return _photo(pixels, header)
 
 
-def _turn_upright(photo: DecodedPhoto, orientation: int) -> DecodedPhoto:
-    if orientation not in _UPRIGHT:
-        return photo
+def _decode_with_pillow(header: Header, needed_side: int | None) -> DecodedPhoto:
+    with Image.open(MeteredFile(header.data), formats=(header.image_format,)) as image:
+        if image.size[::-1] != header.size:
+            raise UndecodableImage("the image has several sizes")
+        if header.image_format == "JPEG" and needed_side:
+            height, width = header.size
+            least = least_side(needed_side)
+            image.draft(image.mode, (least, 1) if width > height else (1, least))
+        size = image.size
+        if header.image_format == "WEBP":
+            stored = _webp_frame(image)
+        else:
+            image.load()
+            stored = image
+        # Again: a frame may be larger than its file's header says.
+        if stored.size != size:
+            raise UndecodableImage("the image has several sizes")
+        return _upright_srgb(stored, header)
+
+
+def _webp_frame(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode an opened WebP's first frame without the two copies that Pillow makes of it."""
+    opened: Any = image
+    frame, _ = opened._decoder.get_next()
+    opened._decoder = None  # frees its canvases
+    return Image.frombuffer(opened.rawmode, image.size, frame, "raw", opened.rawmode, 0, 1)
+
+
+def _upright_srgb(image: Image.Image, header: Header) -> DecodedPhoto:
+    """Convert a loaded image of any of Pillow's modes, and turn it upright, in stripes."""
+    width, height = image.size
+    pixels = _empty_upright((height, width), header.orientation)
+    stored = _as_stored(pixels, header.orientation)
+    to_srgb = _conversion_of(image, header.icc_profile)
+    for rows in stripes(height, 4 * width):
+        stripe = to_srgb(image.crop((0, rows.start, width, rows.stop)))
+        stored[rows] = np.asarray(stripe).view("V3")[..., 0]
+    return _photo(pixels, header)
+
+
+def _empty_upright(stored: tuple[int, ...], orientation: int) -> npt.NDArray[np.uint8]:
+    height, width = stored
+    swap, _, _ = _UPRIGHT[orientation]
+    return np.empty((width, height, 3) if swap else (height, width, 3), dtype=np.uint8)
+
+
+def _as_stored(upright: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.void]:
+    """View upright pixels, ``(h, w, 3)``, as they are stored: ``(h, w)`` or ``(w, h)`` RGB."""
     swap, reverse_rows, reverse_columns = _UPRIGHT[orientation]
-    size, box = photo.size, photo.box
     # One element of three bytes per pixel: NumPy moves these twice as fast as triples.
-    pixels = photo.pixels.view("V3")[..., 0]
-    if swap:
-        pixels = pixels.T
-        size, box = size[::-1], (box[1], box[0], box[3], box[2])
-    height, width = pixels.shape
-    if reverse_rows:
-        pixels = pixels[::-1]
-        box = (box[0], height - box[3], box[2], height - box[1])
+    pixels = upright.view("V3")[..., 0]
     if reverse_columns:
         pixels = pixels[:, ::-1]
-        box = (width - box[2], box[1], width - box[0], box[3])
-    turned = np.ascontiguousarray(pixels)[..., None].view(np.uint8)
-    return DecodedPhoto(turned, size, box)
+    if reverse_rows:
+        pixels = pixels[::-1]
+    return pixels.T if swap else pixels
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise ImageTooLarge(
-            f"the image has {width} x {height} = {width * height} pixels, "
-            f"but at most {max_pixels} are allowed"
-        )
-    if width < 1 or height < 1:
-        raise UndecodableImage("the image has no pixels")
+def _photo(pixels: npt.NDArray[np.uint8], header: Header) -> DecodedPhoto:
+    """Describe upright pixels, which libjpeg may have scaled."""
+    swap, reverse_rows, reverse_columns = _UPRIGHT[header.orientation]
+    size = header.size[::-1] if swap else header.size
+    height, width, _ = pixels.shape
+    # libjpeg scales by eighths and rounds both sides up; the longer side gives the scale.
+    scale = round(8 * max(height, width) / max(size)) / 8
+    left, top, right, bottom = 0.0, 0.0, size[1] * scale, size[0] * scale
+    if reverse_rows:
+        top, bottom = height - bottom, height - top
+    if reverse_columns:
+        left, right = width - right, width - left
+    return DecodedPhoto(pixels, size, (left, top, right, bottom))
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if there is none or the EXIF block is broken."""
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # noqa: BLE001 - a photo with a broken EXIF block is still a photo
-        return 1
-    return value if isinstance(value, int) else 1
+_ToRgb = Callable[[Image.Image], Image.Image]
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Convert any of Pillow's modes to RGB in sRGB, transparency over white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_to_8_bit(image).convert("RGB")
-    icc_profile = image.info.get("icc_profile")
-    if not image.has_transparency_data:
-        if image.mode not in _PROFILE_SPACES:
-            image = image.convert("RGB")
-        return _apply_profile(image, _foreign_profile(image.mode, icc_profile))
-    with_alpha = image.convert("RGBA")
-    photo = _apply_profile(with_alpha.convert("RGB"), _foreign_profile("RGB", icc_profile))
-    white = Image.new("RGB", photo.size, "white")
-    white.paste(photo, mask=with_alpha.getchannel("A"))
-    return white
-
-
-def _foreign_profile(mode: str, icc_profile: object) -> ImageCms.ImageCmsProfile | None:
-    """Return an RGB, L or CMYK image's profile if its pixels must be converted to sRGB."""
-    if not isinstance(icc_profile, bytes) or not icc_profile:
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
-        fits = profile.profile.xcolor_space.strip() == _PROFILE_SPACES[mode]
-        # Most photos are in sRGB already, and the conversion is slow.
-        foreign = fits and not ImageCms.getProfileDescription(profile).startswith("sRGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        # A photo with a broken profile is still a photo; viewers ignore the profile.
-        return None
-    return profile if foreign else None
-
-
-def _apply_profile(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
-    """Convert an RGB, L or CMYK image to RGB, by its profile if that is usable."""
-    if profile is not None:
-        try:
-            converted = ImageCms.profileToProfile(
-                image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
-            )
-            if converted is not None:
-                return converted
-        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            # As above: the conversion may find errors that the header did not show.
-            return image.convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_to_8_bit(image: Image.Image) -> Image.Image:
-    """Convert a grey image of 16 or 32 bits per sample to 8-bit grey.
-
-    16-bit samples are scaled by 255 / 65535. 32-bit integers and floats have no agreed range, so
-    they are stretched from their smallest to their largest finite value.
-    """
-    samples = np.asarray(image)
+def _conversion_of(image: Image.Image, icc_profile: bytes | None) -> _ToRgb:
+    """Return the conversion of an image's stripes to RGB in sRGB, transparency over white."""
     if image.mode.startswith("I;16"):
-        return Image.fromarray(((samples.astype(np.uint32) + 128) // 257).astype(np.uint8))
-    finite = np.isfinite(samples)
-    values = np.where(finite, samples, 0).astype(np.float64)
-    low = values[finite].min(initial=np.inf)
-    span = values[finite].max(initial=-np.inf) - low
-    if not span > 0:
-        return Image.fromarray(np.zeros(samples.shape, dtype=np.uint8))
-    scaled = np.rint((values - low).clip(0, span) * (255 / span))
-    return Image.fromarray(scaled.astype(np.uint8))
+        return _conversion_of_16_bits(icc_profile)
+    if image.mode in ("I", "F"):
+        return _conversion_of_32_bits(image)
+    if image.mode == "LAB":
+        return lab_conversion().apply
+    grey = image.mode in ("1", "L", "LA")
+    space = "L" if grey else "CMYK" if image.mode == "CMYK" else "RGB"
+    conversion = srgb_conversion(icc_profile, space)
+
+    def opaque(stripe: Image.Image) -> Image.Image:
+        stripe = stripe.convert(space)
+        return stripe.convert("RGB") if conversion is None else conversion.apply(stripe)
+
+    def over_white(stripe: Image.Image) -> Image.Image:
+        with_alpha = stripe.convert("LA" if grey else "RGBA")
+        white = Image.new("RGB", stripe.size, "white")
+        white.paste(opaque(with_alpha), mask=with_alpha.getchannel("A"))
+        return white
+
+    return over_white if image.has_transparency_data else opaque
+
+
+def _conversion_of_16_bits(icc_profile: bytes | None) -> _ToRgb:
+    """Scale by 255 / 65535, or by the profile's curve."""
+    levels = np.arange(1 << 16, dtype=np.uint16)
+    conversion = srgb_conversion(icc_profile, "I;16")
+    if conversion is None:
+        table = ((levels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    else:
+        table = np.asarray(conversion.apply(Image.fromarray(levels[None])))[0, :, 0]
+    return lambda stripe: Image.fromarray(table[np.asarray(stripe)]).convert("RGB")
+
+
+def _conversion_of_32_bits(image: Image.Image) -> _ToRgb:
+    """Stretch from the smallest to the largest finite value.
+
+    Integers and floats of 32 bits have no agreed range.
+    """
+    width, height = image.size
+    low, high = np.inf, -np.inf
+    for rows in stripes(height, 4 * width):
+        samples = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+        finite = samples[np.isfinite(samples)].astype(np.float64)
+        low, high = finite.min(initial=low), finite.max(initial=high)
+    span = high - low
+
+    def stretched(stripe: Image.Image) -> Image.Image:
+        samples = np.asarray(stripe)
+        if not span > 0:
+            return Image.new("RGB", stripe.size)
+        values = np.where(np.isfinite(samples), samples, 0).astype(np.float64) - low
+        scaled = np.rint(values.clip(0, span) * (255 / span))
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+    return stretched

@@ -13,12 +13,17 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from service.errors import TooExpensive
 from service.images.runs import Runs
 from service.images.stripes import stripes
 
 MAX_RINGS: Final = 1000
 """Largest number of outlines of one class, regions and holes together; the largest are kept. Photos
 have a few dozen; noise has tens of thousands."""
+
+MAX_CORNERS: Final = 1 << 20
+"""Largest number of corners of a mask's outlines. Twenty-one classes of pure noise in each of 64 x
+64 cells of a network give 0.9 million at 64 million pixels; photos give some ten thousand."""
 
 Points = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -67,9 +72,13 @@ class Corners:
 
     @classmethod
     def of(cls, mask: npt.NDArray[np.uint8]) -> Self:
-        """Find the corners of a ``(H, W) uint8`` mask, a stripe at a time."""
+        """Find the corners of a ``(H, W) uint8`` mask, a stripe at a time.
+
+        Raises `TooExpensive` if there are more than `MAX_CORNERS`.
+        """
         height, width = mask.shape
         found: list[tuple[Ints, Ints, npt.NDArray[np.int16]]] = []
+        corners = 0
         for stripe in stripes(height + 1, 2 * width):
             top, bottom = stripe.start, stripe.stop
             first, last = max(top - 1, 0), min(bottom, height)
@@ -81,6 +90,12 @@ class Corners:
             y, x = np.divmod(np.flatnonzero(turns), width + 1)
             around = (framed[y, x], framed[y, x + 1], framed[y + 1, x], framed[y + 1, x + 1])
             found.append((y + top, x, np.stack(around)))
+            corners += len(y)
+            if corners > MAX_CORNERS:
+                raise TooExpensive(
+                    f"the mask's outlines have more than {MAX_CORNERS} corners: ask for run "
+                    "lengths or a PNG of it instead of polygons"
+                )
         return cls(*(np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)))
 
 
@@ -99,6 +114,8 @@ class Ring:
 def trace_rings(corners: Corners, runs: Runs, class_id: int) -> list[Ring]:
     """Return the exact rings of one class, the largest first."""
     own = corners.around == class_id
+    near = np.flatnonzero(own.any(axis=0))
+    own = own[:, near]
     bits = own[0] * _UP_LEFT + own[1] * _UP_RIGHT + own[2] * _DOWN_LEFT + own[3] * _DOWN_RIGHT
     passed = _PASSED[bits]
     at = np.arange(len(bits)).repeat(passed)
@@ -106,7 +123,7 @@ def trace_rings(corners: Corners, runs: Runs, class_id: int) -> list[Ring]:
     kind = _FIRST[bits[at]]
     second = np.flatnonzero(at[1:] == at[:-1]) + 1
     kind[second] = _SECOND[bits[at[second]]]
-    x, y, leaves = corners.x[at], corners.y[at], _LEAVES[kind]
+    x, y, leaves = corners.x[near[at]], corners.y[near[at]], _LEAVES[kind]
     following = np.empty(len(at), dtype=np.int64)
     # Along a row, each two nodes are the ends of a line; the same holds along a column.
     _link(following, np.arange(len(at)), leaves)

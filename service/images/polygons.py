@@ -8,7 +8,7 @@ one would change too many of its pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
@@ -27,6 +27,9 @@ _NEARLY: Final = 0.03
 """Pixels by which a line may miss a pixel's centre and still count as beyond it."""
 
 _MAX_ROUNDS: Final = 100
+
+_UNITS_AT_ONCE: Final = 1 << 18
+"""Unit edges that are measured at once, about: their numbers take some 20 MiB."""
 
 
 def trace_polygons(
@@ -79,8 +82,11 @@ def _simplify(rings: list[Ring], tolerance: float) -> list[Points]:
     x, y = points.T
     area = np.bincount(number[edges], (x[:-1] * along[:, 1] - y[:-1] * along[:, 0])[edges] / 2)
     # COCO's rasteriser rounds points to fifths of a pixel.
-    measured, pixels = _changed_pixels(np.floor(path * 5 + 0.5) / 5, chosen, along, edges)
-    changed = np.bincount(number[measured], pixels, minlength=len(rings))
+    changed = np.zeros(len(rings))
+    rounded = np.floor(path * 5 + 0.5) / 5
+    for part in _simplified(chosen, along, edges):
+        measured, pixels = _changed_pixels(rounded, chosen, along, part)
+        changed += np.bincount(number[measured], pixels, minlength=len(rings))
     exact = (changed > MOST_CHANGED * area)[number]
     keep = np.zeros(len(path), dtype=np.bool_)
     keep[chosen] = True
@@ -106,6 +112,20 @@ def _without_stairs(along: Points, fixed: Flags) -> Flags:
     keep[place - 1] = keep[place + 1] = False
     keep[place] = True
     return keep
+
+
+def _simplified(chosen: Ints, along: Points, edges: Ints) -> Iterator[Ints]:
+    """Yield the edges that the line through the chosen points leaves, a part at a time.
+
+    A part has about `_UNITS_AT_ONCE` units, and at least one edge.
+    """
+    after = np.searchsorted(chosen, 2 * edges + 1)
+    kept = (chosen[after - 1] == 2 * edges) & (chosen[after] == 2 * edges + 2)
+    edges = edges[~kept]
+    units = np.abs(along[edges]).sum(axis=1).cumsum()
+    total = int(units[-1]) if units.size else 0
+    bounds = np.searchsorted(units, np.arange(_UNITS_AT_ONCE, total, _UNITS_AT_ONCE)) + 1
+    yield from np.split(edges, np.unique(bounds))
 
 
 def _changed_pixels(

@@ -1,8 +1,7 @@
 """A job: decode a photo, and encode the answer. Both halves run in image workers.
 
-Between them the photo is in the service, as the network's input and its logits. The service keeps
-no decoded photo: a view that shows the photo decodes it again, which takes less than a resize and
-saves its memory while the network runs.
+Between them the photo is in the service, as the network's input and its logits. An answer that
+shows the photo gets its pixels back, unless they were scaled while decoding: then it decodes again.
 """
 
 from __future__ import annotations
@@ -11,19 +10,22 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from service.artefact.contract import ModelContract
 from service.artefact.preprocessing import Geometry, preprocess
-from service.images.decoding import DecodedPhoto
+from service.images.decoding import DecodedPhoto, decode, decode_inspected, inspect
 from service.inference.upsampling import Labels, upsample
 from service.telemetry.timings import Timings
 from service.views import Scene
 from service.workers.channel import Part, array
 from service.workers.worker import Answer
+
+# Of a photo's pixels that are sent: in the service, in the worker, and in the file between the two.
+_COPIES: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +40,30 @@ class Grant:
         if memory_bytes > self.memory_bytes:
             raise NeedsMemory(memory_bytes, pixels)
 
+    def decode(
+        self, data: bytes, needed_side: int, pixel_bytes: int, *, shown: bool = False
+    ) -> DecodedPhoto:
+        """Decode an image file, once there is memory for that and for the answer.
 
-class NeedsMemory(Exception):  # noqa: N818 - an answer, not an error
+        ``needed_side``: see `service.images.decoding.decode`; ``pixel_bytes``: the most memory for
+        each pixel while the answer is written and sent, without the photo; ``shown``: whether the
+        answer shows the photo. Raises `ImageError` or `NeedsMemory`.
+        """
+        header = inspect(data, self.max_pixels)
+        height, width = header.size
+        pixels = height * width
+        # What is sent is in the service, in the worker, and in the file between the two.
+        sent = 2 * len(data)
+        reading = header.bytes_needed(needed_side)
+        writing = pixels * pixel_bytes
+        if shown:
+            reading += 3 * pixels
+            writing += max(header.bytes_needed(), _COPIES * 3 * pixels)
+        self.require(sent + max(reading, writing), pixels)
+        return decode_inspected(header, needed_side)
+
+
+class NeedsMemory(Exception):
     """The photo needs ``memory_bytes`` in a worker: the service asks again when it has them."""
 
     def __init__(self, memory_bytes: int, pixels: int) -> None:
@@ -52,10 +76,10 @@ class Writer(Protocol):
     """The second half of a job. It is pickled between the halves."""
 
     @property
-    def needs_body(self) -> bool:
-        """Whether `write` needs the request's body."""
+    def needs_photo(self) -> bool:
+        """Whether `write` needs the photo at its own size."""
 
-    def write(self, scene: Scene, body: bytes) -> Written:
+    def write(self, scene: Scene) -> Written:
         """Encode the answer. May raise any `RequestError` or `ImageError`."""
 
 
@@ -107,8 +131,9 @@ def _contract(pickled: bytes) -> ModelContract:
 class Prepare:
     """Decode and preprocess: the first half as a task of `service.workers`.
 
-    ``contract``: pickled. Takes the body. Returns the network's input and the pickled writer, or
-    ``needs`` and ``pixels``, if the grant is too small.
+    ``contract``: pickled. Takes the body. Returns the network's input, the pickled writer and the
+    photo's pixels, if the writer needs them and has no other way; or ``needs`` and ``pixels``, if
+    the grant is too small.
     """
 
     job: Job
@@ -128,26 +153,32 @@ class Prepare:
             photo = reading.photo
             geometry = Geometry.plan(photo.size, reading.max_side, contract.shapes)
             image = preprocess(photo.pixels, geometry, contract.padding_color, photo.box)
+        shown: Part = b""
+        decodes_again = False
+        if reading.writer.needs_photo:
+            decodes_again = photo.pixels.shape[:2] != photo.size
+            shown = b"" if decodes_again else photo.pixels
         facts = {
             "geometry": [geometry.photo, geometry.resized, geometry.padded],
             "with_confidence": reading.with_confidence,
-            "needs_body": reading.writer.needs_body,
+            "decodes_again": decodes_again,
             "file_bytes": reading.file_bytes,
             "stages": timings.stages,
         }
-        return Answer(facts, [image, pickle.dumps(reading.writer)])
+        return Answer(facts, [image, pickle.dumps(reading.writer), shown])
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
     """Upsample and encode: the second half as a task of `service.workers`.
 
-    ``stages``: those before it. Takes the pickled writer, the body (empty if it is not needed), and
-    either logits of the shape ``logits``, or the mask and the confidence (empty if there is none)
-    at the photo's size. Returns the answer's content.
+    ``stages``: those before it. Takes the pickled writer, the photo's pixels and the body (each
+    empty if it is not needed), and either logits of the shape ``logits``, or the mask and the
+    confidence (empty if there is none) at the photo's size. Returns the answer's content.
     """
 
     contract: bytes
+    max_pixels: int
     geometry: Geometry
     with_confidence: bool
     logits: tuple[int, ...] | None
@@ -155,15 +186,19 @@ class Finish:
 
     def run(self, parts: Sequence[bytes]) -> Answer:
         """See `service.workers.worker.Task`."""
-        pickled, body, *outputs = parts
+        pickled, shown, body, *outputs = parts
         writer: Writer = pickle.loads(pickled)  # noqa: S301 - `Prepare` wrote it
         timings = Timings()
         for stage in self.stages:
             timings.add(*stage)
         labels = self._labels(outputs, timings)
         with timings.stage("encode"):
-            scene = Scene(labels, _contract(self.contract), timings)
-            written = writer.write(scene, body)
+            photo: npt.NDArray[np.uint8] | None = None
+            if body:
+                photo = decode(body, self.max_pixels).pixels
+            elif shown:
+                photo = array(shown, (*self.geometry.photo, 3), np.uint8)
+            written = writer.write(Scene(labels, _contract(self.contract), timings, photo))
         facts = {"facts": written.facts, "stages": timings.stages[len(self.stages) :]}
         return Answer(facts, [written.content])
 

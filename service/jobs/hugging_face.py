@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -17,7 +16,6 @@ from pydantic import ConfigDict, Field, ValidationError
 from service.artefact.contract import ModelContract
 from service.errors import InvalidParameter
 from service.images.brush_rle import RowRuns
-from service.images.decoding import decode
 from service.images.encoding import encode_binary_mask
 from service.jobs.base import Grant, Reading, Written
 from service.jobs.messages import (
@@ -94,9 +92,7 @@ class ImageSegmentationJob:
             del request  # the photo may take the memory that the JSON took
         check_size(len(data), self.max_bytes)
         side = contract.working_size
-        photo = decode(data, grant.max_pixels, side)
-        pixels = math.prod(photo.size)
-        grant.require(_PIXEL_BYTES * pixels, pixels)
+        photo = grant.decode(data, side, _PIXEL_BYTES)
         return Reading(photo, side, True, writer, len(data))
 
 
@@ -107,11 +103,11 @@ class _SegmentsWriter:
     parameters: SegmentationParameters
 
     @property
-    def needs_body(self) -> bool:
+    def needs_photo(self) -> bool:
         """See `service.jobs.base.Writer`."""
         return False
 
-    def write(self, scene: Scene, body: bytes) -> Written:
+    def write(self, scene: Scene) -> Written:
         """See `service.jobs.base.Writer`."""
         labels, confidence = scene.labels, scene.require_confidence()
         threshold, mask_threshold = self.parameters.threshold, self.parameters.mask_threshold

@@ -6,7 +6,6 @@ https://labelstud.io/guide/predictions.
 
 from __future__ import annotations
 
-import math
 import pickle
 import uuid
 from collections.abc import Sequence
@@ -20,7 +19,6 @@ from service.artefact.contract import ModelContract
 from service.artefact.labels import LabelSet
 from service.errors import InvalidParameter
 from service.images.brush_rle import RowRuns
-from service.images.decoding import decode
 from service.jobs.base import Grant, Reading, Written
 from service.jobs.label_config import BrushControl, class_ids, parse_label_config
 from service.jobs.messages import (
@@ -169,9 +167,7 @@ class BrushJob:
         data = decode_data_uri(body, self.max_bytes) if body.startswith(DATA_URI) else body
         check_size(len(data), self.max_bytes)
         side = contract.working_size
-        photo = decode(data, grant.max_pixels, side)
-        pixels = math.prod(photo.size)
-        grant.require(_PIXEL_BYTES * pixels, pixels)
+        photo = grant.decode(data, side, _PIXEL_BYTES)
         controls: Sequence[BrushControl] = pickle.loads(self.controls)  # noqa: S301 - `ReadTasks`
         writer = RegionsWriter([one for one in controls if one.data_key == self.key])
         return Reading(photo, side, True, writer, len(data))
@@ -184,11 +180,11 @@ class RegionsWriter:
     controls: Sequence[BrushControl]
 
     @property
-    def needs_body(self) -> bool:
+    def needs_photo(self) -> bool:
         """See `service.jobs.base.Writer`."""
         return False
 
-    def write(self, scene: Scene, body: bytes) -> Written:
+    def write(self, scene: Scene) -> Written:
         """See `service.jobs.base.Writer`."""
         mask = scene.labels.mask
         height, width = mask.shape

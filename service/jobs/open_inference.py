@@ -21,7 +21,7 @@ from pydantic import Field
 
 from service.artefact.contract import ModelContract
 from service.errors import ImageTooLarge, InvalidParameter, MalformedRequest
-from service.images.decoding import DecodedPhoto, decode
+from service.images.decoding import DecodedPhoto
 from service.jobs.base import Grant, Reading, Written
 from service.jobs.messages import (
     MAX_ANSWER_BYTES,
@@ -142,11 +142,12 @@ class InferenceJob:
         binary = _binary_data(tensor, memoryview(body)[len(text) :], self.max_bytes)
         leading = _leading(tensor)
         writer = _ResponseWriter(request.id, outputs, leading)
+        output_bytes = sum(_BINARY_BYTES if binary else _JSON_BYTES for binary in outputs.values())
         file_bytes = None
         if tensor.datatype == "BYTES":
             file = _file(tensor, binary, self.max_bytes)
             del request, tensor  # the photo may take the memory that the JSON took
-            photo = decode(file, grant.max_pixels, max_side)
+            photo = grant.decode(file, max_side, output_bytes)
             file_bytes = len(file)
         else:
             photo = _photo(tensor, binary, grant.max_pixels)
@@ -157,7 +158,6 @@ class InferenceJob:
                 f"an answer in JSON may have at most {MAX_ANSWER_BYTES // NUMBER_BYTES} numbers, "
                 f"but this one would have {numbers}: ask for binary data with binary_data_output"
             )
-        output_bytes = sum(_BINARY_BYTES if binary else _JSON_BYTES for binary in outputs.values())
         grant.require(pixels * max(_PHOTO_BYTES, output_bytes), pixels)
         return Reading(photo, max_side, CONFIDENCE in outputs, writer, file_bytes)
 
@@ -175,11 +175,11 @@ class _ResponseWriter:
     leading: int
 
     @property
-    def needs_body(self) -> bool:
+    def needs_photo(self) -> bool:
         """See `service.jobs.base.Writer`."""
         return False
 
-    def write(self, scene: Scene, body: bytes) -> Written:
+    def write(self, scene: Scene) -> Written:
         """See `service.jobs.base.Writer`."""
         contract = scene.contract
         members = {"model_name": contract.name, "model_version": contract.version}

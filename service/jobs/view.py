@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Self
 
 from service.artefact.contract import ModelContract
-from service.images.decoding import decode
 from service.jobs.base import Grant, Reading, Written
 from service.views import VIEWS, MediaType, Options, Scene, ViewName
 
@@ -35,27 +34,23 @@ class ViewJob:
         view = VIEWS[self.view]
         max_side = self.options.max_side or contract.working_size
         contract.labels.ids(self.options.class_names)  # unknown names fail before decoding
-        photo = decode(body, grant.max_pixels, max_side)
+        photo = grant.decode(body, max_side, view.pixel_bytes, shown=view.needs_photo)
         view.check_size(photo.size, self.media_type)
-        writer = _ViewWriter(self, grant.max_pixels)
-        return Reading(photo, max_side, view.needs_confidence, writer, len(body))
+        return Reading(photo, max_side, view.needs_confidence, _ViewWriter(self), len(body))
 
 
 @dataclass(frozen=True, slots=True)
 class _ViewWriter:
-    """Renders a job's view. ``max_pixels``: see `service.images.decoding.decode`."""
+    """Renders a job's view."""
 
     job: ViewJob
-    max_pixels: int
 
     @property
-    def needs_body(self) -> bool:
-        """Whether the view shows the photo, which is then decoded at its own size."""
+    def needs_photo(self) -> bool:
+        """See `service.jobs.base.Writer`."""
         return VIEWS[self.job.view].needs_photo
 
-    def write(self, scene: Scene, body: bytes) -> Written:
+    def write(self, scene: Scene) -> Written:
         """See `service.jobs.base.Writer`."""
-        if self.needs_body:
-            scene = replace(scene, photo=decode(body, self.max_pixels).pixels)
         job = self.job
         return Written(VIEWS[job.view].render(scene, job.options, job.media_type))

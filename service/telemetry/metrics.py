@@ -162,16 +162,23 @@ class Metrics:
             "Memory limit of this container, or of the machine without one.",
             registry=registry,
         )
-        self._reserved = Gauge(
-            "fcn_request_memory_bytes",
-            "Memory reserved for bodies, photos and answers.",
-            registry=registry,
-        )
-        self._reservable = Gauge(
-            "fcn_request_memory_limit_bytes",
-            "Memory that bodies, photos and answers may take together.",
-            registry=registry,
-        )
+        self._memory = [
+            Gauge(name, text, registry=registry)
+            for name, text in (
+                (
+                    "fcn_memory_bytes",
+                    "Memory of this process and its image workers; what they share counts once.",
+                ),
+                (
+                    "fcn_request_memory_bytes",
+                    "Memory reserved for bodies, photos and answers.",
+                ),
+                (
+                    "fcn_request_memory_limit_bytes",
+                    "Memory that bodies, photos and answers may reserve together.",
+                ),
+            )
+        ]
         self._queue_depth = Gauge(
             "fcn_queue_depth", "Photos waiting for the device.", ["model"], registry=registry
         )
@@ -252,11 +259,14 @@ class Metrics:
         in_flight: int,
         limit: int,
         deadline_s: float,
-        memory: tuple[int, int] = (0, 0),
+        memory: tuple[int, int, int] = (0, 0, 0),
     ) -> None:
-        """Record the service's state. ``memory``: bytes that requests hold and may hold."""
-        self._reserved.set(memory[0])
-        self._reservable.set(memory[1])
+        """Record the service's state.
+
+        ``memory``: bytes in use, and bytes that requests have reserved and may reserve.
+        """
+        for gauge, value in zip(self._memory, memory, strict=True):
+            gauge.set(value)
         self._deadline.set(deadline_s)
         self._memory_limit.set(memory_limit_bytes())
         self._ready.set(ready)

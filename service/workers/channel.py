@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 Part = bytes | bytearray | memoryview | npt.NDArray[Any]
+"""Bytes or a C-contiguous array."""
 
 MAX_PARTS: Final = 64
 
@@ -32,16 +33,20 @@ def put(memory: int, parts: Sequence[Part]) -> bytes:
     """Write a message's parts to the file ``memory``; returns the packet that announces them."""
     lengths, offset = [], 0
     for part in parts:
-        view = memoryview(part)
-        lengths.append(view.nbytes)
-        if not view.nbytes:  # an empty array cannot be cast
+        lengths.append(size_of(part))
+        if not lengths[-1]:  # an empty array cannot be cast
             continue
-        left = view.cast("B")
+        left = memoryview(part).cast("B")  # type: ignore[arg-type]
         while left:
             written = os.pwrite(memory, left[:_MOST_AT_ONCE], offset)
             offset += written
             left = left[written:]
     return json.dumps(lengths).encode()
+
+
+def size_of(part: Part) -> int:
+    """The bytes of a part."""
+    return len(part) if isinstance(part, bytes | bytearray) else part.nbytes
 
 
 def lengths_of(packet: bytes, memory: int) -> list[int]:
@@ -50,7 +55,10 @@ def lengths_of(packet: bytes, memory: int) -> list[int]:
     Raises `ValueError` unless they are those of parts that the file ``memory`` can hold: a worker
     may be under the control of the file that it decodes.
     """
-    lengths = json.loads(packet)
+    try:
+        lengths = json.loads(packet)
+    except ValueError:
+        lengths = None
     well_formed = (
         isinstance(lengths, list)
         and len(lengths) <= MAX_PARTS

@@ -34,7 +34,7 @@ from service.errors import (
     WorkerLost,
     WorkersUnavailable,
 )
-from service.workers.channel import Part, get, lengths_of, put, receive
+from service.workers.channel import Part, get, lengths_of, put, receive, size_of
 from service.workers.template import TEMPLATE, Forked
 from service.workers.worker import Order, Task
 
@@ -142,6 +142,11 @@ class WorkerPool:
         """The process ids of the workers."""
         return [worker.process.pid for worker in self._alive]
 
+    @property
+    def all_pids(self) -> list[int]:
+        """The process ids of this process, its template and the workers."""
+        return [os.getpid(), TEMPLATE.pid, *self.pids]
+
     async def run(
         self, task: Task, parts: Sequence[Part], limits: Limits, rank: Rank = Rank.BEGIN
     ) -> Done:
@@ -196,7 +201,7 @@ class WorkerPool:
         timer: asyncio.TimerHandle | None = None
         healthy = False
         try:
-            size = sum(memoryview(part).nbytes for part in message)
+            size = sum(map(size_of, message))
             if size > _LOOP_BYTES:
                 # Not cancelled half-way: the file must not be written after its worker's end.
                 packet = await _uninterrupted(asyncio.to_thread(put, worker.memory, message))
@@ -279,18 +284,20 @@ class WorkerPool:
     async def _bury_and_start(self, worker: _Worker) -> None:
         await self._status(worker)
         worker.close()
-        while not self._closed:
+        while not self._ended():
             try:
                 started = await asyncio.to_thread(_start)
             except WorkersUnavailable as exc:
                 _log.error("image worker not started", reason=str(exc))
                 await asyncio.sleep(_RETRY_S)
                 continue
-            if self._closed:
-                await asyncio.to_thread(_end, started)
-            else:
+            if not self._ended():
                 self._add(started)
-            return
+                return
+            await asyncio.to_thread(_end, started)
+
+    def _ended(self) -> bool:
+        return self._closed
 
     async def _status(self, worker: _Worker) -> int | None:
         """The wait status of a worker that has ended or been killed."""

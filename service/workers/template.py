@@ -111,7 +111,7 @@ class Template:
         ours.settimeout(_REPLY_S)
         with theirs:
             inherited = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: S603 - our own module
                 [sys.executable, "-m", __name__, str(theirs.fileno())],
                 env={**inherited, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)},
                 pass_fds=(theirs.fileno(),),

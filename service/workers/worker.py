@@ -36,6 +36,8 @@ _OUT_OF_MEMORY_SCORE: Final = "800"
 # What the interpreter, its buffers and the allocator's rounding need beside a task's own arrays.
 _SLACK_BYTES: Final = 96 * 2**20
 
+_NO_MEMORY: Final = "decoding or encoding it takes more memory than others of its size"
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -106,8 +108,7 @@ def _run(order: Order, parts: Sequence[bytes]) -> Answer:
     except SegmentError as exc:
         answer = Answer({"error": type(exc).__name__, "arguments": list(exc.args)})
     except MemoryError:
-        exc = TooExpensive("the image needs more memory than its size explains")
-        answer = Answer({"error": type(exc).__name__, "arguments": list(exc.args)})
+        answer = Answer({"error": TooExpensive.__name__, "arguments": [_NO_MEMORY]})
     # The service logs it and answers 500; the worker is as good as before.
     except Exception:  # noqa: BLE001
         answer = Answer({"unforeseen": traceback.format_exc(limit=-12)[-8192:]})

@@ -79,8 +79,12 @@ async def test_a_photo_in_the_metrics(client: InProcess) -> None:
     model = {"model": "tiny", "version": "1", "precision": "fp32"}
     assert value(found, "fcn_model_info", **model, provider="CPUExecutionProvider") == 1
     assert value(found, "fcn_deadline_seconds") == client.service.settings.deadline_s
-    taken = value(found, "process_resident_memory_bytes")
-    assert 0 < taken < value(found, "fcn_memory_limit_bytes")
+    # The image workers' memory counts too.
+    in_use = value(found, "fcn_memory_bytes")
+    assert 10e6 < in_use < value(found, "fcn_memory_limit_bytes")
+    assert value(found, "fcn_request_memory_bytes") == 0
+    assert value(found, "fcn_request_memory_limit_bytes") > 100e6
+    assert value(found, "fcn_image_workers_lost_total", reason="killed") == 0
 
 
 @pytest.mark.anyio

@@ -1,17 +1,116 @@
-"""Memory that the allocator returns, on Linux with glibc as in the images."""
+"""The account of memory that requests may take."""
 
+import asyncio
 import os
+import subprocess
+import sys
 
-from service.inference.memory import give_back_freed
-from tests.reliability.resources import sample
+import numpy as np
+import pytest
+
+from service.errors import ImageTooLarge, Overloaded
+from service.memory import Lease, MemoryAccount, resident_bytes
+
+pytestmark = pytest.mark.anyio
+
+ONE, OTHER, THIRD = "198.51.100.1", "198.51.100.2", "198.51.100.3"
 
 
-def test_what_is_free_between_what_is_used_is_given_back() -> None:
-    """A closed model's pieces are scattered among pieces still in use."""
-    pieces = [bytearray(64 * 1024) for _ in range(2 * 1024)]
-    kept = pieces[::16]
-    del pieces
-    before = sample(os.getpid())
-    give_back_freed()
-    assert before.rss_mib - sample(os.getpid()).rss_mib > 64
-    assert len(kept) == 128
+async def started(account: MemoryAccount, client: str | None, size: int) -> asyncio.Task[None]:
+    """A task that takes memory, begun."""
+    task = asyncio.create_task(account.take(client, size))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_who_does_not_fit_waits_in_order() -> None:
+    """A small photo does not overtake a large one that waits for the account."""
+    account = MemoryAccount(400)
+    with account.lease(ONE) as first:
+        await first.take(200)
+        large = await started(account, OTHER, 200)
+        small = await started(account, THIRD, 50)
+        assert (large.done(), small.done()) == (False, False)
+        first.give(150)
+        await asyncio.wait_for(asyncio.gather(large, small), 5)
+        assert account.photos == 300
+    assert account.photos == 250
+
+
+async def test_bodies_leave_room_for_photos() -> None:
+    """Bodies have a part of their own, and are refused beyond it at once."""
+    account = MemoryAccount(400)
+    with account.lease(ONE) as lease:
+        lease.take_body(100)
+        with pytest.raises(Overloaded, match="too many bytes"):
+            lease.take_body(1)
+        await lease.take(account.largest)
+        assert account.state == (400, 400)
+    assert account.state == (0, 400)
+
+
+async def test_a_photo_that_never_fits() -> None:
+    """It is refused instead of waiting for ever."""
+    account = MemoryAccount(400 * 2**20)
+    with pytest.raises(ImageTooLarge, match="needs 301 MiB of memory, but the service has 300 MiB"):
+        await account.take(ONE, 301 * 2**20)
+
+
+async def test_one_client_cannot_take_all() -> None:
+    """Its answers and photos may take half; who waits for that does not hold up the others."""
+    account = MemoryAccount(400)
+    with account.lease(ONE) as unread:
+        await unread.take(150)
+        own = await started(account, ONE, 100)
+        assert not own.done()
+        await asyncio.wait_for(account.take(OTHER, 100), 5)
+    await asyncio.wait_for(own, 5)
+
+
+async def test_a_single_photo_may_take_more_than_a_clients_share() -> None:
+    """The only photo of a client may be as large as the account allows."""
+    account = MemoryAccount(400)
+    await account.take(ONE, account.largest)
+    assert account.photos == 300
+
+
+@pytest.mark.parametrize("served", [False, True])
+async def test_who_goes_away_leaves_nothing(served: bool) -> None:
+    """Whether it was served at the same moment or still waited."""
+    account = MemoryAccount(400)
+    await account.take(ONE, 300)
+    waiting = await started(account, OTHER, 100)
+    if served:
+        account.give(ONE, 300)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert account.photos == (0 if served else 300)
+    if not served:
+        account.give(ONE, 300)
+    await asyncio.wait_for(account.take(OTHER, 300), 5)
+
+
+async def test_a_lease_gives_back_what_is_left() -> None:
+    """In parts and at the end."""
+    account = MemoryAccount(400)
+    lease = Lease(account, ONE)
+    lease.take_body(10)
+    await lease.take(30)
+    lease.give(20)
+    assert account.state == (20, 400)
+    lease.close()
+    lease.close()
+    assert account.state == (0, 400)
+
+
+def test_resident_memory_is_measured() -> None:
+    """Of several processes; one that has ended counts nothing."""
+    before = resident_bytes([os.getpid()])
+    block = np.ones(64 * 2**20, dtype=np.uint8)
+    assert resident_bytes([os.getpid()]) - before > 60 * 2**20
+    del block
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert resident_bytes([ended.pid]) == 0

@@ -41,7 +41,7 @@ def test_statistics_are_those_of_the_pixels(mask: npt.NDArray[np.uint8]) -> None
 
 def test_compressed_counts_of_large_runs() -> None:
     """Several groups per number, and negative differences, are written as pycocotools does."""
-    counts = [0, 70_000, 3, 1, 5, 40_000, 2, 99_989]
+    counts = np.array([0, 70_000, 3, 1, 5, 40_000, 2, 99_989])
     pixels = np.repeat([i % 2 for i in range(len(counts))], counts).astype(np.uint8)
     expected = coco.encode(np.asfortranarray(pixels[:, None]))
     assert compress_counts(counts) == expected["counts"].decode()

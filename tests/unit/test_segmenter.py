@@ -2,33 +2,38 @@
 
 import asyncio
 import io
-import threading
 from collections.abc import Callable, Iterator
-from types import ModuleType
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from service import segmenter as module
-from service import views
 from service.artefact import voc
-from service.errors import DeadlineExceeded, InferenceFailed, NotAcceptable, Overloaded
-from service.inference import engine
+from service.errors import (
+    DeadlineExceeded,
+    ImageTooLarge,
+    InferenceFailed,
+    NotAcceptable,
+    Overloaded,
+    TooExpensive,
+)
 from service.inference.batcher import THREAD_NAME
+from service.jobs.view import ViewJob
 from service.runtime import open_service
-from service.segmenter import POOL_THREAD_NAME, Result, ViewJob
+from service.segmenter import Result
 from service.settings import Settings
 from service.views import VIEWS, Options
 from tests.artefacts import encode, two_class_photo
 from tests.fakes import FakeSession
+from tests.tasks import HangingJob, LargeJob
 
 pytestmark = pytest.mark.anyio
 
 PHOTO = encode(two_class_photo())
-JOB = ViewJob.of(PHOTO, Options())
+JOB = ViewJob.of(Options())
 OVERLAY = Options(view="overlay")
-JPEG_OVERLAY = ViewJob(PHOTO, OVERLAY, VIEWS["overlay"], "image/jpeg")
+JPEG_OVERLAY = ViewJob(OVERLAY, "overlay", "image/jpeg")
 STAGES = ["decode", "preprocess", "queue", "infer", "upsample", "encode"]
 
 
@@ -40,54 +45,35 @@ def session() -> Iterator[FakeSession]:
     fake.gate.set()
 
 
-def mask_size(result: Result[bytes]) -> tuple[int, int]:
+def mask_size(result: Result) -> tuple[int, int]:
     """Width and height of the mask in a result."""
     with Image.open(io.BytesIO(result.content)) as image:
         return image.size
 
 
 async def test_stages_run_off_the_event_loop(
-    make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
+    make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
-    """The network runs in the batcher's thread, all other stages in the pool."""
-    threads: dict[str, str] = {}
-
-    def spy(place: ModuleType, name: str) -> None:
-        original = getattr(place, name)
-
-        def spied(*args: object, **kwargs: object) -> object:
-            threads[name] = threading.current_thread().name
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(place, name, spied)
-
-    for name in ("decode", "preprocess", "upsample"):
-        spy(module, name)
-    for name in ("encode_mask", "encode_image"):
-        spy(views, name)
-    spy(engine, "run_batch")
+    """The network runs in the batcher's thread, all other stages in an image worker."""
     async with open_service(make_settings(), session) as service:
-        for job in (JOB, ViewJob.of(PHOTO, OVERLAY), JPEG_OVERLAY):
-            result = await service.segmenter.segment(job)
+        session.threads.clear()  # those of the warm-up
+        for job in (JOB, ViewJob.of(OVERLAY), JPEG_OVERLAY):
+            result = await service.segmenter.segment(job, PHOTO)
             assert list(result.timings.ms()) == STAGES
-    assert threads.pop("run_batch").startswith(THREAD_NAME)
-    assert set(threads) == {"decode", "preprocess", "upsample", "encode_mask", "encode_image"}
-    assert all(thread.startswith(POOL_THREAD_NAME) for thread in threads.values())
+    assert all(thread.startswith(THREAD_NAME) for thread in session.threads)
 
 
 async def test_past_the_limit_photos_are_refused_before_decoding(
-    make_settings: Callable[..., Settings], session: FakeSession, monkeypatch: pytest.MonkeyPatch
+    make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
     """queue_size photos are accepted; the next one is refused with a time to retry."""
     async with open_service(make_settings(queue_size=2), session) as service:
         session.gate.clear()
-        held = [asyncio.create_task(service.segmenter.segment(JOB)) for _ in range(2)]
+        held = [asyncio.create_task(service.segmenter.segment(JOB, PHOTO)) for _ in range(2)]
         await asyncio.sleep(0)
-        monkeypatch.setattr(module, "decode", pytest.fail)
         with pytest.raises(Overloaded) as caught:
-            await service.segmenter.segment(JOB)
+            await service.segmenter.segment(JOB, b"no photo")
         assert caught.value.retry_after_s >= 1
-        monkeypatch.undo()
         session.gate.set()
         assert len(await asyncio.gather(*held)) == 2
 
@@ -101,10 +87,10 @@ async def test_places_can_be_held_for_several_photos(
         with segmenter.hold(2) as two, segmenter.hold(2) as one:
             assert (two, one, segmenter.in_flight) == (2, 1, 3)
             with pytest.raises(Overloaded):
-                await segmenter.segment(JOB)
+                await segmenter.segment(JOB, PHOTO)
             with pytest.raises(Overloaded), segmenter.hold():
                 pytest.fail("there was a place")
-            assert mask_size(await segmenter.segment_held(JOB)) == (96, 64)
+            assert mask_size(await segmenter.segment_held(JOB, PHOTO)) == (96, 64)
         assert segmenter.in_flight == 0
 
 
@@ -125,7 +111,7 @@ async def test_memory_is_given_back_when_idle(
             pass
         with segmenter.hold():  # cancels the timer
             for _ in range(3):
-                await segmenter.segment(JOB)
+                await segmenter.segment(JOB, PHOTO)
             assert given_back.empty()
         for _ in range(2):  # after each idle time
             assert await asyncio.wait_for(given_back.get(), 10) == 0
@@ -142,12 +128,12 @@ async def test_a_photo_that_the_format_cannot_hold(
         for width, unable in ((16_384, ["image/webp"]), (65_501, ["image/webp", "image/jpeg"])):
             photo = encode(np.zeros((1, width, 3), dtype=np.uint8))
             for media_type in VIEWS["overlay"].media_types:
-                job = ViewJob(photo, OVERLAY, VIEWS["overlay"], media_type)
+                job = ViewJob(OVERLAY, "overlay", media_type)
                 if media_type not in unable:
-                    await service.segmenter.segment(job)
+                    await service.segmenter.segment(job, photo)
                     continue
                 with pytest.raises(NotAcceptable, match=f"this photo has {width}") as caught:
-                    await service.segmenter.segment(job)
+                    await service.segmenter.segment(job, photo)
                 assert not set(caught.value.available) & set(unable)
                 assert "image/png" in caught.value.available
 
@@ -159,7 +145,7 @@ async def test_the_deadline_ends_the_wait(
     async with open_service(make_settings(deadline_s=0.05), session) as service:
         session.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"no answer within 0\.05 s"):
-            await service.segmenter.segment(JOB)
+            await service.segmenter.segment(JOB, PHOTO)
         session.gate.set()
 
 
@@ -170,10 +156,10 @@ async def test_a_failing_device_has_its_own_error(
     async with open_service(make_settings(), session) as service:
         session.error = RuntimeError("device lost")
         with pytest.raises(InferenceFailed) as caught:
-            await service.segmenter.segment(JOB)
+            await service.segmenter.segment(JOB, PHOTO)
         assert caught.value.__cause__ is session.error
         session.error = None
-        assert mask_size(await service.segmenter.segment(JOB)) == (96, 64)
+        assert mask_size(await service.segmenter.segment(JOB, PHOTO)) == (96, 64)
 
 
 async def test_a_large_photo_keeps_its_size(
@@ -186,7 +172,7 @@ async def test_a_large_photo_keeps_its_size(
         answers = [
             np.asarray(Image.open(io.BytesIO(content)))
             for content in [
-                (await service.segmenter.segment(ViewJob.of(data, options))).content
+                (await service.segmenter.segment(ViewJob.of(options), data)).content
                 for data, options in (
                     (jpeg, Options()),
                     (png, Options()),
@@ -202,3 +188,73 @@ async def test_a_large_photo_keeps_its_size(
     assert np.array_equal(colors[inside], voc.FULL_PALETTE[scaled[inside]])
     with Image.open(io.BytesIO(jpeg)) as image:
         assert np.abs(photo.astype(int) - np.asarray(image)).max() <= 2
+
+
+async def test_a_photo_that_hangs_its_decoder_fails_alone(
+    make_settings: Callable[..., Settings],
+) -> None:
+    """It ends with its worker after a multiple of its CPU time; others are answered meanwhile."""
+    async with open_service(make_settings(photo_cpu_s=0.5, decode_workers=2)) as service:
+        segmenter = service.segmenter
+        hung = asyncio.create_task(segmenter.segment(HangingJob(), PHOTO))
+        for _ in range(3):
+            assert mask_size(await segmenter.segment(JOB, PHOTO)) == (96, 64)
+        assert not hung.done()
+        with pytest.raises(TooExpensive):
+            await hung
+        assert mask_size(await segmenter.segment(JOB, PHOTO)) == (96, 64)
+        assert segmenter.memory.photos == 0
+
+
+async def test_large_photos_wait_for_memory(
+    make_settings: Callable[..., Settings], session: FakeSession
+) -> None:
+    """Only as many at once as memory allows; all are answered, and all memory is given back."""
+    async with open_service(make_settings(decode_workers=2), session) as service:
+        segmenter = service.segmenter
+        largest = segmenter.memory.largest
+        large = LargeJob(1000, largest * 2 // 3)
+        session.gate.clear()
+        photos = [asyncio.create_task(segmenter.segment(large, PHOTO)) for _ in range(3)]
+        await asyncio.to_thread(session.started.wait, 30)
+        assert segmenter.memory.photos <= largest
+        session.gate.set()
+        assert [mask_size(one) for one in await asyncio.gather(*photos)] == [(96, 64)] * 3
+        assert segmenter.memory.photos == 0
+
+
+async def test_a_photo_that_never_fits_is_refused(make_settings: Callable[..., Settings]) -> None:
+    """The error says what it needs and what there is."""
+    async with open_service(make_settings()) as service:
+        job = LargeJob(1000, service.segmenter.memory.largest + 2**20)
+        with pytest.raises(ImageTooLarge, match=r"needs \d+ MiB of memory, but the service has"):
+            await service.segmenter.segment(job, PHOTO)
+
+
+async def test_photos_that_there_is_no_time_for_are_refused_at_once(
+    make_settings: Callable[..., Settings], session: FakeSession
+) -> None:
+    """A large photo is accepted if the others leave it the time; small ones go on."""
+    async with open_service(make_settings(deadline_s=30.0), session) as service:
+        segmenter = service.segmenter
+        session.gate.clear()
+        first = asyncio.create_task(segmenter.segment(LargeJob(150_000_000, 2**26), PHOTO))
+        await asyncio.to_thread(session.started.wait, 30)
+        with pytest.raises(Overloaded, match="need 15 s") as caught:
+            await segmenter.segment(LargeJob(150_000_000, 2**26), PHOTO)
+        assert caught.value.retry_after_s == pytest.approx(15, abs=0.1)
+        small = asyncio.create_task(segmenter.segment(JOB, PHOTO))
+        session.gate.set()
+        assert mask_size(await small) == mask_size(await first) == (96, 64)
+
+
+async def test_the_answers_memory_is_kept_until_the_lease_ends(
+    make_settings: Callable[..., Settings],
+) -> None:
+    """While the client reads, its answer counts."""
+    async with open_service(make_settings()) as service:
+        memory = service.segmenter.memory
+        with memory.lease("198.51.100.7") as lease:
+            result = await service.segmenter.segment(JOB, PHOTO, lease)
+            assert memory.photos == len(result.content)
+        assert memory.photos == 0

@@ -7,10 +7,9 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 import structlog
 
-from service import segmenter
 from service.errors import InferenceFailed
+from service.jobs.view import ViewJob
 from service.runtime import Phase, Service, open_service
-from service.segmenter import ViewJob
 from service.server.watchdog import EXIT_STATUS, Watchdog
 from service.settings import Settings
 from service.views import Options
@@ -19,7 +18,8 @@ from tests.fakes import FakeSession
 
 pytestmark = pytest.mark.anyio
 
-JOB = ViewJob.of(encode(two_class_photo()), Options())
+JOB = ViewJob.of(Options())
+PHOTO = encode(two_class_photo())
 LIMIT_S = 0.2
 PATIENCE_S = 30.0
 
@@ -58,7 +58,7 @@ async def test_a_batch_that_hangs_ends_the_process(service: Service, session: Fa
     end = End()
     session.gate.clear()
     service.requests.append("r1")
-    waiting = asyncio.create_task(service.segmenter.segment(JOB))
+    waiting = asyncio.create_task(service.segmenter.segment(JOB, PHOTO))
     waiting.add_done_callback(lambda _: service.requests.remove("r1"))
     with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
         assert await asyncio.to_thread(end.came.wait, PATIENCE_S)
@@ -71,23 +71,6 @@ async def test_a_batch_that_hangs_ends_the_process(service: Service, session: Fa
         ("this process hangs and ends", ["r1"])
     ]
     assert last[0]["reason"].startswith("a batch has been running for")
-
-
-async def test_a_photo_that_hangs_its_decoder_ends_the_process(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing else can free its thread."""
-    end = End()
-    monkeypatch.setattr(segmenter, "decode", lambda *_: end.came.wait(PATIENCE_S))
-    with structlog.testing.capture_logs() as lines, Watchdog(service, LIMIT_S, end=end):
-        hung = asyncio.create_task(service.segmenter.segment(JOB))
-        assert await asyncio.to_thread(end.came.wait, PATIENCE_S)
-    assert end.status == EXIT_STATUS
-    with pytest.raises(AttributeError):  # the fake decoder returns no photo
-        await hung
-    assert service.segmenter.working_s == pytest.approx(0, abs=LIMIT_S)
-    last = [line for line in lines if line["log_level"] == "critical"]
-    assert last[0]["reason"].startswith("a photo has been processed for")
 
 
 async def test_a_loop_that_hangs_ends_the_process(service: Service) -> None:
@@ -110,6 +93,6 @@ async def test_a_service_that_works_is_left_alone(service: Service) -> None:
     with Watchdog(service, 10 * LIMIT_S, on_turn=turns.release, end=end):
         for _ in range(12):
             await turns.acquire()
-            await service.segmenter.segment(JOB)
+            await service.segmenter.segment(JOB, PHOTO)
     assert not end.came.is_set()
     assert service.phase is Phase.READY

@@ -1,0 +1,146 @@
+"""Tasks of image workers that behave badly, for the tests of their pool.
+
+A worker imports this module, so it imports no test library.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from service.artefact.contract import ModelContract
+from service.errors import UndecodableImage
+from service.jobs.base import Grant, NeedsMemory, Reading
+from service.jobs.view import ViewJob
+from service.views import Options
+from service.workers.worker import Answer
+
+
+@dataclass(frozen=True)
+class Echo:
+    """Returns its parts, the worker's process id, and how many threads it has."""
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        threads = len([*Path("/proc/self/task").iterdir()])
+        return Answer({"pid": os.getpid(), "threads": threads}, parts)
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Reports the worker's modules, environment and open sockets."""
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        links = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+        sockets = sum(link.startswith("socket:") for link in links)
+        return Answer(
+            {"modules": sorted(sys.modules), "environment": sorted(os.environ), "sockets": sockets}
+        )
+
+
+@dataclass(frozen=True)
+class Spin:
+    """Uses CPU time without end."""
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        while True:
+            sum(range(10_000))
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Waits until the file ``until`` exists, in vain if there is none."""
+
+    until: Path | None = None
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        while self.until is None or not self.until.exists():
+            time.sleep(0.005)
+        return Answer({}, parts)
+
+
+@dataclass(frozen=True)
+class Allocate:
+    """Takes memory."""
+
+    size: int
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        return Answer({"sum": int(np.ones(self.size, dtype=np.uint8).sum(dtype=np.int64))})
+
+
+@dataclass(frozen=True)
+class End:
+    """Ends the worker by a signal."""
+
+    number: signal.Signals
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        os.kill(os.getpid(), self.number)
+        return Answer()
+
+
+@dataclass(frozen=True)
+class EndOnce:
+    """Ends the first worker that runs it, as an operator would; ``mark`` remembers that."""
+
+    mark: Path
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        if not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Answer({}, parts)
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Raises an error of the service, or one that nobody foresaw."""
+
+    foreseen: bool
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        if self.foreseen:
+            raise UndecodableImage("broken on purpose")
+        raise LookupError("nobody foresaw this")
+
+
+@dataclass(frozen=True)
+class HangingJob:
+    """A photo whose decoder never returns."""
+
+    model: None = None
+
+    def read(self, body: bytes, grant: Grant, contract: ModelContract) -> Reading:
+        """See `service.jobs.base.Job`."""
+        while True:
+            time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class LargeJob:
+    """A small photo that says it needs memory for ``pixels``."""
+
+    pixels: int
+    memory_bytes: int
+    model: None = None
+
+    def read(self, body: bytes, grant: Grant, contract: ModelContract) -> Reading:
+        """See `service.jobs.base.Job`."""
+        if grant.memory_bytes < self.memory_bytes:
+            raise NeedsMemory(self.memory_bytes, self.pixels)
+        return ViewJob.of(Options()).read(body, grant, contract)

@@ -1,0 +1,204 @@
+"""The pool of image workers, with tasks that misbehave."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.errors import TooExpensive, UndecodableImage, WorkerLost, WorkersUnavailable
+from service.workers import pool as pool_module
+from service.workers import template as template_module
+from service.workers.channel import KEPT_BYTES, get, lengths_of, put
+from service.workers.pool import Limits, Rank, WorkerPool
+from service.workers.template import TEMPLATE, Template
+from tests.tasks import Allocate, Echo, End, EndOnce, Fail, Inspect, Spin, Wait
+
+pytestmark = pytest.mark.anyio
+
+MIB = 2**20
+LIMITS = Limits(cpu_s=20.0, wall_s=60.0, memory_bytes=64 * MIB)
+
+
+@pytest.fixture
+async def lost() -> list[str]:
+    """The reasons of lost workers."""
+    return []
+
+
+@pytest.fixture
+async def pool(lost: list[str]) -> AsyncIterator[WorkerPool]:
+    """A pool of one worker."""
+    async with WorkerPool.open(1, lost.append) as opened:
+        yield opened
+
+
+async def pid_of(pool: WorkerPool) -> int:
+    """The process id of a worker, asked by a task."""
+    pid: int = (await pool.run(Echo(), [], LIMITS)).facts["pid"]
+    return pid
+
+
+async def test_parts_go_there_and_back(pool: WorkerPool) -> None:
+    """Bytes, arrays, empty parts, and more than the file in memory keeps."""
+    large = np.arange(2 * KEPT_BYTES // 8, dtype=np.int64)
+    done = await pool.run(Echo(), [b"photo", b"", large, np.empty((0, 3))], LIMITS)
+    assert [len(part) for part in done.parts] == [5, 0, large.nbytes, 0]
+    assert done.parts[0] == b"photo"
+    assert np.array_equal(np.frombuffer(done.parts[2], dtype=np.int64), large)
+    assert done.cpu_s >= 0
+    # The large message's memory is given back, and the worker is the same one.
+    assert (await pool.run(Echo(), [b"next"], LIMITS)).parts == [b"next"]
+    assert len(pool.pids) == 1
+
+
+async def test_a_worker_is_clean(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no web framework, no runtime, no secret, no other thread and no socket but its own."""
+    monkeypatch.setenv("FCN_LABEL_STUDIO_TOKEN", "secret")
+    TEMPLATE.close()  # the next worker's template starts under this environment
+    async with WorkerPool.open(1) as fresh:
+        facts = (await fresh.run(Inspect(), [], LIMITS)).facts
+        threads = (await fresh.run(Echo(), [], LIMITS)).facts["threads"]
+    assert not {"fastapi", "starlette", "onnxruntime", "uvicorn"} & set(facts["modules"])
+    assert not [name for name in facts["environment"] if name.startswith("FCN_")]
+    assert (facts["sockets"], threads) == (1, 1)
+
+
+async def test_errors_of_tasks_come_back(pool: WorkerPool, lost: list[str]) -> None:
+    """The service's errors keep type and message; others name their cause. The worker stays."""
+    before = await pid_of(pool)
+    with pytest.raises(UndecodableImage, match="broken on purpose"):
+        await pool.run(Fail(foreseen=True), [], LIMITS)
+    with pytest.raises(RuntimeError, match="nobody foresaw this"):
+        await pool.run(Fail(foreseen=False), [], LIMITS)
+    assert await pid_of(pool) == before
+    assert lost == []
+
+
+@pytest.mark.parametrize(
+    ("task", "limits", "error", "message"),
+    [
+        (Spin(), replace(LIMITS, cpu_s=0.05), TooExpensive, "CPU time"),
+        (Wait(), replace(LIMITS, wall_s=0.05), TooExpensive, "more than 0.05 s"),
+        (End(signal.SIGSEGV), LIMITS, UndecodableImage, "crashed"),
+        (End(signal.SIGABRT), LIMITS, UndecodableImage, "crashed"),
+    ],
+)
+async def test_a_photo_that_ends_its_worker_fails_alone(
+    pool: WorkerPool,
+    lost: list[str],
+    task: Spin | Wait | End,
+    limits: Limits,
+    error: type[Exception],
+    message: str,
+) -> None:
+    """It is not tried again; the next task gets a new worker."""
+    before = await pid_of(pool)
+    with pytest.raises(error, match=message):
+        await pool.run(task, [], limits)
+    assert await pid_of(pool) != before
+    assert lost == [error.__name__]
+
+
+async def test_memory_is_limited_for_each_task(pool: WorkerPool) -> None:
+    """A task that wants more than its limit fails; the same worker does what others may."""
+    before = await pid_of(pool)
+    with pytest.raises(TooExpensive, match="more memory"):
+        await pool.run(Allocate(512 * MIB), [], LIMITS)
+    generous = replace(LIMITS, memory_bytes=600 * MIB)
+    assert (await pool.run(Allocate(512 * MIB), [], generous)).facts["sum"] == 512 * MIB
+    assert await pid_of(pool) == before
+
+
+async def test_a_worker_killed_by_others_is_tried_again(
+    pool: WorkerPool, lost: list[str], tmp_path: Path
+) -> None:
+    """Once, on another worker; if that is killed too, the error says so."""
+    done = await pool.run(EndOnce(tmp_path / "mark"), [b"photo"], LIMITS)
+    assert done.parts == [b"photo"]
+    assert lost == ["killed"]
+    with pytest.raises(WorkerLost):
+        await pool.run(End(signal.SIGKILL), [], LIMITS)
+    assert lost == ["killed"] * 3
+
+
+async def test_an_idle_worker_that_is_killed_is_replaced(pool: WorkerPool, lost: list[str]) -> None:
+    """Nobody notices."""
+    before = await pid_of(pool)
+    os.kill(before, signal.SIGKILL)
+    assert await pid_of(pool) != before
+    assert lost == ["killed"]
+
+
+async def test_a_template_that_is_killed_is_replaced(pool: WorkerPool) -> None:
+    """Its workers end with it, the tasks in their hands are tried again."""
+    before = await pid_of(pool)
+    os.kill(TEMPLATE.pid, signal.SIGKILL)
+    done = await asyncio.gather(*(pool.run(Echo(), [b"photo"], LIMITS) for _ in range(3)))
+    assert all(one.parts == [b"photo"] for one in done)
+    assert before not in {one.facts["pid"] for one in done[1:]}
+
+
+async def test_what_is_no_longer_wanted_is_ended(pool: WorkerPool) -> None:
+    """Cancelling ends the worker with its work; a task that waited is simply forgotten."""
+    before = await pid_of(pool)
+    running = asyncio.create_task(pool.run(Wait(), [], LIMITS))
+    waiting = asyncio.create_task(pool.run(Echo(), [], LIMITS))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    running.cancel()
+    for task in (running, waiting):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert await pid_of(pool) != before
+
+
+async def test_photos_are_finished_before_others_begin(pool: WorkerPool, tmp_path: Path) -> None:
+    """While the worker is busy, tasks wait: those that finish a photo go first, then in order."""
+    order: list[str] = []
+
+    async def run(name: str, rank: Rank) -> None:
+        await pool.run(Echo(), [], LIMITS, rank)
+        order.append(name)
+
+    gate = tmp_path / "gate"
+    async with asyncio.TaskGroup() as group:
+        group.create_task(pool.run(Wait(gate), [], LIMITS))
+        await asyncio.sleep(0)
+        for name, rank in (
+            ("begin 1", Rank.BEGIN),
+            ("begin 2", Rank.BEGIN),
+            ("finish 1", Rank.FINISH),
+            ("finish 2", Rank.FINISH),
+        ):
+            group.create_task(run(name, rank))
+        await asyncio.sleep(0)
+        gate.touch()
+    assert order == ["finish 1", "finish 2", "begin 1", "begin 2"]
+
+
+async def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is one line."""
+    monkeypatch.setattr(template_module.sys, "executable", "/bin/false")
+    monkeypatch.setattr(pool_module, "TEMPLATE", Template())
+    with pytest.raises(WorkersUnavailable, match="no image worker could be started"):
+        async with WorkerPool.open(1):
+            pytest.fail("it opened")
+
+
+@pytest.mark.parametrize("packet", [b"{}", b"[-1]", b"[99]", b"[true]", b'["1"]', b"[", b"[1.5]"])
+def test_a_packet_that_lies_is_refused(packet: bytes) -> None:
+    """A worker may be under a file's control: what it says is checked."""
+    memory = os.memfd_create("test")
+    try:
+        assert get(memory, lengths_of(put(memory, [b"0123456789"]), memory)) == [b"0123456789"]
+        with pytest.raises(ValueError, match="describe"):
+            lengths_of(packet, memory)
+        with pytest.raises(ValueError, match="shorter"):
+            get(memory, [5, 6])
+    finally:
+        os.close(memory)
