@@ -1,4 +1,4 @@
-"""API keys, stored as hashes, and rate limits. No HTTP here."""
+"""API keys, stored as hashes, rate limits, and the names of this service. No HTTP here."""
 
 from __future__ import annotations
 
@@ -214,6 +214,51 @@ class _Windows(Storage):
         now = self._clock()
         count, ends_at = self._windows.get(key, (0, now))
         return (count, ends_at) if now < ends_at else (0, now)
+
+
+class AllowedHosts:
+    """The host names that requests may be addressed to.
+
+    ``names``: host names, ``*.example.com`` for all names below one, ``*`` for all. Without them
+    any name is allowed, unless ``listens_on`` is a loopback address: then a foreign name belongs to
+    a web page that has pointed its own name here, to pass the browser's same-origin policy (DNS
+    rebinding). Loopback names and addresses are always allowed, because no foreign page has them.
+    ``host``: the setting, which may be a name.
+    """
+
+    def __init__(self, names: Sequence[str], host: str, listens_on: str) -> None:
+        self._any = "*" in names or not (names or _is_loopback(listens_on))
+        names = [_plain(name) for name in (*names, host)]
+        self._names = frozenset(names)
+        self._suffixes = tuple(name[1:] for name in names if name.startswith("*."))
+
+    def allow(self, name: str, own_address: str) -> bool:
+        """Whether a request may be addressed to ``name``, received at ``own_address``."""
+        name = _plain(name)
+        return (
+            self._any
+            or name in self._names
+            or name == own_address
+            or name.endswith(self._suffixes)
+            or _is_loopback(name)
+        )
+
+
+def _plain(name: str) -> str:
+    """A name or address in lower case, without an address's brackets and a name's root dot."""
+    return name.lower().removesuffix(".").strip("[]")
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether a plain name or address is this machine's own. Source: RFC 6761, section 6.3."""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def client_address(host: str | None) -> str:

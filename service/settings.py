@@ -170,6 +170,12 @@ class Settings(BaseSettings):
         description="addresses and networks of proxies whose X-Forwarded-For is trusted, "
         "comma-separated, such as 10.0.0.0/8",
     )
+    allowed_hosts: str | None = Field(
+        None,
+        description="host names that requests may be addressed to, comma-separated, such as "
+        "segment.example or *.example; * for all (default: the loopback names if the service "
+        "listens on a loopback address, all otherwise)",
+    )
     cors_origins: str | None = Field(
         None,
         description="origins whose web pages may call the service, comma-separated, such as "
@@ -222,6 +228,14 @@ class Settings(BaseSettings):
             ipaddress.ip_network(proxy.strip())
         return proxies
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _host_names(cls, hosts: str | None) -> str | None:
+        for host in (hosts or "*").split(","):
+            if not re.fullmatch(r"\*|(\*\.)?[\w.-]+|\[?[0-9a-fA-F:.]+\]?", host.strip()):
+                raise ValueError(f"should be names such as segment.example, got {host!r}")
+        return hosts
+
     @field_validator("cors_origins")
     @classmethod
     def _origins(cls, origins: str | None) -> str | None:
@@ -250,6 +264,12 @@ class Settings(BaseSettings):
     def hung_after_s(self) -> float:
         """When what runs is taken to hang, seconds."""
         return self.watchdog_s or max(60.0, 2 * self.deadline_s)
+
+    @property
+    def host_names(self) -> tuple[str, ...]:
+        """The names in ``allowed_hosts``; none where it is unset."""
+        hosts = self.allowed_hosts
+        return tuple(map(str.strip, hosts.split(","))) if hosts is not None else ()
 
     @property
     def allowed_origins(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Wraps every request: its id, log line, metrics and headers, and the fallback 500 response."""
+"""Wraps every request: its id, log line, metrics, headers and refusal, and the fallback 500."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.http.observation import REQUEST_ID_HEADER, Observation
-from service.http.problems import INTERNAL, LOGGED, REFUSAL, problem_response, refusal
+from service.http.origins import cross_site_error
+from service.http.problems import (
+    INTERNAL,
+    LOGGED,
+    REFUSAL,
+    REFUSAL_UNLESS_PROBE,
+    problem_response,
+    refusal,
+)
 from service.http.routers import RouteFlags
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
@@ -32,7 +40,10 @@ _log: Any = structlog.get_logger("service.access")
 
 
 class RequestContext:
-    """ASGI middleware: `HEADERS`, an `Observation`, and 500 for an unexpected error."""
+    """ASGI middleware: `HEADERS`, an `Observation`, and 500 for an unexpected error.
+
+    It refuses what the server has marked to be refused, and what other sites' pages send.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, flags: RouteFlags) -> None:
         self.app = app
@@ -59,8 +70,9 @@ class RequestContext:
             counted = seen.sending(send_with_headers)
             try:
                 app = self.app
-                if REFUSAL in scope["state"]:
-                    app = await refusal(scope, scope["state"][REFUSAL])
+                error = self._refused(scope)
+                if error is not None:
+                    app = await refusal(scope, error)
                 await app(scope, seen.receiving(receive), counted)
             except ClientDisconnect:
                 _log.debug("the client went away", path=logs.shortened(scope["path"]))
@@ -72,3 +84,13 @@ class RequestContext:
                 else:
                     response = problem_response(scope, INTERNAL, LOGGED)
                     await response(scope, receive, counted)
+
+    def _refused(self, scope: Scope) -> Exception | None:
+        state = scope["state"]
+        if REFUSAL in state:
+            error: Exception = state[REFUSAL]
+            return error
+        if REFUSAL_UNLESS_PROBE in state and not self._flags.is_probe(scope):
+            error = state[REFUSAL_UNLESS_PROBE]
+            return error
+        return cross_site_error(scope, state["service"].settings.allowed_origins)

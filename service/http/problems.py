@@ -23,6 +23,9 @@ MEDIA_TYPE: Final = "application/problem+json"
 REFUSAL: Final = "refusal"
 """Key in a request's state: the error with which the server refuses it before it is routed."""
 
+REFUSAL_UNLESS_PROBE: Final = "refusal-unless-probe"
+"""The same, for a request that is answered only if it is a probe."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProblemType:
@@ -116,9 +119,13 @@ PROBLEM_TYPES: Final[dict[type[errors.SegmentError], ProblemType]] = {
 _STATUS_TYPES: Final = {
     400: ProblemType(HTTPStatus.BAD_REQUEST, "/problems/malformed-request", "Malformed request"),
     401: PROBLEM_TYPES[errors.Unauthorized],
+    403: ProblemType(HTTPStatus.FORBIDDEN, "/problems/cross-site", "Another site's page sent this"),
     404: ProblemType(HTTPStatus.NOT_FOUND, "/problems/not-found", "No such resource"),
     405: ProblemType(
         HTTPStatus.METHOD_NOT_ALLOWED, "/problems/method-not-allowed", "Method not allowed here"
+    ),
+    421: ProblemType(
+        HTTPStatus.MISDIRECTED_REQUEST, "/problems/unknown-host", "No such host is served here"
     ),
 }
 
@@ -137,6 +144,7 @@ _log: Any = structlog.get_logger("service.problems")
 DESCRIPTIONS: Final = {
     400: "Malformed request, or no image in it",
     401: "The API key is missing or unknown",
+    403: "A web page of another origin sent it",
     404: "No such model, or not that version of it",
     406: "No acceptable media type; `available` lists those there are",
     408: "The body came too slowly",

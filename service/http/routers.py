@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from starlette.types import Scope
+
+from service.http.problems import documented, documented_errors
+
+_Endpoint = TypeVar("_Endpoint", bound=Callable[..., Any])
 
 
 class ServiceRouter(APIRouter):
@@ -29,6 +33,12 @@ class ServiceRouter(APIRouter):
         super().__init__(**options)
         self.foreign_errors = foreign_errors
         self.probe = probe
+
+    def post(self, path: str, **options: Any) -> Callable[[_Endpoint], _Endpoint]:  # noqa: ANN401
+        """Declare an endpoint for POST, and document the refusal of other sites' pages."""
+        describe = documented_errors if self.foreign_errors else documented
+        responses = {**describe(403), **(options.pop("responses", None) or {})}
+        return super().post(path, responses=responses, **options)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,8 @@ from service.workers.worker import Answer
 MAX_IMAGES: Final = 250
 """Most images in one request.
 
-By default Label Studio waits 100 s for an answer (its ``ML_TIMEOUT_PREDICT``).
+By default Label Studio asks for 100 tasks at once (``MLBackendPredictionJob.batch_size``) and waits
+100 s for the answer (``ML_TIMEOUT_PREDICT``).
 """
 
 # Measured memory for each pixel, bytes: mask, confidence and runs.

@@ -20,8 +20,8 @@ MessageT = TypeVar("MessageT", bound="Message")
 
 DATA_URI: Final = b"data:"
 
-MAX_JSON_MEMORY: Final = 512 * 2**20
-"""Most memory that a request's JSON may take: enough for 3,000,000 numbers."""
+MAX_JSON_MEMORY: Final = 384 * 2**20
+"""Most memory that a request's JSON may take: enough for 2,500,000 numbers."""
 
 MAX_ANSWER_BYTES: Final = 128 * 2**20
 """Longest answer as text. The worker, the channel and the service each hold one copy of it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import resource
 import signal
 import socket
 import threading
@@ -20,6 +21,7 @@ import structlog
 import uvicorn
 import uvloop
 
+from service.access import AllowedHosts
 from service.app import create_app, with_state
 from service.errors import SettingsError
 from service.http.dependencies import LifespanState
@@ -32,6 +34,8 @@ from service.settings import Settings
 
 # Longer than a request travels to a connection that its client believes to be open.
 _LINGER_S: Final = 0.5
+
+_UNSENT_BYTES: Final = 131_072
 
 _log: Any = structlog.get_logger("service.serving")
 
@@ -56,8 +60,19 @@ def answer(
     """
     # A crash in a library's native code then prints where it happened.
     faulthandler.enable()
+    _allow_many_files()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_answer(listener, settings, hangup, parent))
+
+
+def _allow_many_files() -> None:
+    """Allow as many file descriptors as the system does: connections and files of forms use them.
+
+    The usual limit of 1,024, which is meant for programs that use select(2), is below the default
+    of ``max_connections`` with everything else that is open.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _answer(
@@ -70,6 +85,8 @@ async def _answer(
     """
     peers = WorkerPeers(parent.folder, parent.number) if parent is not None else None
     app = create_app(settings, peers=peers)
+    hosts = AllowedHosts(settings.host_names, settings.host, listener.getsockname()[0])
+    clients = Clients(settings, hosts)
     # Left last: closing the service may hang too.
     with contextlib.ExitStack() as watched:
         async with app.router.lifespan_context(app) as lifespan_state:
@@ -81,7 +98,7 @@ async def _answer(
             watched.enter_context(Watchdog(service, settings.hung_after_s, on_turn))
             config = uvicorn.Config(
                 with_state(app, state),
-                http=partial(Connection, Clients(settings)),  # type: ignore[arg-type]
+                http=partial(Connection, clients),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -108,6 +125,9 @@ async def _answer(
 def _listen(listener: socket.socket, backlog: int) -> str:
     """Start listening; returns the URL. Raises `SettingsError`."""
     host, port = listener.getsockname()[:2]
+    # Accepted connections inherit it. Without it the kernel keeps up to several MiB of an answer
+    # that the client does not read.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
     try:
         # Two processes may have bound the port at the same time; only one can listen.
         listener.listen(backlog)

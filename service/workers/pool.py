@@ -45,7 +45,10 @@ _LOOP_BYTES: Final = 2 * 2**20
 _RETRY_S: Final = 1.0
 _ATTEMPTS: Final = 2
 
-CPU_SIGNALS: Final = frozenset({signal.SIGPROF, signal.SIGXCPU})
+_CPU_SIGNALS: Final = frozenset({signal.SIGPROF, signal.SIGXCPU})
+_CRASHES: Final = frozenset(
+    {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP}
+)
 
 _log: Any = structlog.get_logger("service.workers")
 
@@ -357,17 +360,14 @@ def _blame(died: _Died, limits: Limits) -> SegmentError | None:
     """The photo's error, if a worker's end was its fault; None if it was not."""
     if died.too_slow:
         return TooExpensive(f"decoding or encoding it takes more than {limits.wall_s:g} s")
-    if died.status is None:
+    if died.status is None or not os.WIFSIGNALED(died.status):
         return None
-    if os.WIFSIGNALED(died.status):
-        ended_by = os.WTERMSIG(died.status)
-        if ended_by in CPU_SIGNALS:
-            return TooExpensive(
-                "decoding and encoding it takes more CPU time than one photo may have"
-            )
-        if ended_by == signal.SIGKILL:  # by an operator, or the kernel when memory ran out
-            return None
-    return UndecodableImage("the image crashed its decoder")
+    ended_by = os.WTERMSIG(died.status)
+    if ended_by in _CPU_SIGNALS:
+        return TooExpensive("decoding and encoding it takes more CPU time than one photo may have")
+    if ended_by in _CRASHES:
+        return UndecodableImage("the image crashed its decoder")
+    return None  # an operator killed it, or the kernel when memory ran out
 
 
 def _raise_error(facts: Mapping[str, Any]) -> None:

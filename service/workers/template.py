@@ -117,6 +117,8 @@ class Template:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                # Where it is closed, its number may be that of any other file.
+                stderr=subprocess.DEVNULL if sys.stderr is None else None,
                 # Ctrl-C goes to the terminal's whole group: the service decides who ends when.
                 start_new_session=True,
             )

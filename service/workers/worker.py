@@ -17,6 +17,7 @@ import resource
 import select
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -87,7 +88,8 @@ def _prepare_process(parent: int) -> None:
     # When memory runs out, the kernel should end a worker and not the service.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_OUT_OF_MEMORY_SCORE)
-    faulthandler.enable()
+    if sys.stderr is not None:
+        faulthandler.enable()
     keep_freed_buffers()
 
 

@@ -300,15 +300,77 @@ async def test_origins_that_are_let_in(make_settings: Callable[..., Settings], k
             asked = await running.http.options("/segment", headers={"Origin": origin, **preflight})
             assert asked.headers.get("Access-Control-Allow-Origin") == allowed
             assert asked.status_code == (200 if allowed else 400)
-            headers = {"Origin": origin, **bearer(keys.alice)}
-            sent = await running.http.post("/segment", content=PHOTO, headers=headers)
-            assert sent.headers.get("Access-Control-Allow-Origin") == allowed
         assert "authorization" in asked.headers["Access-Control-Allow-Headers"]
+        headers = {"Origin": ORIGIN, **bearer(keys.alice)}
+        sent = await running.http.post("/segment", content=PHOTO, headers=headers)
+        assert sent.status_code == 200
+        assert sent.headers["Access-Control-Allow-Origin"] == ORIGIN
         assert sent.headers["Access-Control-Expose-Headers"] == "*"
         assert sent.headers["Vary"] == "Accept, Origin"
         refused = await running.http.get("/model", headers={"Origin": ORIGIN})
         assert refused.status_code == 401
         assert refused.headers["Access-Control-Allow-Origin"] == ORIGIN
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Origin": "http://service"},
+        {"Origin": "https://SERVICE:8443"},
+        {"Origin": ORIGIN, "X-Forwarded-Host": "one.example"},
+        {"Origin": ORIGIN, "X-Forwarded-Host": "two.example, one.example:443"},
+        {"Origin": ORIGIN, "Sec-Fetch-Site": "same-origin"},
+        {"Origin": "null", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+    ],
+)
+@pytest.mark.anyio
+async def test_the_services_own_pages_may_send(client: InProcess, headers: dict[str, str]) -> None:
+    """Also behind a proxy that changes scheme, port or name; and what is no browser."""
+    response = await client.http.post("/segment", headers=headers)
+    assert_problem(response, 401, "unauthorized")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": ORIGIN},
+        {"Origin": "null"},
+        {"Origin": ""},
+        {"Origin": "http://service.one.example"},
+        {"Origin": "http://[::1"},
+        {"Origin": "http://service", "Sec-Fetch-Site": "cross-site"},
+        {"Origin": "http://service", "Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Origin": "null", "X-Forwarded-Host": "null"},
+        {"Origin": "null", "Host": ""},
+    ],
+)
+@pytest.mark.anyio
+async def test_other_sites_pages_may_not_send(client: InProcess, headers: dict[str, str]) -> None:
+    """403 before key, parameters and body; reading without effects is not affected."""
+    for path in ("/segment?view=nonsense", "/segment/batch"):
+        response = await client.http.post(path, headers=headers)
+        assert_problem(response, 403, "cross-site")
+    for path in ("/v2/models/tiny/infer", "/hf/image-segmentation", "/label-studio/predict"):
+        response = await client.http.post(path, headers=headers)
+        assert response.status_code == 403
+        assert set(response.json()) == {"error"}
+    assert (await client.http.get("/healthz", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("origins", [ORIGIN, "*"])
+@pytest.mark.anyio
+async def test_origins_of_cors_may_send(
+    make_settings: Callable[..., Settings], origins: str
+) -> None:
+    """Whatever the browser says about their site; others may not."""
+    async with in_process(make_settings(cors_origins=origins)) as running:
+        for origin, status in ((ORIGIN, 200), ("null", 200 if origins == "*" else 403)):
+            headers = {"Origin": origin, "Sec-Fetch-Site": "cross-site"}
+            response = await running.http.post("/segment", content=PHOTO, headers=headers)
+            assert response.status_code == status
 
 
 @pytest.mark.anyio

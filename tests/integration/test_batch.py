@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 from starlette.types import Message, Scope
 
-from service import segmenter
 from service.artefact import voc
-from service.images.decoding import DecodedPhoto, decode
+from service.http.uploads import Upload
 from service.routes.batch import in_order
 from service.settings import Settings
 from tests.artefacts import encode, paint, two_class_photo
@@ -220,14 +219,15 @@ async def test_an_unexpected_error_fails_no_other_image(
     status: int,
     slug: str,
 ) -> None:
-    """The problem of any error while decoding reveals no internals; the log has them."""
+    """The problem of any error while reading reveals no internals; the log has them."""
+    read = Upload.read
 
-    def fail(data: bytes, *sizes: int) -> DecodedPhoto:
-        if data == b"x":
+    async def fail(upload: Upload, max_bytes: int) -> bytes:
+        if upload.name == "a.txt":
             raise error
-        return decode(data, *sizes)
+        return await read(upload, max_bytes)
 
-    monkeypatch.setattr(segmenter, "decode", fail)
+    monkeypatch.setattr(Upload, "read", fail)
     response = await client.http.post(
         "/segment/batch", files=files(("a.txt", b"x"), ("b.png", PHOTO)), headers=LINES
     )

@@ -24,7 +24,7 @@ from tests.processes import PATIENCE_S, Logged, logged
 
 PHOTO = encode(two_class_photo())
 
-HOST = b"Host: x\r\n"
+HOST = b"Host: localhost\r\n"
 GET = b"GET /healthz HTTP/1.1\r\n"
 POST = b"POST /segment HTTP/1.1\r\n" + HOST
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -109,6 +109,8 @@ def exchange(address: Address, *pieces: bytes, source: str = "127.0.0.1") -> lis
         (POST + b"Content-Length: 0x1\r\n\r\na", 400),
         (POST + b"Content-Length: 1_0\r\n\r\na", 400),
         (POST + b"Content-Length: \r\n\r\na", 400),
+        (POST + b"Content-Length: " + b"0" * 5000 + b"\r\n\r\n", 400),
+        (POST + b"Content-Length: " + b"0" * 20 + b"1\r\n\r\na", 400),
         (POST + b"Content-Length: 99999999999999999999999\r\n\r\na", 400),
         (POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n", 501),
         (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
@@ -139,6 +141,13 @@ def exchange(address: Address, *pieces: bytes, source: str = "127.0.0.1") -> lis
         # Host, target and version: sections 2.3 and 3.
         (GET + b"\r\n", 400),
         (GET + HOST + HOST + b"\r\n", 400),
+        (GET + b"Host: local host\r\n\r\n", 400),
+        (GET + b"Host: localhost:http\r\n\r\n", 400),
+        (GET + b"Host: any@localhost\r\n\r\n", 400),
+        (GET + b"Host: localhost/path\r\n\r\n", 400),
+        (GET + b"Host: l\xf6calhost\r\n\r\n", 400),
+        (GET + b"Host: localhost, localhost\r\n\r\n", 400),
+        (GET + b"Host: [::1\r\n\r\n", 400),
         (b"GET /healthz\r\n\r\n", 505),
         (b"GET /healthz HTTP/2.0\r\n" + HOST + b"\r\n", 505),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
@@ -163,7 +172,7 @@ def test_what_two_servers_might_read_differently(
     [
         (b"\r\n" + GET + HOST + b"\r\n", 200),
         (GET + HOST + b"X-A: caf\xe9\r\n\r\n", 200),
-        (b"GET http://elsewhere/healthz HTTP/1.1\r\n" + HOST + b"\r\n", 200),
+        (b"GET http://localhost:1/healthz HTTP/1.1\r\n" + HOST + b"\r\n", 200),
         (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", 404),
         (b"OPTIONS /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 405),
         (b"TRACE /healthz HTTP/1.1\r\n" + HOST + b"\r\n", 405),
@@ -173,6 +182,9 @@ def test_what_two_servers_might_read_differently(
         (POST + b"Content-Length: 1\r\n\r\nx", 415),
         (POST + b'Transfer-Encoding:\tChunked\r\n\r\n1;a=b;c="d"\r\nx\r\n0\r\n\r\n', 415),
         (CHUNKED + b"1\r\nx\r\n0\r\nX-T: y\r\n\r\n", 415),
+        (CHUNKED + b"1\r\nx\r\n" * 4000 + b"0\r\n\r\n", 415),
+        (CHUNKED + b"1;" + b"a" * 16_000 + b"\r\nx\r\n0\r\n\r\n", 415),
+        (CHUNKED + b"0\r\n" + b"X-T: y\r\n" * 100 + b"\r\n", 400),
         (POST + b"Expect: nonsense\r\nContent-Length: 1\r\n\r\nx", 415),
     ],
 )
@@ -294,6 +306,9 @@ def little_is_spent(server: Server) -> Iterator[None]:
         (GET, b"X-A: b\r\n", 431),
         (CHUNKED + b"1;", b"a", 400),
         (CHUNKED + b"0\r\nX-T: ", b"a", 400),
+        (CHUNKED + b"0\r\n", b"X-T: y\r\n", 431),
+        (CHUNKED, b"1\r\nx\r\n", 400),
+        (CHUNKED, b"2;a=b\r\nxy\r\n", 400),
     ],
 )
 def test_what_never_ends(protocol_server: Server, start: bytes, filler: bytes, status: int) -> None:
@@ -301,6 +316,25 @@ def test_what_never_ends(protocol_server: Server, start: bytes, filler: bytes, s
     piece = filler * (MIB // len(filler))
     with little_is_spent(protocol_server):
         (answer,) = exchange(protocol_server.address, start, *[piece] * 32)
+    assert answer.problem["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("chunks", "status"),
+    [
+        (b"1;" + b"a" * 100_000 + b"\r\nx\r\n0\r\n\r\n", 400),
+        (b"1;" + b"a" * 100_000 + b'="' + b"b" * 100_000 + b'"\r\nx\r\n0\r\n\r\n', 400),
+        (b"0;" + b"a" * 100_000 + b"\r\n\r\n", 400),
+        (b"1\r\nx\r\n0\r\nX-T: " + b"a" * 100_000 + b"\r\n\r\n", 400),
+        (b"1\r\nx\r\n0\r\n" + b"X-T: y\r\n" * 101 + b"\r\n", 431),
+        (b"1\r\nx\r\n0\r\n" + b"".join(b"X-T: %s\r\n" % (b"a" * 16_000) for _ in range(75)), 431),
+    ],
+)
+def test_long_lines_in_a_body_that_ends(
+    protocol_server: Server, chunks: bytes, status: int
+) -> None:
+    """They are limited although the end arrives at once; the connection closes."""
+    (answer,) = exchange(protocol_server.address, CHUNKED + chunks, LAST)
     assert answer.problem["status"] == status
 
 
@@ -399,8 +433,10 @@ def test_no_form(protocol_server: Server, path: str, content_type: str, body: by
 @pytest.mark.parametrize(
     ("content_type", "body"),
     [
-        (f"{FORM}; charset=nonsense", part(IMAGE) + END),
-        (f"{FORM}; charset=utf-16", part(IMAGE) + END),
+        *[
+            (f"{FORM}; charset={charset}", part(IMAGE) + END)
+            for charset in ("nonsense", "utf-16", "hex", "idna", "undefined", "punycode")
+        ],
         (
             "multipart/form-data; boundary=" + "y" * 200,
             (part(IMAGE) + END).replace(b"--x", b"--" + b"y" * 200),
@@ -527,24 +563,186 @@ def test_an_answer_that_is_not_read(hurried: Logged) -> None:
     assert exchange(hurried.address, LAST)[0].status == 200
 
 
-@pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
-def test_more_connections_than_there_may_be(few: Server, source: str) -> None:
-    """At most a quarter from one address, and all in total; a closed one frees a place."""
-    started = time.monotonic()
-    allowed = 1 if source == STRANGER else 4
-    asked = GET + HOST + b"\r\n"
+@pytest.mark.parametrize("sent", [b"", LAST.replace(b"Connection: close", b"X-A: b"), GET + b"X-"])
+@pytest.mark.parametrize(
+    "sources", [["127.0.0.1"], [STRANGER], [f"127.0.0.{number}" for number in range(2, 12)]]
+)
+def test_idle_connections_make_room(
+    protocol_server: Server, sources: list[str], sent: bytes
+) -> None:
+    """A thousand that ask for nothing, or have not ended a head, keep nobody out."""
     with contextlib.ExitStack() as opened:
-        kept = [opened.enter_context(connect(few.address, source)) for _ in range(allowed)]
+        for number in range(1000):
+            source = sources[number % len(sources)]
+            connection = opened.enter_context(connect(protocol_server.address, source))
+            # The server may have closed it already, for the next ones.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.sendall(sent)
+        for source in (sources[0], "127.0.0.99"):
+            for asked in (GET, b"GET /readyz HTTP/1.1\r\n", b"GET /metrics HTTP/1.1\r\n"):
+                request = asked + HOST + b"Connection: close\r\n\r\n"
+                (answer,) = exchange(protocol_server.address, request, source=source)
+                assert answer.status == 200
+            photo = head(len(PHOTO), "Connection: close") + PHOTO
+            (answer,) = exchange(protocol_server.address, photo, source=source)
+            assert answer.status == 200
+
+
+def test_the_connection_that_is_idle_longest_makes_room(few: Server) -> None:
+    """It is closed without an answer; the others serve on."""
+    with contextlib.ExitStack() as opened:
+        kept = [opened.enter_context(connect(few.address)) for _ in range(4)]
+        for number in (0, 3, 1, 2, 0):
+            kept[number].sendall(GET + HOST + b"\r\n")
+            receive_until(kept[number], b'{"status":"alive"}')
+        assert [one.status for one in exchange(few.address, LAST)] == [200]
+        assert until_closed(kept.pop(3)) == b""
         for connection in kept:
-            connection.sendall(asked)
-            receive_until(connection, b'{"status":"alive"}')
-        (refused,) = exchange(few.address, source=source)
-        assert refused.problem["type"] == "/problems/overloaded"
-        assert refused.headers["retry-after"] == "1"
-        kept.pop().close()
-        # Until the server notices.
-        while [one.status for one in exchange(few.address, LAST, source=source)] != [200]:
-            assert time.monotonic() < started + PATIENCE_S
-        for connection in kept:
-            connection.sendall(asked)
-            receive_until(connection, b'{"status":"alive"}')
+            connection.sendall(LAST)
+            assert [one.status for one in answers(until_closed(connection))] == [200]
+
+
+@pytest.fixture
+def busy(few: Server, source: str) -> Iterator[list[socket.socket]]:
+    """As many requests in progress as ``source`` may have connections."""
+    with contextlib.ExitStack() as opened:
+        allowed = 1 if source == STRANGER else 4
+        connections = [opened.enter_context(connect(few.address, source)) for _ in range(allowed)]
+        for connection in connections:
+            connection.sendall(head(len(PHOTO), "Expect: 100-continue", "Connection: close"))
+            receive_until(connection, b"HTTP/1.1 100 Continue\r\n\r\n")
+        yield connections
+
+
+@pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
+def test_probes_are_answered_when_all_connections_are_busy(
+    few: Server, busy: list[socket.socket], source: str
+) -> None:
+    """At most a quarter from one address, and all in total; beyond that one probe each."""
+    photo = head(len(PHOTO)) + PHOTO
+    classes = b"GET /classes HTTP/1.1\r\n" + HOST + b"\r\n"
+    for sent in (photo, classes, GET + b"\r\n"):
+        (refused,) = exchange(few.address, sent, LAST, source=source)
+        assert refused.headers["connection"] == "close"
+        assert refused.problem["status"] == (503 if sent != GET + b"\r\n" else 400)
+    (refused,) = exchange(few.address, classes, source=source)
+    assert refused.problem["type"] == "/problems/overloaded"
+    assert refused.headers["retry-after"] == "1"
+    with contextlib.ExitStack() as opened:
+        for _ in range(100):
+            opened.enter_context(connect(few.address, source))
+        for path in (b"/healthz", b"/readyz", b"/metrics", b"/v2/health/ready"):
+            request = b"GET " + path + b" HTTP/1.1\r\n" + HOST + b"\r\n"
+            (answer,) = exchange(few.address, request, LAST, source=source)
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+    for connection in busy:
+        connection.sendall(PHOTO)
+        assert [one.status for one in answers(until_closed(connection))] == [200]
+
+
+def until_served(address: Address, source: str) -> None:
+    """Repeat an ordinary request until a place is free."""
+    started = time.monotonic()
+    classes = b"GET /classes HTTP/1.1\r\n" + HOST + b"Connection: close\r\n\r\n"
+    while [one.status for one in exchange(address, classes, source=source)] != [200]:
+        assert time.monotonic() < started + PATIENCE_S
+
+
+@pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
+def test_a_closed_connection_frees_its_place(
+    few: Server, busy: list[socket.socket], source: str
+) -> None:
+    """Once the server notices."""
+    busy.pop().close()
+    until_served(few.address, source)
+
+
+# ---- clients that close one direction ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sent", "statuses"),
+    [
+        (head(len(PHOTO)) + PHOTO, [200]),
+        ((head(len(PHOTO)) + PHOTO) * 3, [200] * 3),
+        (head(len(PHOTO)) + PHOTO + GET + b"X-A", [200]),
+        (b"POST /segment HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(PHOTO) + PHOTO, [200]),
+        (head(10, "Connection: close") + b"no picture", [415]),
+        (CHUNKED + b"no chunk", [400]),
+        (b"nonsense\r\n\r\n", [400]),
+        (GET + HOST + b"\r\n", [200]),
+    ],
+)
+def test_a_client_that_only_reads_on(
+    protocol_server: Server, sent: bytes, statuses: list[int]
+) -> None:
+    """Whoever shuts down the sending side after whole requests gets all answers."""
+    with connect(protocol_server.address) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        assert [one.status for one in answers(until_closed(connection))] == statuses
+
+
+def test_half_a_request_has_no_answer(protocol_server: Server) -> None:
+    """The connection closes: the client is gone."""
+    for sent in (b"", GET, head(len(PHOTO)) + PHOTO[:-1]):
+        with connect(protocol_server.address) as connection:
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            assert until_closed(connection) == b""
+
+
+# ---- other hosts and other sites' pages ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST.", "a.localhost", "127.0.0.1", "127.9.9.9", "[::1]", ""]
+)
+@pytest.mark.parametrize("port", ["", ":", ":8000"])
+def test_a_loopback_address_has_loopback_names(
+    protocol_server: Server, host: str, port: str
+) -> None:
+    """With any port, which a tunnel or proxy may have changed."""
+    sent = f"GET /healthz HTTP/1.1\r\nHost: {host}{port}\r\nConnection: close\r\n\r\n"
+    (answer,) = exchange(protocol_server.address, sent.encode())
+    assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        *("GET /healthz HTTP/1.1\r\nHost: %s\r\n", "POST /segment HTTP/1.1\r\nHost: %s\r\n"),
+        *(
+            "GET /healthz HTTP/1.0\r\nHost: %s\r\n",
+            "GET http://%s/ HTTP/1.1\r\nHost: localhost\r\n",
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("attacker.example", "localhost.attacker.example", "notlocalhost", "127.0.0.1.example"),
+        *("192.0.2.1", "[2001:db8::1]", "0.0.0.0", "attacker.example:8000"),  # noqa: S104
+    ],
+)
+def test_a_loopback_address_has_no_other_names(
+    protocol_server: Server, start: str, host: str
+) -> None:
+    """421: a page has pointed its own name here (DNS rebinding)."""
+    (answer,) = exchange(protocol_server.address, (start % host).encode() + b"\r\n", LAST)
+    assert (answer.status, answer.problem["type"]) == (421, "/problems/unknown-host")
+    assert answer.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "statuses"), [("segment.example,*.b.example", [200, 200, 421]), ("*", [200] * 3)]
+)
+def test_names_that_are_allowed(tiny_artefact: Path, allowed: str, statuses: list[int]) -> None:
+    """The configured ones, beside the loopback names."""
+    with serving(tiny_artefact, allowed_hosts=allowed) as server:
+        assert httpx.get(f"{server.url}/healthz").status_code == 200
+        found = [
+            httpx.get(f"{server.url}/healthz", headers={"Host": host}).status_code
+            for host in ("Segment.Example:80", "a.b.example", "b.example")
+        ]
+    assert found == statuses

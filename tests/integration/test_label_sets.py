@@ -367,7 +367,7 @@ def test_brush_labels_are_those_of_the_answering_model() -> None:
     labels = Labels(mask, np.full_like(mask, 255))
     for label_set, pixels in ((before, mask == 1), (after, mask == 2)):
         scene = Scene(labels, make_contract(labels=label_set))
-        region = json.loads(RegionsWriter([control]).write(scene, b"").content)
+        region = json.loads(bytes(RegionsWriter([control]).write(scene).content))
         assert region["value"]["brushlabels"] == ["Cat"]
         assert region["value"]["rle"] == list(RowRuns.of(pixels.astype(np.uint8)).brush([1]))
 

@@ -1,4 +1,4 @@
-"""API keys in a file, and rate limits."""
+"""API keys in a file, rate limits, and the names of this service."""
 
 import hashlib
 import hmac
@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 import structlog
 
-from service.access import ApiKeys, RateLimits, client_address, new_key, parse_rate_limits
+from service.access import (
+    AllowedHosts,
+    ApiKeys,
+    RateLimits,
+    client_address,
+    new_key,
+    parse_rate_limits,
+)
 from service.errors import RateLimited, SettingsError
 
 
@@ -275,3 +282,40 @@ def test_the_wall_clock_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_a_client_is_counted_by(host: str | None, client: str) -> None:
     """By IPv4 address or IPv6 network; clients without an address share one counter."""
     assert client_address(host) == client
+
+
+# ---- names of this service -----------------------------------------------------------------------
+
+LOOPBACK = ["localhost", "Localhost.", "a.localhost", "127.0.0.1", "127.3.4.5", "::1", "[::1]"]
+
+
+@pytest.mark.parametrize("listens_on", ["127.0.0.1", "127.0.0.2", "::1"])
+def test_a_service_on_loopback_has_loopback_names(listens_on: str) -> None:
+    """Foreign names are those of pages that have pointed them here."""
+    hosts = AllowedHosts((), listens_on, listens_on)
+    for name in (*LOOPBACK, "::ffff:127.0.0.1"):
+        assert hosts.allow(name, listens_on), name
+    for name in ("a.example", "localhost.example", "xlocalhost", "192.0.2.1", "0.0.0.0", "x"):  # noqa: S104
+        assert not hosts.allow(name, listens_on), name
+
+
+@pytest.mark.parametrize("listens_on", ["0.0.0.0", "::", "192.0.2.1"])  # noqa: S104
+def test_a_service_on_other_addresses_has_any_name(listens_on: str) -> None:
+    """Unless names are configured; its own address and loopback names are always allowed."""
+    assert AllowedHosts((), listens_on, listens_on).allow("a.example", "192.0.2.1")
+    hosts = AllowedHosts(("a.example", "*.B.example", "2001:db8::1"), listens_on, listens_on)
+    for name in (*LOOPBACK, "A.EXAMPLE.", "c.b.example", "d.c.b.example", "[2001:DB8::1]"):
+        assert hosts.allow(name, "192.0.2.1"), name
+    assert hosts.allow("192.0.2.1", "192.0.2.1")
+    for name in ("b.example", "xb.example", "a.example.example", "192.0.2.2", "*"):
+        assert not hosts.allow(name, "192.0.2.1"), name
+
+
+def test_the_name_that_a_service_listens_on() -> None:
+    """The setting `host` may be a name, as in /etc/hosts."""
+    assert AllowedHosts((), "workstation", "127.0.1.1").allow("Workstation", "127.0.1.1")
+
+
+def test_all_names() -> None:
+    """A star turns the check off."""
+    assert AllowedHosts(("*",), "127.0.0.1", "127.0.0.1").allow("a.example", "127.0.0.1")

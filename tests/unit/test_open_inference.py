@@ -127,7 +127,7 @@ def test_the_answer(binary: tuple[bool, bool]) -> None:
         for seed, name in enumerate(names)
     }
     scene = Scene(Labels(arrays["mask"], arrays["confidence"]), CONTRACT)
-    written = writer.write(scene, b"")
+    written = writer.write(scene)
     length = written.facts["json_bytes"]
     content = bytes(written.content)
     answer, tail = json.loads(content[:length]), content[length:] if length else b""

@@ -29,6 +29,8 @@ from limits.storage import Storage
 from PIL import Image, ImageFile, _imaging
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from python_multipart.multipart import parse_options_header
+from starlette import formparsers
 from starlette.requests import Request
 from starlette.staticfiles import StaticFiles
 from uvicorn import _types as uvicorn_types
@@ -61,6 +63,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 PROTOCOL_METHODS = {
     "connection_made": ["transport"],
     "connection_lost": ["exc"],
+    "eof_received": [],
     "data_received": ["data"],
     "on_message_begin": [],
     "on_url": ["url"],
@@ -104,7 +107,8 @@ def test_uvicorn_takes_a_factory_as_its_protocol() -> None:
     "name",
     [
         *("_unset_keepalive_if_required", "access_log", "access_logger", "app", "client", "cycle"),
-        *("flow", "headers", "logger", "loop", "parser", "pipeline", "scope", "server_state"),
+        *("flow", "headers", "logger", "loop", "parser", "pipeline", "scope", "server"),
+        *("server_state",),
         *("timeout_keep_alive_task", "transport", "url"),
     ],
 )
@@ -137,7 +141,11 @@ def test_a_response_without_a_request_can_be_started() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["scope", "keep_alive", "more_body", "response_complete", "message_event"]
+    "name",
+    [
+        *("scope", "keep_alive", "more_body", "response_started", "response_complete"),
+        *("message_event", "disconnected"),
+    ],
 )
 def test_attributes_of_a_cycle(name: str) -> None:
     """The connection reads and sets them."""
@@ -165,6 +173,18 @@ async def test_the_last_response_says_that_it_is() -> None:
     )
 
 
+@pytest.mark.anyio
+async def test_a_response_waits_for_its_client() -> None:
+    """A piece is not written while the transport has paused writing."""
+    flow = Mock(write_paused=True)
+    flow.drain.side_effect = ConnectionAbortedError
+    arguments: dict[str, Any] = {**dict.fromkeys(CYCLE_PARAMETERS), "flow": flow}
+    cycle = RequestResponseCycle(**arguments)
+    with pytest.raises(ConnectionAbortedError):
+        await cycle.send({"type": "http.response.body", "body": b"", "more_body": True})
+    assert flow.drain.called, f"FlowControl.drain: {CONNECTIONS}"
+
+
 def test_default_headers_of_a_server() -> None:
     """The connection gives them to its own cycles."""
     assert ServerState().default_headers == [], f"ServerState.default_headers: {CONNECTIONS}"
@@ -174,7 +194,7 @@ def test_default_headers_of_a_server() -> None:
     "name",
     [
         *("ASGI3Application", "ASGIReceiveCallable", "ASGIReceiveEvent"),
-        *("ASGISendCallable", "ASGISendEvent", "Scope"),
+        *("ASGISendCallable", "ASGISendEvent", "HTTPResponseBodyEvent", "Scope"),
     ],
 )
 def test_private_types_of_uvicorn(name: str) -> None:
@@ -254,6 +274,12 @@ async def test_the_scope_has_the_route() -> None:
 def test_dependencies_have_a_class() -> None:
     """`service.http.access` annotates with it; FastAPI documents the function only."""
     assert inspect.isclass(Depends), "fastapi.params.Depends: service/http/access.py fails"
+
+
+def test_options_of_a_header_are_parsed_as_starlette_does() -> None:
+    """Starlette's form parser uses this function of python-multipart, which documents it."""
+    found = vars(formparsers)["parse_options_header"]
+    assert found is parse_options_header, "service/http/forms.py may find another boundary"
 
 
 def test_files_are_answered_by_one_method() -> None:
