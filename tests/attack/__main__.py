@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Final
 
 from tests.artefacts import build_artefact
-from tests.attack import cases
+from tests.attack import cases, mixup, overload, rows
 from tests.processes import logged
 from tests.reliability.report import Report
 
 PARTS: Final[dict[str, Callable[[argparse.Namespace], Report]]] = {
     "cases": lambda given: cases.measure(given.out, given.cases, given.seed),
+    "rows": lambda given: rows.measure(given.out),
+    "overload": lambda given: overload.measure(given.out),
+    "kills": lambda given: mixup.measure_kills(given.out),
+    "mixup": lambda given: mixup.measure_mixup(given.out),
 }
 
 
