@@ -17,6 +17,8 @@ _FIRST_SMALL_S: Final = 0.01
 _FIRST_MEGAPIXEL_S: Final = 0.1
 _WEIGHT_OF_LAST: Final = 1 / 8
 _MEGAPIXEL: Final = 1e6
+# Fewer take as long as any small photo: they would teach a time per megapixel that has no meaning.
+_LARGE_PIXELS: Final = 1_000_000
 
 
 class Expected:
@@ -36,7 +38,12 @@ class Expected:
         return self.device_s + max(0.0, self.worker_s - self._taken_s) / self._backlog.workers
 
     def grow(self, pixels: int) -> None:
-        """The photo is a large one. Raises `Overloaded` if there is no time for it."""
+        """The photo needs more memory than a small one; it may be large.
+
+        Raises `Overloaded` if there is no time for it.
+        """
+        if pixels < _LARGE_PIXELS:
+            return
         self._megapixels = pixels / _MEGAPIXEL
         self.worker_s = self._megapixels * self._backlog.megapixel_s(self._kind)
         self._backlog.check(self)
