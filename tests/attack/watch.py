@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -131,6 +132,10 @@ class Seen:
         """p99 latency of the slower probe."""
         return max(p99_ms(answers) for answers in self.probes.values())
 
+    def statuses(self) -> dict[str, int]:
+        """How often a photo had each status."""
+        return dict(Counter(str(one.status) for one in self.photos))
+
     def failed(self) -> int:
         """The number of answers that are not 200."""
         answers = [*self.photos, *(one for found in self.probes.values() for one in found)]
@@ -160,31 +165,35 @@ class _Clients:
             for path, answers in seen.probes.items():
                 head = request_bytes(self.port, path, "", b"", "Connection: close")
                 probe = Request(path, head)
-                group.create_task(self._send(probe, _PROBE_EVERY_S, answers, ended))
+                group.create_task(self._repeat(probe, _PROBE_EVERY_S, answers, ended))
             if self.photo is not None:
-                group.create_task(self._send(self.photo, self.every_s, seen.photos, ended))
+                group.create_task(self._repeat(self.photo, self.every_s, seen.photos, ended))
         return seen
 
-    async def _send(
+    async def _repeat(
         self, request: Request, every_s: float, answers: list[Answer], ended: asyncio.Event
     ) -> None:
         due_s = time.monotonic()
-        while not ended.is_set():
-            try:
-                status = (await exchange(self.port, request, source=_BYSTANDER)).status
-            except OSError:  # no connection
-                status = CUT
-            answers.append(Answer(status, time.monotonic() - due_s))
-            due_s += every_s
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), max(0.0, due_s - time.monotonic()))
+        async with asyncio.TaskGroup() as group:
+            while not ended.is_set():
+                group.create_task(self._send(request, due_s, answers))
+                due_s += every_s
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(ended.wait(), max(0.0, due_s - time.monotonic()))
+
+    async def _send(self, request: Request, due_s: float, answers: list[Answer]) -> None:
+        try:
+            status = (await exchange(self.port, request, source=_BYSTANDER)).status
+        except OSError:  # no connection
+            status = CUT
+        answers.append(Answer(status, time.monotonic() - due_s))
 
 
 class Bystanders:
     """An ordinary client and an orchestrator's probes, in a process of their own.
 
-    There nothing delays their clocks. Each request has a connection of its own, and a time at which
-    it is due: latencies count from there, so that none is left out because the last was slow.
+    There nothing delays their clocks. Each request has a connection of its own, and is sent when it
+    is due, whether the last one has been answered or not: so no slow time is left out.
     """
 
     def __init__(self, commands: Connection) -> None:
