@@ -263,13 +263,17 @@ async def load(
 
 
 async def mixup(
-    service: Logged, model: str, count: int, kill_every_s: float = KILL_EVERY_S
+    service: Logged,
+    model: str,
+    count: int,
+    kill_every_s: float = KILL_EVERY_S,
+    photos: int = _PHOTOS,
 ) -> Tally:
-    """Compare ``count`` masks under a load of all kinds."""
+    """Compare ``count`` masks of ``photos`` under a load of all kinds."""
     _, port = service.address
-    photos, tally = make_photos(_PHOTOS), Tally()
-    await learn(port, model, photos)
-    clients = Clients(port, model, photos, tally)
+    made, tally = make_photos(photos), Tally()
+    await learn(port, model, made)
+    clients = Clients(port, model, made, tally)
     until_s = time.monotonic() + _MOST_S
 
     def enough() -> bool:
@@ -281,13 +285,17 @@ async def mixup(
 
 
 async def kills(
-    service: Logged, model: str, seconds: float, kill_every_s: float = KILL_EVERY_S
+    service: Logged,
+    model: str,
+    seconds: float,
+    kill_every_s: float = KILL_EVERY_S,
+    photos: int = _KILLED_PHOTOS,
 ) -> Tally:
     """Send sound photos, large enough to keep the workers busy."""
     _, port = service.address
-    photos, tally = make_photos(_KILLED_PHOTOS, _KILLED_CELL), Tally()
-    await learn(port, model, photos)
-    clients = Clients(port, model, photos, tally)
+    made, tally = make_photos(photos, _KILLED_CELL), Tally()
+    await learn(port, model, made)
+    clients = Clients(port, model, made, tally)
     until_s = time.monotonic() + seconds
 
     def enough() -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -48,6 +49,10 @@ _LEAST_S: Final = 3.0
 
 _WARM_UP_S: Final = 0.5
 _IDLE: Final = 1000
+_IDLE_S: Final = 0.5
+_SETTLED_S: Final = 1.0
+_MOST_S: Final = 15.0
+_BUSY_S: Final = 0.1
 _OVERLAYS: Final = 16
 _WAITERS: Final = 20
 
@@ -122,22 +127,29 @@ def cheap(port: int, model: str) -> list[Row]:
 
 
 def large(port: int, model: str) -> list[Row]:
-    """The rows of many megapixels."""
-    overlay = Request(
-        "overlay of 50 MP", post(port, "/segment?view=overlay", busy(7071, 7071)), photos=1
-    )
-    mask = Request("mask of 50 MP", post(port, "/segment", one_color(7071, 7071, PERSON)))
+    """The rows of many megapixels, at the sizes at which they were found."""
     unread = bombs.binary_mask(port, model, one_color(7000, 7000))
-
-    async def overlays(service: Logged) -> Exchanges:
-        return await _together(service, [overlay] * _OVERLAYS)
-
     return [
         *(single(one) for one in bombs.large(port)),
         Row("H3 24 answers that are not read", lambda service: _unread(service, unread, 24)),
+        *megapixels(port, model, _OVERLAYS, 50_000_000),
+    ]
+
+
+def megapixels(port: int, model: str, overlays: int, pixels: int) -> list[Row]:
+    """The rows whose cost is that of large photos, of ``pixels`` each."""
+    side = math.isqrt(pixels)
+    overlay = Request("overlay", post(port, "/segment?view=overlay", busy(side, side)))
+    mask = Request("mask", post(port, "/segment", one_color(side, side, PERSON)))
+    unread = bombs.binary_mask(port, model, one_color(side, side))
+
+    async def together(service: Logged) -> Exchanges:
+        return await _together(service, [overlay] * overlays)
+
+    return [
         Row("H3 250 answers that are not read", lambda service: _unread(service, unread, 250)),
-        Row("H4 16 overlays of 50 MP at once", overlays, some=True),
-        single(mask, copies=2),
+        Row(f"H4 {overlays} overlays at once", together, some=True),
+        Row("H5 two masks at once", single(mask, copies=2).send, some=True),
     ]
 
 
@@ -156,7 +168,7 @@ async def _idle(service: Logged) -> Exchanges:
     async with _held() as connections:
         for number in range(_IDLE):
             connections.append(await connect(port, loopback(number % 8)))
-        await asyncio.sleep(_LEAST_S)
+        await asyncio.sleep(_IDLE_S)
     return await _together(service, [Request("afterwards", post(port, "/segment", PHOTO))])
 
 
@@ -174,7 +186,7 @@ async def _unread(service: Logged, request: Request, count: int) -> Exchanges:
             connections.append(await connect(port, loopback(number % 8), receive_bytes=65536))
         await asyncio.gather(*map(ask, connections))
         # Until what fits in the budget has been answered.
-        await asyncio.sleep(4 * _LEAST_S)
+        await _until_idle(service)
     return await _together(service, [Request("afterwards", post(port, "/segment", PHOTO))])
 
 
@@ -191,6 +203,16 @@ async def _hung(service: Logged) -> Exchanges:
         for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
+
+
+async def _until_idle(service: Logged) -> None:
+    """Wait until the service does nothing for a while, because what it may hold is full."""
+    until_s = time.monotonic() + _MOST_S
+    before_s, since_s = cpu_s(service.process.pid), time.monotonic()
+    while time.monotonic() < min(since_s + _SETTLED_S, until_s):
+        await asyncio.sleep(_SETTLED_S / 10)
+        if (now_s := cpu_s(service.process.pid)) > before_s + _BUSY_S:
+            before_s, since_s = now_s, time.monotonic()
 
 
 @asynccontextmanager

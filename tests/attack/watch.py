@@ -114,7 +114,9 @@ class MemoryWatch:
 
     def _sample(self) -> None:
         while not self._end.wait(SAMPLE_EVERY_S):
-            self.peak_bytes = max(self.peak_bytes, memory_bytes(self._pid))
+            # Looked at first: meanwhile `reset` may lower the peak.
+            found = memory_bytes(self._pid)
+            self.peak_bytes = max(self.peak_bytes, found)
 
 
 @dataclass(slots=True)
