@@ -7,9 +7,10 @@ one level in 255 can move pixels from one class to another.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,10 @@ except ImportError:  # no wheel for this platform
 
 Box = tuple[float, float, float, float]
 """``(left, top, right, bottom)`` in pixels, possibly fractional."""
+
+BAND_BYTES: Final = 2**21
+"""Bytes of an image that are resized at once. The resizer copies its input twice, and all of it
+should stay in a core's cache: 8192x6144 pixels take a fifth of the time in bands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,25 @@ def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.N
             (size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom)
         )
         return np.asarray(picture)
+    scale = (bottom - top) / size[0]
+    # Each row is the mean of at most this many rows of the image above and below its own part.
+    margin = math.ceil(max(1, scale) / 2) + 1
+    step = max(1, int(BAND_BYTES / (3 * width * scale)))
+    bands = []
+    for start in range(0, size[0], step):
+        stop = min(start + step, size[0])
+        first = top + start * scale
+        last = bottom if stop == size[0] else top + stop * scale
+        above = max(0, math.floor(first) - margin)
+        below = min(height, math.ceil(last) + margin)
+        part = left, first - above, right, last - above
+        bands.append(_resize_band(image[above:below], (stop - start, size[1]), part))
+    return bands[0] if len(bands) == 1 else np.concatenate(bands)
+
+
+def _resize_band(image: npt.NDArray[np.uint8], size: Shape, box: Box) -> npt.NDArray[np.uint8]:
+    height, width, _ = image.shape
+    left, top, right, bottom = box
     rgb = cykooz_resizer.PixelType.U8x3
     source = cykooz_resizer.ImageData(width, height, rgb, image.tobytes())
     resized = cykooz_resizer.ImageData(size[1], size[0], rgb)

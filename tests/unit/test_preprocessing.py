@@ -1,5 +1,7 @@
 """Geometry and resizing."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -97,6 +99,46 @@ def test_every_size_becomes_every_other(height: int, width: int, new_h: int, new
     expected = Image.fromarray(image).resize((new_w, new_h), Image.Resampling.BILINEAR)
     # Each of its two passes may round to the neighbouring level.
     assert levels_apart(preprocess(image, geometry, (0, 0, 0)), np.asarray(expected)) <= 2
+
+
+@settings(deadline=None)
+@given(
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    st.tuples(*[st.floats(0, 0.45)] * 4),
+    st.integers(1, 5000),
+)
+def test_bands_do_not_show(
+    size: tuple[int, int],
+    new_size: tuple[int, int],
+    cut: tuple[float, float, float, float],
+    band_bytes: int,
+) -> None:
+    """A band at a time, of the whole image or a box, gives the same to one level."""
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    geometry = Geometry(size, new_size, new_size)
+    height, width = size
+    left, top, right, bottom = cut
+    box = (left * width, top * height, (1 - right) * width, (1 - bottom) * height)
+    whole = preprocess(image, geometry, (0, 0, 0), box)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preprocessing, "BAND_BYTES", band_bytes)
+        banded = preprocess(image, geometry, (0, 0, 0), box)
+    assert levels_apart(banded, whole) <= 1
+    assert (banded == whole).mean() > 0.98
+
+
+def test_the_resizer_holds_a_band_only() -> None:
+    """Resizing a photo of 12 megapixels copies less than a fifth of it."""
+    image = np.zeros((3000, 4000, 3), dtype=np.uint8)
+    geometry = Geometry((3000, 4000), (384, 512), (384, 512))
+    tracemalloc.start()
+    try:
+        preprocess(image, geometry, (0, 0, 0))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < image.nbytes / 5
 
 
 def levels_apart(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> int:
