@@ -19,13 +19,14 @@ from service.artefact.contract import ModelContract
 from service.errors import InvalidParameter, NotAcceptable
 from service.images.encoding import (
     MAX_SIDES,
+    Cutout,
     ImageFormat,
-    cutout,
+    Overlay,
     encode_grey,
     encode_image,
     encode_mask,
     limit_classes,
-    overlay,
+    look_up,
 )
 from service.images.polygons import trace_polygons
 from service.images.runs import Runs
@@ -131,7 +132,7 @@ def _render_mask(scene: Scene, options: Options, _: MediaType) -> bytes:
 def _render_overlay(scene: Scene, options: Options, media_type: MediaType) -> bytes:
     mask = _limited_mask(scene, options)
     palette = scene.contract.labels.palette
-    blended = overlay(scene.require_photo(), mask, palette, options.alpha)
+    blended = Overlay(scene.require_photo(), mask, palette, options.alpha)
     return encode_image(blended, IMAGE_FORMATS[media_type])
 
 
@@ -139,14 +140,16 @@ def _render_cutout(scene: Scene, options: Options, media_type: MediaType) -> byt
     chosen = _chosen(scene, options)
     if chosen is None:
         chosen = scene.contract.labels.foreground
-    cut = cutout(scene.require_photo(), scene.labels.mask, chosen)
+    cut = Cutout(scene.require_photo(), scene.labels.mask, chosen)
     return encode_image(cut, IMAGE_FORMATS[media_type])
 
 
 def _render_confidence(scene: Scene, options: Options, _: MediaType) -> bytes:
     confidence, chosen = scene.require_confidence(), _chosen(scene, options)
     if chosen is not None:
-        confidence = np.where(np.isin(scene.labels.mask, sorted(chosen)), confidence, np.uint8(0))
+        kept = np.zeros(256, dtype=np.uint8)
+        kept[list(chosen)] = 255
+        confidence = confidence & look_up(scene.labels.mask, kept)
     return encode_grey(confidence)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -15,12 +16,13 @@ from PIL.JpegImagePlugin import JpegImageFile, get_sampling
 
 from service.artefact import voc
 from service.images.encoding import (
-    cutout,
+    Cutout,
+    Overlay,
     encode_grey,
     encode_image,
     encode_mask,
     limit_classes,
-    overlay,
+    look_up,
 )
 
 
@@ -106,7 +108,7 @@ def test_overlay_blends_all_but_background() -> None:
     """Background keeps the photo; a class is half photo, half colour."""
     image = np.full((2, 2, 3), 100, dtype=np.uint8)
     mask = np.array([[0, 15], [8, 0]], dtype=np.uint8)
-    blended = overlay(image, mask, voc.FULL_PALETTE, 0.5)
+    blended = Overlay(image, mask, voc.FULL_PALETTE, 0.5)[:]
     assert blended.tolist() == [
         [[100, 100, 100], [146, 114, 114]],
         [[82, 50, 50], [100, 100, 100]],
@@ -119,7 +121,7 @@ def test_overlay_at_its_ends(alpha: float, expected: tuple[int, int, int]) -> No
     """Alpha 0 is the photo, alpha 1 the colour, exactly."""
     image = np.array([[[7, 8, 9]]], dtype=np.uint8)
     mask = np.array([[15]], dtype=np.uint8)
-    assert tuple(overlay(image, mask, voc.FULL_PALETTE, alpha)[0, 0].tolist()) == expected
+    assert tuple(Overlay(image, mask, voc.FULL_PALETTE, alpha)[:][0, 0].tolist()) == expected
 
 
 def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +129,45 @@ def test_overlay_of_many_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)
     mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
-    whole = overlay(image, mask, voc.FULL_PALETTE, 0.3)
+    whole = Overlay(image, mask, voc.FULL_PALETTE, 0.3)[:]
     monkeypatch.setattr("service.images.stripes.STRIPE_BYTES", 60)
-    assert np.array_equal(overlay(image, mask, voc.FULL_PALETTE, 0.3), whole)
+    assert np.array_equal(Overlay(image, mask, voc.FULL_PALETTE, 0.3)[:], whole)
     exact = np.where((mask == 0)[..., None], image, image * 0.7 + voc.PALETTE[mask] * 0.3)
     assert np.abs(whole - exact).max() <= 1.5
+
+
+@pytest.mark.parametrize("kind", ["overlay", "cutout"])
+def test_the_png_of_a_computed_image_needs_no_whole_image(kind: str) -> None:
+    """Its rows are computed in stripes: 12 megapixels of one colour take less than 4 MB."""
+    image = np.full((3000, 4000, 3), 90, dtype=np.uint8)
+    mask = np.full((3000, 4000), 15, dtype=np.uint8)
+    computed = (
+        Cutout(image, mask, {15})
+        if kind == "cutout"
+        else (Overlay(image, mask, voc.FULL_PALETTE, 0.5))
+    )
+    tracemalloc.start()
+    try:
+        encode_image(computed, "PNG")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4e6
+
+
+@pytest.mark.parametrize("stripe_bytes", [1, 50, 1 << 18])
+def test_computed_rows_are_those_of_the_whole_image(
+    stripe_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A PNG, read in stripes, shows what the whole image shows."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (13, 17, 3), dtype=np.uint8)
+    mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
+    for computed in (Overlay(image, mask, voc.FULL_PALETTE, 0.3), Cutout(image, mask, {0, 15})):
+        whole = computed[:]
+        with monkeypatch.context() as patch:
+            patch.setattr("service.images.stripes.STRIPE_BYTES", stripe_bytes)
+            assert np.array_equal(read_png(encode_image(computed, "PNG")), whole)
 
 
 @pytest.mark.parametrize("stripe_bytes", [1, 100, 1 << 18])
@@ -143,7 +179,7 @@ def test_cutout_keeps_the_chosen_classes(
     rng = np.random.default_rng(0)
     image = rng.integers(1, 256, (13, 17, 3), dtype=np.uint8)
     mask = rng.integers(0, 21, (13, 17), dtype=np.uint8)
-    cut = cutout(image, mask, {0, 15})
+    cut = Cutout(image, mask, {0, 15})[:]
     kept = np.isin(mask, [0, 15])
     assert np.array_equal(cut[..., 3], np.where(kept, 255, 0))
     assert np.array_equal(cut[kept][:, :3], image[kept])
@@ -209,6 +245,14 @@ def test_jpeg_overlays_are_as_pillow_writes_them() -> None:
         assert isinstance(pillows, JpegImageFile)
         assert ours.quantization == pillows.quantization
         assert get_sampling(ours) == get_sampling(pillows) == 2
+
+
+def test_look_up_is_numpys() -> None:
+    """Each id becomes its level, whatever the mask's memory layout."""
+    rng = np.random.default_rng(0)
+    mask = rng.integers(0, 256, (20, 30), dtype=np.uint8)[::2, ::3]
+    levels = rng.integers(0, 256, 256, dtype=np.uint8)
+    assert np.array_equal(look_up(mask, levels), levels[mask])
 
 
 def test_limit_classes_makes_the_others_background() -> None:
