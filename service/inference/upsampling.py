@@ -67,16 +67,18 @@ class Labels:
         Returns ``(256,) float64`` in [0, 1], indexed by class id; 0 for classes without pixels, and
         for all classes without `confidence`.
         """
-        histogram = np.zeros((256, 256))
+        means = np.zeros(256)
         if self.confidence is not None:
             mask, confidence = self.mask.ravel(), self.confidence.ravel()
+            classes = int(mask.max()) + 1
+            histogram = np.zeros((classes, 256))
             # In parts, because np.bincount takes 8 bytes per pixel.
             for start in range(0, mask.size, PART_PIXELS):
                 pairs = mask[start : start + PART_PIXELS].astype(np.uint16) * 256
                 pairs += confidence[start : start + PART_PIXELS]
-                histogram += np.bincount(pairs, minlength=256 * 256).reshape(256, 256)
-        levels = np.arange(256) / 255
-        means: npt.NDArray[np.float64] = histogram @ levels / histogram.sum(axis=1).clip(1)
+                histogram += np.bincount(pairs, minlength=histogram.size).reshape(classes, 256)
+            levels = np.arange(256) / 255
+            means[:classes] = histogram @ levels / histogram.sum(axis=1).clip(1)
         return means
 
 
