@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from service.artefact import voc
-from service.artefact.preprocessing import Geometry
+from service.artefact.preprocessing import Geometry, preprocess
 from service.images.decoding import decode
-from service.images.encoding import encode_image, encode_mask
+from service.images.encoding import Cutout, Overlay, encode_image, encode_mask
 from service.inference.upsampling import upsample
 
 if TYPE_CHECKING:
@@ -34,12 +34,16 @@ Work = Callable[[], Any]
 
 SIZES: Final = {"500x375": (500, 375), "1920x1080": (1920, 1080), "4000x3000": (4000, 3000)}
 MAX_PIXELS: Final = 50_000_000
+MAX_SIDE: Final = 512
+PADDING_COLOR: Final = (124, 116, 104)
 CASES: Final = {
+    **{f"decoding {size}": ("ours", "Pillow") for size in SIZES},
+    **{f"preprocessing {size}": ("ours", "Pillow") for size in SIZES},
     **{f"upsampling {size}": ("ours", "ORT", "torch") for size in SIZES},
     **{f"upsampling noise {size}": ("ours", "ORT", "torch") for size in SIZES},
     **{f"mask to PNG {size}": ("ours", "Pillow") for size in SIZES},
-    "photo to PNG 1920x1080": ("ours", "Pillow"),
-    **{f"decoding {size}": ("ours", "Pillow") for size in SIZES},
+    **{f"overlay to PNG {size}": ("ours", "Pillow") for size in SIZES},
+    **{f"cut-out to PNG {size}": ("ours", "Pillow") for size in SIZES},
 }
 """The cases and their sides; the last word of a case is the photo's size."""
 
@@ -110,10 +114,27 @@ def make(case: str, side: str, folder: Path) -> Work:
             from tests.benchmarks.peers.pipeline import to_png
 
             return partial(to_png, stored["mask"])
-        case "photo to PNG", "ours":
-            return partial(encode_image, _pillow_decode(jpeg), "PNG")
-        case "photo to PNG", _:
-            return partial(_pillow_png, _pillow_decode(jpeg))
+        case "preprocessing", "ours":
+            # Decoded as the service does: a large photo at a fraction of its size.
+            photo = decode(jpeg, MAX_PIXELS, MAX_SIDE)
+            padded = tuple(map(int, stored["padded"]))
+            geometry = Geometry.plan(photo.size, MAX_SIDE, [padded])  # type: ignore[list-item]
+            return partial(preprocess, photo.pixels, geometry, PADDING_COLOR, photo.box)
+        case "preprocessing", _:
+            from tests.benchmarks.peers.pipeline import prepare
+
+            # As Pillow decodes by default: whole.
+            return partial(prepare, Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        case "overlay to PNG", "ours":
+            overlay = Overlay(_pillow_decode(jpeg), stored["mask"], voc.FULL_PALETTE, 0.5)
+            return partial(encode_image, overlay, "PNG")
+        case "cut-out to PNG", "ours":
+            cutout = Cutout(_pillow_decode(jpeg), stored["mask"], range(1, 21))
+            return partial(encode_image, cutout, "PNG")
+        case "overlay to PNG", _:
+            return partial(_pillow_overlay, Image.fromarray(_pillow_decode(jpeg)), stored["mask"])
+        case "cut-out to PNG", _:
+            return partial(_pillow_cutout, Image.fromarray(_pillow_decode(jpeg)), stored["mask"])
         case "decoding", "ours":
             return partial(decode, jpeg, MAX_PIXELS)
         case _:
@@ -191,9 +212,22 @@ def _pillow_decode(jpeg: bytes) -> Any:  # noqa: ANN401
     return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
 
 
-def _pillow_png(image: Any) -> bytes:  # noqa: ANN401
+def _pillow_overlay(photo: Image.Image, mask: Any) -> bytes:  # noqa: ANN401
+    colors = Image.fromarray(mask)
+    colors.putpalette(voc.FULL_PALETTE.tobytes())
+    blended = Image.blend(photo, colors.convert("RGB"), 0.5)
+    return _pillow_png(Image.composite(blended, photo, Image.fromarray(mask != 0)))
+
+
+def _pillow_cutout(photo: Image.Image, mask: Any) -> bytes:  # noqa: ANN401
+    kept = Image.composite(photo, Image.new("RGB", photo.size), Image.fromarray(mask != 0))
+    kept.putalpha(Image.fromarray((mask != 0).astype(np.uint8) * np.uint8(255)))
+    return _pillow_png(kept)
+
+
+def _pillow_png(image: Image.Image) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
+    image.save(file, "PNG")
     return file.getvalue()
 
 
