@@ -22,7 +22,6 @@ candidate in every cell, cost time but no memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -107,12 +106,12 @@ def upsample(
     with np.errstate(all="ignore"):
         winners = _leaders(cells.logits).take(corners)
         mixed = (winners != winners[0]).any(axis=0)
-        mask = _Canvas.filled(winners[0], rows, columns)
+        mask = _Canvas.filled(winners[0], cells)
         mask.paint(_winners, _possible_winners(cells, np.flatnonzero(mixed)), cells, batch_pixels)
         if not with_confidence:
             return Labels(mask.image, None)
         uncertain = mixed | ~(_other_shares(cells.logits).take(corners).max(axis=0) < IGNORED_SHARE)
-        confidence = _Canvas.filled(np.full_like(winners[0], 255), rows, columns)
+        confidence = _Canvas.filled(np.full_like(winners[0], 255), cells)
         found = _contributors(cells, np.flatnonzero(uncertain))
         confidence.paint(_confidences, found, cells, batch_pixels)
     return Labels(mask.image, confidence.image)
@@ -188,6 +187,11 @@ class _Cells:
     corners: npt.NDArray[np.intp]
     rows: _Axis
     columns: _Axis
+
+    @property
+    def are_small(self) -> bool:
+        """Whether patches are painted by index."""
+        return self.rows.longest * self.columns.longest <= SMALL_PATCH
 
     def values(self, cells: npt.NDArray[np.intp]) -> npt.NDArray[np.float32]:
         """All classes' logits at the corners of M cells: ``(C, 4, M)``."""
@@ -411,22 +415,20 @@ _OUTSIDE: Final = 2**62
 class _Canvas:
     """An image ``(H, W) uint8`` to paint.
 
-    ``pixels``: ``(H * W + 1,) uint8``; the last one is not in the image.
+    ``pixels``: the image's, flat. If patches are small, a row follows that is not in the image.
     """
 
     pixels: npt.NDArray[np.uint8]
     image: npt.NDArray[np.uint8]
 
     @classmethod
-    def filled(cls, levels: npt.NDArray[np.uint8], rows: _Axis, columns: _Axis) -> Self:
+    def filled(cls, levels: npt.NDArray[np.uint8], photo: _Cells) -> Self:
         """Fill each cell with one of ``levels``: ``(cells,) uint8``."""
-        size = rows.stop[-1], columns.stop[-1]
-        pixels = np.empty(math.prod(size) + 1, dtype=np.uint8)
-        image = pixels[:-1].reshape(size)
-        lines = levels.reshape(len(rows.size), -1).repeat(columns.size, axis=1)
-        # With "clip", it writes into the image directly.
-        lines.take(np.arange(len(lines)).repeat(rows.size), axis=0, out=image, mode="clip")
-        return cls(pixels, image)
+        heights = photo.rows.size.copy()
+        heights[-1] += photo.are_small
+        lines = levels.reshape(len(heights), -1).repeat(photo.columns.size, axis=1)
+        rows = lines.repeat(heights, axis=0)
+        return cls(rows.reshape(-1), rows[: photo.rows.stop[-1]])
 
     def paint(
         self,
@@ -440,8 +442,7 @@ class _Canvas:
         size = rows.longest, columns.longest
         basis = _basis(*size)
         step = max(1, batch_pixels // basis.shape[1])
-        small = basis.shape[1] <= SMALL_PATCH
-        places = self._places(rows, columns) if small else None
+        places = self._places(rows, columns) if photo.are_small else None
         for start in range(0, len(found.cells), step):
             candidates = found[start : start + step]
             patches = patches_of(_Batch.of(candidates, photo, basis))
@@ -451,7 +452,7 @@ class _Canvas:
                 kinds = rows.kind[row] * len(columns.sizes) + columns.kind[column]
                 chosen = places.take(kinds, axis=0)
                 chosen += (top * self.image.shape[1] + left)[:, None]
-                # Pixels outside their cell are written to the one outside the image.
+                # Pixels outside their cell are written to one outside the image.
                 self.pixels[np.minimum(chosen, self.image.size, out=chosen)] = patches
                 continue
             boxes = np.stack((top, rows.stop[row], left, columns.stop[column]), axis=1)
