@@ -94,20 +94,27 @@ def _resize(image: npt.NDArray[np.uint8], size: Shape, box: Box | None) -> npt.N
             (size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom)
         )
         return np.asarray(picture)
-    scale = (bottom - top) / size[0]
-    # Each row is the mean of at most this many rows of the image above and below its own part.
+    # Bands of rows are faster to copy, but a few rows of a very wide photo are all of it.
+    along = 0 if width <= 3 * height else 1
+    low, high = (top, bottom) if along == 0 else (left, right)
+    scale = (high - low) / size[along]
+    # Each pixel is the mean of at most this many of the image's before and after its own part.
     margin = math.ceil(max(1, scale) / 2) + 1
-    step = max(1, int(BAND_BYTES / (3 * width * scale)))
+    step = max(1, int(BAND_BYTES / (3 * image.shape[1 - along] * scale)))
     bands = []
-    for start in range(0, size[0], step):
-        stop = min(start + step, size[0])
-        first = top + start * scale
-        last = bottom if stop == size[0] else top + stop * scale
-        above = max(0, math.floor(first) - margin)
-        below = min(height, math.ceil(last) + margin)
-        part = left, first - above, right, last - above
-        bands.append(_resize_band(image[above:below], (stop - start, size[1]), part))
-    return bands[0] if len(bands) == 1 else np.concatenate(bands)
+    for start in range(0, size[along], step):
+        stop = min(start + step, size[along])
+        first = low + start * scale
+        last = high if stop == size[along] else low + stop * scale
+        before = max(0, math.floor(first) - margin)
+        after = min(image.shape[along], math.ceil(last) + margin)
+        if along == 0:
+            part = left, first - before, right, last - before
+            bands.append(_resize_band(image[before:after], (stop - start, size[1]), part))
+        else:
+            part = first - before, top, last - before, bottom
+            bands.append(_resize_band(image[:, before:after], (size[0], stop - start), part))
+    return bands[0] if len(bands) == 1 else np.concatenate(bands, axis=along)
 
 
 def _resize_band(image: npt.NDArray[np.uint8], size: Shape, box: Box) -> npt.NDArray[np.uint8]:

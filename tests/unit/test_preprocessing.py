@@ -128,10 +128,11 @@ def test_bands_do_not_show(
     assert (banded == whole).mean() > 0.98
 
 
-def test_the_resizer_holds_a_band_only() -> None:
-    """Resizing a photo of 12 megapixels copies less than a fifth of it."""
-    image = np.zeros((3000, 4000, 3), dtype=np.uint8)
-    geometry = Geometry((3000, 4000), (384, 512), (384, 512))
+@pytest.mark.parametrize("size", [(3000, 4000), (500, 24_000), (24_000, 500)])
+def test_the_resizer_holds_a_band_only(size: tuple[int, int]) -> None:
+    """Resizing a photo of 12 megapixels copies less than a fifth of it, whatever its shape."""
+    image = np.zeros((*size, 3), dtype=np.uint8)
+    geometry = Geometry.plan(size, 512, SHAPES)
     tracemalloc.start()
     try:
         preprocess(image, geometry, (0, 0, 0))
