@@ -47,7 +47,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from service.access import AllowedHosts, client_address
 from service.errors import MalformedRequest, Overloaded, RequestTimeout, SegmentError
 from service.http.problems import REFUSAL, REFUSAL_UNLESS_PROBE
-from service.http.uploads import PROGRESS_BYTES
+from service.http.uploads import PROGRESS_BYTES, PROGRESS_PERIODS
 from service.settings import Settings
 
 MAX_TARGET_BYTES: Final = 8192
@@ -83,10 +83,6 @@ _FEED_BYTES: Final = 8192
 
 # An answer is written in pieces of this size, each when the transport's buffer is below its mark.
 _PIECE_BYTES: Final = 65_536
-
-# A client must read an answer in at most this many times `Settings.client_timeout_s`, or 64 KiB
-# within each.
-_READING_PERIODS: Final = 16
 
 # How often to look whether a half-closed connection has been reset.
 _LOOK_EVERY_S: Final = 0.25
@@ -569,7 +565,7 @@ class Connection(HttpToolsProtocol):
         """
         body, more = message.get("body", b""), message.get("more_body", False)
         self._answer_bytes += len(body)
-        self._reading_step = max(PROGRESS_BYTES, len(body) // _READING_PERIODS)
+        self._reading_step = max(PROGRESS_BYTES, len(body) // PROGRESS_PERIODS)
         # An empty body too has a last piece.
         for start in range(0, max(len(body), 1), _PIECE_BYTES):
             piece = body[start : start + _PIECE_BYTES]

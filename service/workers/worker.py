@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from service.errors import SegmentError, TooExpensive
-from service.inference.memory import give_back_freed, keep_freed_buffers
+from service.system import give_back_freed, keep_freed_buffers
 from service.workers.channel import Part, get, lengths_of, put, receive
 
 IDLE_S: Final = 10.0

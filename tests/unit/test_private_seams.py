@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import io
 import logging
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.params import Depends
 from limits.storage import Storage
-from PIL import Image, ImageFile, _imaging
+from PIL import _imaging
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from python_multipart.multipart import parse_options_header
@@ -38,7 +37,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from service.server.connections import Connection
-from tests.artefacts import encode, two_class_photo
 
 with warnings.catch_warnings():
     # Ray's own use of pydantic.
