@@ -21,7 +21,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.13 python3.12; do \
 ARGS ?=
 
 .PHONY: help serve cluster rollout test test-fast test-lowest fuzz test-gpu coverage check audit \
-	format bench bench-quick bench-gpu overload soak lock docker clean tools python FORCE
+	format bench bench-quick bench-gpu overload soak attack lock docker clean tools python FORCE
 
 help: ## this list
 	@echo "make COMMAND, where COMMAND is one of:"
@@ -134,6 +134,9 @@ overload: .venv/ready ## five times what it can answer for a minute, then kill -
 
 soak: .venv/ready ## 20,000 requests of all kinds: nothing may pile up; 20 minutes at most
 	@.venv/bin/python -m tests.reliability soak $(ARGS)
+
+attack: .venv/ready ## 10,000 hostile requests, known attacks, kills and mix-ups, 20 minutes by estimate; ARGS="cases --cases N"
+	@.venv/bin/python -m tests.attack $(ARGS)
 
 # ---- upkeep --------------------------------------------------------------------------------------
 

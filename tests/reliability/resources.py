@@ -24,7 +24,7 @@ class Resources:
 def sample(pid: int) -> Resources:
     """Sum the current resources of a process and its descendants."""
     pages = descriptors = threads = 0
-    for folder in _tree(Path(f"/proc/{pid}")):
+    for folder in tree(Path(f"/proc/{pid}")):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process has ended
             pages += int((folder / "statm").read_text(encoding="ascii").split()[1])
             descriptors += len([*(folder / "fd").iterdir()])
@@ -32,9 +32,10 @@ def sample(pid: int) -> Resources:
     return Resources(pages * mmap.PAGESIZE / 2**20, descriptors, threads)
 
 
-def _tree(folder: Path) -> Iterator[Path]:
+def tree(folder: Path) -> Iterator[Path]:
+    """The folders in ``/proc`` of a process and its descendants."""
     yield folder
     for children in folder.glob("task/*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for child in children.read_text(encoding="ascii").split():
-                yield from _tree(folder.parent / child)
+                yield from tree(folder.parent / child)
