@@ -2,7 +2,7 @@
 
 import sys
 
-from service.inference.memory import keep_freed_buffers
+from service.system import keep_freed_buffers
 
 
 def main() -> int:

@@ -44,9 +44,9 @@ TRACES_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_
 
 DESCRIPTION: Final = (
     "Labels every pixel of a photo with one of the model's classes, PASCAL VOC's 21 by default.\n\n"
-    "An unknown path gets 404, an unknown method 405 with `Allow`, both as "
-    "`application/problem+json`. Malformed HTTP gets 400, 408, 414, 429, 431, 501 or 505 in the "
-    "same format; too many connections get 503."
+    "An unknown path gets 404, an unknown method 405 with `Allow`, a POST from another "
+    "origin's page 403, and a foreign host 421, all as `application/problem+json`. Malformed HTTP "
+    "gets 400, 408, 414, 429, 431, 501 or 505 in the same format; too many connections get 503."
 )
 
 GUARDED: Final = (

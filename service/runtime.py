@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from service.errors import Draining, SettingsError
+from service.images.headers import WORKING_BYTES
 from service.inference.engine import CPU_QUEUE, GPU_QUEUE, Engine, open_engine
 from service.inference.engines import Engines
 from service.inference.session import InferenceSession, available_cores
@@ -132,17 +133,17 @@ async def open_service(
 
 
 def _memory_for_requests(settings: Settings, workers: WorkerPool) -> int:
-    """The bytes that requests may take: what the settings allow less what is in use at rest.
+    """The bytes that requests may take: what the settings allow less what the service needs itself.
 
     Raises `SettingsError` if it is too little for two photos.
     """
     limit = (settings.memory_mb or default_memory_mb()) * 2**20
-    at_rest = resident_bytes(workers.all_pids)
+    at_rest = resident_bytes(workers.all_pids) + workers.size * WORKING_BYTES
     least = 4 * SMALL_BYTES
     if limit - at_rest < least:
         raise SettingsError(
-            f"FCN_MEMORY_MB: {limit >> 20} MiB are too few; without any request "
-            f"{at_rest >> 20} MiB are in use, and photos need at least {least >> 20} MiB"
+            f"FCN_MEMORY_MB: {limit >> 20} MiB are too few; model and image workers need "
+            f"{at_rest >> 20} MiB, and photos at least {least >> 20} MiB"
         )
     return limit - at_rest
 

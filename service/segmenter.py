@@ -26,10 +26,10 @@ from service.inference.batcher import BatchResult
 from service.inference.engine import Engine, Output
 from service.inference.engines import Engines
 from service.inference.lanes import DeviceTask, Upsampled
-from service.inference.memory import give_back_freed
 from service.jobs.base import Finish, Grant, Job, Prepare
 from service.memory import Lease, MemoryAccount
 from service.schemas import ModelName
+from service.system import give_back_freed
 from service.telemetry.metrics import Metrics
 from service.telemetry.timings import Timings
 from service.workers.channel import Part, array

@@ -140,8 +140,8 @@ class Settings(BaseSettings):
     client_timeout_s: float = Field(
         20.0,
         gt=0,
-        description="time limit for a client to send the head of a request, to send each 64 KiB "
-        "of its body and to read each 64 KiB of the answer, seconds",
+        description="time limit for a client to send the head of a request, and to send its body "
+        "and read the answer 64 KiB, or a sixteenth if that is more, at a time, seconds",
     )
     max_connections: int = Field(
         1000,

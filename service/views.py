@@ -89,7 +89,8 @@ class View:
 
     ``media_types``: its encodings, the default first; ``parameters``: the fields of `Options` that
     it reads beside `COMMON_PARAMETERS`; ``needs_photo`` and ``needs_confidence``: its needs;
-    ``pixel_bytes``: the most memory for each pixel, beside the photo, while it is written and sent.
+    ``pixel_bytes``: for each encoding, the most memory for each pixel, beside the photo's, while it
+    is written and sent, measured at 50 megapixels: mask, confidence, buffers, the answer twice.
     ``render(scene, options, media_type)`` returns the encoded view.
     """
 
@@ -97,7 +98,7 @@ class View:
     description: str
     media_types: tuple[MediaType, ...]
     render: Callable[[Scene, Options, MediaType], bytes]
-    pixel_bytes: int
+    pixel_bytes: tuple[int, ...]
     parameters: tuple[str, ...] = ()
     needs_photo: bool = False
     needs_confidence: bool = False
@@ -219,14 +220,14 @@ VIEWS: Final[dict[ViewName, View]] = {
             "palette PNG of class ids",
             ("image/png",),
             _render_mask,
-            pixel_bytes=3,
+            pixel_bytes=(4,),
         ),
         View(
             "overlay",
             "the photo blended with the classes' colours",
             ("image/png", "image/jpeg", "image/webp"),
             _render_overlay,
-            pixel_bytes=8,
+            pixel_bytes=(8, 6, 12),
             parameters=("alpha",),
             needs_photo=True,
         ),
@@ -236,7 +237,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "elsewhere",
             ("image/png", "image/webp"),
             _render_cutout,
-            pixel_bytes=9,
+            pixel_bytes=(8, 19),
             needs_photo=True,
         ),
         View(
@@ -245,7 +246,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "the chosen classes",
             ("image/png",),
             _render_confidence,
-            pixel_bytes=5,
+            pixel_bytes=(5,),
             needs_confidence=True,
         ),
         View(
@@ -253,7 +254,7 @@ VIEWS: Final[dict[ViewName, View]] = {
             "statistics and the mask of each class that is present",
             (JSON,),
             _render_json,
-            pixel_bytes=8,
+            pixel_bytes=(10,),
             parameters=("mask",),
             needs_confidence=True,
         ),

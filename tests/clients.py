@@ -107,7 +107,7 @@ def fails(*arguments: str | Path, **variables: object) -> tuple[int, str]:
 
 def head(body_bytes: int, *headers: str) -> bytes:
     """The head of a request as bytes."""
-    lines = ["POST /segment HTTP/1.1", "Host: x", f"Content-Length: {body_bytes}", *headers]
+    lines = ["POST /segment HTTP/1.1", "Host: localhost", f"Content-Length: {body_bytes}", *headers]
     return "\r\n".join([*lines, "", ""]).encode()
 
 

@@ -77,7 +77,8 @@ class Logged:
             connection = socket.create_connection(self.address, PATIENCE_S)
             request_id = next(self._ids)
             connection.sendall(
-                f"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Request-ID: {request_id}\r\n\r\n".encode()
+                b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n"
+                + f"X-Request-ID: {request_id}\r\n\r\n".encode()
             )
             receive_until(connection, b'{"status":"alive"}')
             if self.seen("request", request_id=request_id)["worker"] == worker:

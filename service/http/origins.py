@@ -44,11 +44,12 @@ def cross_site_error(scope: Scope, allowed_origins: Collection[str]) -> HTTPExce
 def _own_names(headers: Headers) -> set[str | None]:
     """The host names that the client may have used for this service, without ports.
 
-    A proxy may have changed port and scheme, and also the Host. A page of another origin cannot set
-    X-Forwarded-Host without a preflight, which is refused.
+    A proxy may have changed port and scheme, and also the Host. Of several proxies the first one
+    got it from the client. A page of another origin cannot set X-Forwarded-Host without a
+    preflight, which is refused.
     """
-    sent = [headers.get("Host", ""), *headers.get("X-Forwarded-Host", "").split(",")]
-    return {_name(f"//{host.strip()}") for host in sent} - {None}
+    forwarded, _, _ = headers.get("X-Forwarded-Host", "").partition(",")
+    return {_name(f"//{host.strip()}") for host in (headers.get("Host", ""), forwarded)} - {None}
 
 
 def _name(url: str) -> str | None:

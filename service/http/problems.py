@@ -96,9 +96,6 @@ PROBLEM_TYPES: Final[dict[type[errors.SegmentError], ProblemType]] = {
     errors.ModelUnavailable: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/model-unavailable", "The model is unavailable"
     ),
-    errors.WorkersUnavailable: ProblemType(
-        HTTPStatus.SERVICE_UNAVAILABLE, "/problems/worker-lost", "The photo's process was lost"
-    ),
     errors.WorkerLost: ProblemType(
         HTTPStatus.SERVICE_UNAVAILABLE, "/problems/worker-lost", "The photo's process was lost"
     ),

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import client_address
 from service.errors import BodyTooLarge, NoImage, RequestTimeout
+from service.http.forms import open_form
 from service.memory import Lease
 from service.runtime import Service
 
@@ -28,9 +29,11 @@ FIELDS: Final = ("image", "images")
 MULTIPART: Final = "multipart/form-data"
 
 PROGRESS_BYTES: Final = 65_536
-PARTS: Final = 16
-"""Within each `Settings.client_timeout_s` a client must send or read `PROGRESS_BYTES`, or one of
-`PARTS` parts of the whole if that is more."""
+PROGRESS_PERIODS: Final = 16
+"""Within each `Settings.client_timeout_s` a client must send or read `PROGRESS_BYTES`, or this part
+of the whole if that is more."""
+
+_MAX_LENGTH_DIGITS: Final = 19
 
 # Boundaries, part headers and a few small fields around the file of a multipart body.
 _MULTIPART_OVERHEAD_BYTES: Final = 16 * 1024
@@ -98,8 +101,8 @@ async def open_images(
         raise NoImage(f"send {MULTIPART} with the files as {FIELD!r}, once for each")
     overhead = _MULTIPART_OVERHEAD_BYTES + max_images * _PART_OVERHEAD_BYTES
     with _capped(request, max_bytes + overhead, max_bytes, "the images of one request") as capped:
-        async with capped.form(
-            max_files=max_images, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+        async with open_form(
+            capped, max_files=max_images, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
         ) as form:
             uploads = [
                 Upload(value.filename or "", value)
@@ -141,10 +144,17 @@ def _media_type(request: Request) -> str:
     return request.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
 
+def _announced(request: Request) -> int:
+    """The body's length by its Content-Length; 0 if there is none."""
+    length = request.headers.get("Content-Length", "")
+    # Python does not parse thousands of digits, which may be leading zeros. The body is counted.
+    return int(length) if length.isdecimal() and len(length) <= _MAX_LENGTH_DIGITS else 0
+
+
 async def _read_form(request: Request, max_bytes: int) -> bytes:
     with _capped(request, max_bytes + _MULTIPART_OVERHEAD_BYTES, max_bytes) as capped:
-        async with capped.form(
-            max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
+        async with open_form(
+            capped, max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
         ) as form:
             field = form.get(FIELD)
             if field is None:
@@ -165,12 +175,12 @@ def _capped(
 
     ``limit_bytes``: limit of the body; ``max_bytes``: limit of ``what``, named in the error.
     """
-    announced = request.headers.get("Content-Length", "")
-    if announced.isdecimal() and int(announced) > limit_bytes:
+    announced = _announced(request)
+    if announced > limit_bytes:
         raise _too_large(max_bytes, what)
     service: Service = request.state.service
     service.segmenter.require_place()
-    body = _Body(request, service, limit_bytes, _too_large(max_bytes, what))
+    body = _Body(request, service, limit_bytes, announced, _too_large(max_bytes, what))
     yield Request(request.scope, body.receive)
 
 
@@ -178,13 +188,19 @@ class _Body:
     """A body that is arriving. ``received``: bytes so far."""
 
     def __init__(
-        self, request: Request, service: Service, limit_bytes: int, too_large: BodyTooLarge
+        self,
+        request: Request,
+        service: Service,
+        limit_bytes: int,
+        announced: int,
+        too_large: BodyTooLarge,
     ) -> None:
         self.received = 0
         self._request = request
         self._lease = lease_of(request)
         self._timeout_s = service.settings.client_timeout_s
         self._limit_bytes = limit_bytes
+        self._announced = announced
         self._too_large = too_large
         self._clock = asyncio.get_running_loop().time
         self._restart_timer()
@@ -207,7 +223,9 @@ class _Body:
 
     def _restart_timer(self) -> None:
         """Give the client `Settings.client_timeout_s` for the next part of the body."""
-        self._progress = self.received + max(PROGRESS_BYTES, self._limit_bytes // PARTS)
+        # A chunked body does not announce its size.
+        size = max(self.received, self._announced)
+        self._progress = self.received + max(PROGRESS_BYTES, size // PROGRESS_PERIODS)
         self._due = self._clock() + self._timeout_s
 
 

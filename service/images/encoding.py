@@ -244,27 +244,23 @@ def _png(
     """
     height, width = size[:2]
     header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
-    # One buffer that grows: joined lists of parts would hold a large photo's file three times.
+    colors = b"" if palette is None else _chunk(b"PLTE", palette)
+    head = b"".join((_PNG_SIGNATURE, _chunk(b"IHDR", header), colors))
+    # One buffer that grows: joined lists of parts would hold a large photo's file three times. The
+    # length of IDAT is known at its end.
     file = io.BytesIO()
-    file.write(_PNG_SIGNATURE)
-    _write_chunk(file, b"IHDR", [header])
-    if palette is not None:
-        _write_chunk(file, b"PLTE", [palette])
-    _write_chunk(file, b"IDAT", pixels)
-    _write_chunk(file, b"IEND", [])
+    file.write(head + bytes(4) + b"IDAT")
+    checksum = zlib_ng.crc32(b"IDAT")
+    for part in pixels:
+        file.write(part)
+        checksum = zlib_ng.crc32(part, checksum)
+    pixels_bytes = file.tell() - len(head) - 8
+    file.write(struct.pack(">I", checksum) + _chunk(b"IEND", b""))
+    file.seek(len(head))
+    file.write(struct.pack(">I", pixels_bytes))
     return file.getvalue()
 
 
-def _write_chunk(file: io.BytesIO, name: bytes, body: Iterable[bytes]) -> None:
-    start = file.tell()
-    # The length is known at the end.
-    file.write(bytes(4) + name)
-    checksum = zlib_ng.crc32(name)
-    for part in body:
-        file.write(part)
-        checksum = zlib_ng.crc32(part, checksum)
-    file.write(struct.pack(">I", checksum))
-    end = file.tell()
-    file.seek(start)
-    file.write(struct.pack(">I", end - start - 12))
-    file.seek(end)
+def _chunk(name: bytes, body: bytes) -> bytes:
+    checksum = zlib_ng.crc32(body, zlib_ng.crc32(name))
+    return b"".join((struct.pack(">I", len(body)), name, body, struct.pack(">I", checksum)))

@@ -60,8 +60,8 @@ the pixels (fp32) and 99.5 % (int8). An invisible change, a random grey level up
 """
 
 RGB_BYTES: Final = 3
-_WORKING_BYTES: Final = 48 << 20
-"""Tables, buffers and stripes of the decoders, beside all that grows with the pixels."""
+WORKING_BYTES: Final = 48 << 20
+"""Tables, buffers and stripes of the decoders at most, beside all that grows with the pixels."""
 
 # A visit with arithmetic coding takes up to 0.4 us of CPU time, and a byte of its data 0.14 us,
 # measured as above; what a scan and a row of blocks take even without data, in visits.
@@ -128,7 +128,8 @@ class Header:
     def bytes_needed(self, needed_side: int | None = None) -> int:
         """Return the most memory in bytes that `service.images.decoding.decode` holds at once.
 
-        That is its answer and all on the way to it, but not the file that it was given.
+        That is its answer and all on the way to it, but neither the file that it was given nor
+        `WORKING_BYTES`, which decoders share that work one after the other.
         """
         divisor = 1
         if needed_side and self.image_format == "JPEG":
@@ -139,7 +140,7 @@ class Header:
         pixels = -(-height // divisor) * -(-width // divisor)
         # The decoder has ended when the answer is begun.
         beside = max(self.decoder_bytes, pixels * RGB_BYTES)
-        return pixels * self.stored_bytes + beside + len(self.data) + _WORKING_BYTES
+        return pixels * self.stored_bytes + beside + len(self.data)
 
 
 def least_side(needed_side: int | None) -> int:

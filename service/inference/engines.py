@@ -29,7 +29,7 @@ from service.errors import (
     UnknownModel,
 )
 from service.inference.engine import Engine, ServedModel
-from service.inference.memory import give_back_freed
+from service.system import give_back_freed
 
 _log: Any = structlog.get_logger("service.engines")
 

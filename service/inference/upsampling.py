@@ -60,6 +60,15 @@ class Labels:
     mask: npt.NDArray[np.uint8]
     confidence: npt.NDArray[np.uint8] | None
 
+    def class_pixels(self) -> npt.NDArray[np.int64]:
+        """The number of each class's pixels: ``(256,) int64``, indexed by class id."""
+        counts = np.zeros(256, dtype=np.int64)
+        mask = self.mask.ravel()
+        # In parts, because np.bincount takes 8 bytes per pixel.
+        for start in range(0, mask.size, PART_PIXELS):
+            counts += np.bincount(mask[start : start + PART_PIXELS], minlength=256)
+        return counts
+
     def class_confidence(self) -> npt.NDArray[np.float64]:
         """Mean confidence of each class over its own pixels.
 

@@ -24,8 +24,7 @@ from service.views import Scene
 from service.workers.channel import Part, array
 from service.workers.worker import Answer
 
-# Of a photo's pixels that are sent: in the service, in the worker, and in the file between the two.
-_COPIES: Final = 3
+_RGB: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,10 @@ class Grant:
         reading = header.bytes_needed(needed_side)
         writing = pixels * pixel_bytes
         if shown:
-            reading += 3 * pixels
-            writing += max(header.bytes_needed(), _COPIES * 3 * pixels)
+            reading += _RGB * pixels
+            # Of its pixels that are sent, the service has one copy and the worker another, for a
+            # moment the file between them a third. A photo that is decoded again is only there.
+            writing = max(writing + 2 * _RGB * pixels, 3 * _RGB * pixels, header.bytes_needed())
         self.require(sent + max(reading, writing), pixels)
         return decode_inspected(header, needed_side)
 

@@ -15,7 +15,6 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from service.artefact.contract import ModelContract
 from service.errors import InvalidParameter
-from service.images.brush_rle import RowRuns
 from service.images.encoding import encode_binary_mask
 from service.jobs.base import Grant, Reading, Written
 from service.jobs.messages import (
@@ -111,7 +110,7 @@ class _SegmentsWriter:
         """See `service.jobs.base.Writer`."""
         labels, confidence = scene.labels, scene.require_confidence()
         threshold, mask_threshold = self.parameters.threshold, self.parameters.mask_threshold
-        pixels, scores = RowRuns.of(labels.mask).counts(), labels.class_confidence()
+        pixels, scores = labels.class_pixels(), labels.class_confidence()
         content = bytearray(b"[")
         for class_id in np.argsort(-pixels, stable=True)[: np.count_nonzero(pixels)]:
             if scores[class_id] < (threshold or 0):

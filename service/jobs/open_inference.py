@@ -22,7 +22,7 @@ from pydantic import Field
 from service.artefact.contract import ModelContract
 from service.errors import ImageTooLarge, InvalidParameter, MalformedRequest
 from service.images.decoding import DecodedPhoto
-from service.jobs.base import Grant, Reading, Written
+from service.jobs.base import Grant, NeedsMemory, Reading, Written
 from service.jobs.messages import (
     MAX_ANSWER_BYTES,
     NUMBER_BYTES,
@@ -147,17 +147,17 @@ class InferenceJob:
         if tensor.datatype == "BYTES":
             file = _file(tensor, binary, self.max_bytes)
             del request, tensor  # the photo may take the memory that the JSON took
-            photo = grant.decode(file, max_side, output_bytes)
+            try:
+                photo = grant.decode(file, max_side, output_bytes)
+            except NeedsMemory as needs:
+                # The advice is of more use than that there is too little memory.
+                _check_answer(needs.pixels, outputs)
+                raise
             file_bytes = len(file)
         else:
             photo = _photo(tensor, binary, grant.max_pixels)
         pixels = math.prod(photo.size)
-        numbers = pixels * sum(not binary for binary in outputs.values())
-        if numbers * NUMBER_BYTES > MAX_ANSWER_BYTES:
-            raise ImageTooLarge(
-                f"an answer in JSON may have at most {MAX_ANSWER_BYTES // NUMBER_BYTES} numbers, "
-                f"but this one would have {numbers}: ask for binary data with binary_data_output"
-            )
+        _check_answer(pixels, outputs)
         grant.require(pixels * max(_PHOTO_BYTES, output_bytes), pixels)
         return Reading(photo, max_side, CONFIDENCE in outputs, writer, file_bytes)
 
@@ -206,6 +206,16 @@ class _ResponseWriter:
         for values in tail:
             content += np.ascontiguousarray(values).data.cast("B")
         return Written(content, {"json_bytes": json_bytes})
+
+
+def _check_answer(pixels: int, outputs: Mapping[str, bool]) -> None:
+    """Raise `ImageTooLarge` if the answer's JSON would have too many numbers."""
+    numbers = pixels * sum(not binary for binary in outputs.values())
+    if numbers * NUMBER_BYTES > MAX_ANSWER_BYTES:
+        raise ImageTooLarge(
+            f"an answer in JSON may have at most {MAX_ANSWER_BYTES // NUMBER_BYTES} numbers, but "
+            f"this one would have {numbers}: ask for binary data with binary_data_output"
+        )
 
 
 def _leading(tensor: InputTensor) -> int:

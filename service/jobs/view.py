@@ -34,7 +34,8 @@ class ViewJob:
         view = VIEWS[self.view]
         max_side = self.options.max_side or contract.working_size
         contract.labels.ids(self.options.class_names)  # unknown names fail before decoding
-        photo = grant.decode(body, max_side, view.pixel_bytes, shown=view.needs_photo)
+        pixel_bytes = dict(zip(view.media_types, view.pixel_bytes, strict=True))[self.media_type]
+        photo = grant.decode(body, max_side, pixel_bytes, shown=view.needs_photo)
         view.check_size(photo.size, self.media_type)
         return Reading(photo, max_side, view.needs_confidence, _ViewWriter(self), len(body))
 

@@ -11,6 +11,7 @@ workers must not have the service's secrets.
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import signal
 import socket
@@ -21,10 +22,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from service.errors import WorkersUnavailable
+from service.workers.worker import live
 
 _FORK: Final = b"fork"
 _ENDED: Final = b"ended"
 _REPLY_S: Final = 30.0
+
+_JOBS: Final = "service.jobs"
 
 # Numerical libraries would start a thread per core in each worker.
 _ENVIRONMENT: Final = {
@@ -143,12 +147,8 @@ atexit.register(TEMPLATE.close)
 
 def main(control_number: int) -> None:
     """Run the template: fork a worker for each request, until the service closes the socket."""
-    # Imported for the workers, which find them in memory.
-    from service import jobs  # noqa: PLC0415, F401
-    from service.images.decoding import keep_readers_quiet  # noqa: PLC0415
-    from service.workers.worker import live  # noqa: PLC0415
-
-    keep_readers_quiet()
+    # By its name: the pool does not depend on what its workers do.
+    importlib.import_module(_JOBS).prepare_process()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     service = socket.socket(fileno=control_number)

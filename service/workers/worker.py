@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from service.errors import SegmentError, TooExpensive
-from service.inference.memory import give_back_freed, keep_freed_buffers
+from service.system import give_back_freed, keep_freed_buffers
 from service.workers.channel import Part, get, lengths_of, put, receive
 
 IDLE_S: Final = 10.0
@@ -34,8 +34,8 @@ IDLE_S: Final = 10.0
 
 _PR_SET_PDEATHSIG: Final = 1
 _OUT_OF_MEMORY_SCORE: Final = "800"
-# What the interpreter, its buffers and the allocator's rounding need beside a task's own arrays.
-_SLACK_BYTES: Final = 96 * 2**20
+# What the interpreter, the decoders' tables and the allocator keep beside a task's own arrays.
+_SLACK_BYTES: Final = 160 * 2**20
 
 _NO_MEMORY: Final = "decoding or encoding it takes more memory than others of its size"
 
@@ -67,9 +67,11 @@ class Order:
 def live(control: socket.socket, memory: int, parent: int) -> None:
     """Work until the service closes ``control``; ``parent``: the template's process."""
     _prepare_process(parent)
+    address_space = _AddressSpace()
     while packet := _next(control):
         pickled, *parts = get(memory, lengths_of(packet, memory))
         order: Order = pickle.loads(pickled)  # noqa: S301 - the service wrote it
+        address_space.limit(order.memory_bytes)
         answer = _run(order, parts)
         facts = json.dumps(answer.facts).encode()
         control.send(put(memory, [facts, *answer.parts]))
@@ -101,7 +103,6 @@ def _next(control: socket.socket) -> bytes:
 
 
 def _run(order: Order, parts: Sequence[bytes]) -> Answer:
-    _limit_memory(order.memory_bytes)
     started_s = time.process_time()
     # The kernel counts both user and system time of all threads, and ends the process.
     signal.setitimer(signal.ITIMER_PROF, order.cpu_s)
@@ -120,12 +121,21 @@ def _run(order: Order, parts: Sequence[bytes]) -> Answer:
     return Answer({**answer.facts, "cpu_s": cpu_s}, answer.parts)
 
 
-def _limit_memory(memory_bytes: int) -> None:
-    """Let the address space grow by ``memory_bytes`` at most."""
-    with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123 - a third of pathlib's time
-        pages = int(statm.read().split(maxsplit=1)[0])
-    limit = pages * resource.getpagesize() + memory_bytes + _SLACK_BYTES
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+class _AddressSpace:
+    """Limits how much a task may add to what the worker has at its start."""
+
+    def __init__(self) -> None:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        self._at_start = pages * resource.getpagesize()
+        self._added: int | None = None
+
+    def limit(self, memory_bytes: int) -> None:
+        """Let the address space grow by ``memory_bytes``, and what the worker itself needs."""
+        if memory_bytes == self._added:  # as for most photos
+            return
+        limit = self._at_start + memory_bytes + _SLACK_BYTES
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        self._added = memory_bytes

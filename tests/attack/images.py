@@ -31,6 +31,7 @@ from PIL import Image
 
 from service.errors import ImageError
 from service.images import decoding
+from service.images.headers import WORKING_BYTES
 from tests.mutations import PNG_SIGNATURE, chunk, samples, save
 
 MAX_PIXELS: Final = 64_000_000
@@ -580,7 +581,7 @@ def _decode(data: bytes, needed_side: int | None) -> str:
     announced, result = 0, "decoded"
     try:
         header = decoding.inspect(data, MAX_PIXELS)
-        announced = header.bytes_needed(needed_side)
+        announced = header.bytes_needed(needed_side) + WORKING_BYTES
         decoding.decode_inspected(header, needed_side)
     except ImageError as exc:
         result = type(exc).__name__

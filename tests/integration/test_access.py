@@ -319,7 +319,7 @@ async def test_origins_that_are_let_in(make_settings: Callable[..., Settings], k
         {"Origin": "http://service"},
         {"Origin": "https://SERVICE:8443"},
         {"Origin": ORIGIN, "X-Forwarded-Host": "one.example"},
-        {"Origin": ORIGIN, "X-Forwarded-Host": "two.example, one.example:443"},
+        {"Origin": ORIGIN, "X-Forwarded-Host": "one.example:443, two.example"},
         {"Origin": ORIGIN, "Sec-Fetch-Site": "same-origin"},
         {"Origin": "null", "Sec-Fetch-Site": "same-origin"},
         {"Sec-Fetch-Site": "none"},

@@ -1,15 +1,12 @@
 """Short versions of the attacks, which check everything but the times."""
 
-import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.artefacts import build_artefact, encode, paint
-from tests.attack import cases, mixup, overload, rows
+from tests.artefacts import build_artefact
 from tests.processes import Logged, logged
 from tests.reliability.report import Report
 

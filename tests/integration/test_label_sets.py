@@ -59,12 +59,6 @@ CONFIG = (
 )
 
 
-CONFIG = (
-    '<View><Image name="img" value="$picture"/><BrushLabels name="tag" toName="img">'
-    '<Label value="{}"/></BrushLabels></View>'
-)
-
-
 @dataclass(frozen=True)
 class Case:
     """A label set, and the two of its classes that are in the photo, most pixels first."""
@@ -370,78 +364,6 @@ def test_brush_labels_are_those_of_the_answering_model() -> None:
         region = json.loads(bytes(RegionsWriter([control]).write(scene).content))
         assert region["value"]["brushlabels"] == ["Cat"]
         assert region["value"]["rle"] == list(RowRuns.of(pixels.astype(np.uint8)).brush([1]))
-
-
-def test_a_class_without_letters_is_meant_by_its_very_name() -> None:
-    """Names are compared by letters and digits, and such a name has none."""
-    odd = LabelSet(names=("background", "???", "-"), colors=ROOM.colors[:3])
-    (control,) = parse_label_config(CONFIG.format("???"), odd)
-    assert class_ids(control.labels["???"], odd) == {1}
-    with pytest.raises(InvalidParameter, match="no label is one of the classes"):
-        parse_label_config(CONFIG.format("anything"), odd)
-
-
-@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
-async def test_a_class_is_checked_before_the_photo(
-    client: InProcess, case: Case, path: str
-) -> None:
-    """By the model that is asked for, in memory or not."""
-    answer = await client.http.post(
-        path, files=[("image", case.photo)], params={"classes": case.names[0], "model": "vocs"}
-    )
-    assert_problem(answer, 422, "invalid-parameter")
-
-
-@pytest.mark.usefixtures("logging_as_it_is")
-def test_coco_files_of_other_classes_are_not_resumed(
-    artefact: Path, case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Neither a whole file nor a partial one: its ids would get the new model's names."""
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(case.photo)
-    out = tmp_path / "out"
-    first, both = [str(tmp_path / "a.png")], [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
-    options = ["--format", "coco", "--out", str(out), "--model"]
-    vocs = str(artefact.parent / "vocs")
-    assert main(["predict", *first, *options, vocs]) == 0
-    assert main(["predict", *both, *options, str(artefact)]) == 2
-    assert "of an earlier run class 1 is 'aeroplane', unlike this" in capsys.readouterr().err
-    assert main(["predict", *both, *options, vocs]) == 0
-
-    (out / "annotations.json").unlink()
-    unfinished = CocoFile({tmp_path / "a.png": "a.png"}, out)
-    unfinished.set_classes(case.labels, None)
-    unfinished.add(tmp_path / "a.png", answered(case))
-    assert main(["predict", *both, *options, vocs]) == 2
-    assert main(["predict", *both, *options, str(artefact)]) == 0
-    check_coco(out, case)
-    assert main(["predict", *both, *options, vocs, "--overwrite"]) == 0
-
-
-def answered(case: Case) -> bytes:
-    """The JSON of a photo without any class."""
-    answer = Segmentation(
-        width=case.mask.shape[1],
-        height=case.mask.shape[0],
-        model=ModelName(name="own", version="1"),
-        classes=[],
-        timing_ms={},
-    )
-    return answer.model_dump_json().encode()
-
-
-def test_brush_labels_are_those_of_the_answering_model() -> None:
-    """A reload may replace the model between a configuration's check and a photo's answer."""
-    before = LabelSet(names=("background", "cat", "dog"), colors=ROOM.colors[:3])
-    after = LabelSet(names=("background", "dog", "cat"), colors=ROOM.colors[:3])
-    (control,) = parse_label_config(CONFIG.format("Cat"), before)
-    mask = np.array([[0, 1, 2, 2]], dtype=np.uint8)
-    labels = Labels(mask, np.full_like(mask, 255))
-    for label_set, pixels in ((before, mask == 1), (after, mask == 2)):
-        scene = Scene(labels, make_contract(labels=label_set))
-        (region,) = _BrushJob(b"", [control]).write(scene)
-        assert region.value.brushlabels == ["Cat"]
-        assert region.value.rle == list(RowRuns.of(pixels.astype(np.uint8)).brush([1]))
 
 
 def test_a_class_without_letters_is_meant_by_its_very_name() -> None:

@@ -457,7 +457,7 @@ async def test_millions_of_errors(make_settings: Callable[..., Settings]) -> Non
 
 @pytest.mark.anyio
 async def test_an_answer_too_long_for_json(make_settings: Callable[..., Settings]) -> None:
-    """A photo of 18 megapixels has too many numbers for two outputs; as binary data they fit."""
+    """Two outputs of 18 megapixels are too many numbers; as binary data they fit."""
     photo = encode(np.zeros((3000, 6000, 3), np.uint8), "JPEG")
     body = request(data=[base64.b64encode(photo).decode()], shape=[1], datatype="BYTES")
     async with in_process(make_settings()) as service:

@@ -77,7 +77,7 @@ def test_sigterm_finishes_what_is_in_flight_on_all() -> None:
     """Every accepted request gets its response, queued ones too; the exit status is 0."""
     with (
         contextlib.ExitStack() as connections,
-        supervised(DEFAULT_MODEL, precision="fp32") as service,
+        supervised(DEFAULT_MODEL, precision="fp32", client_timeout_s=120) as service,
         load(service.url, CLIENTS, JPEG) as outcomes,
     ):
         busy = [connections.enter_context(begin(service, worker)) for worker in (0, 1, 0, 1)]

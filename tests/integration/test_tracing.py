@@ -232,7 +232,7 @@ def test_workers_trace_and_tell_the_trace(
         for worker in (0, 1):
             service.seen("listening", worker=worker)
             with service.connect(worker) as connection:
-                connection.sendall(b"GET /classes HTTP/1.1\r\nHost: x\r\n\r\n")
+                connection.sendall(b"GET /classes HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 service.seen("request", path="/classes", worker=worker)
         lines = service.lines("request", path="/classes")
         service.process.terminate()

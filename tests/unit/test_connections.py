@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import uvicorn
@@ -22,6 +23,7 @@ from service.server.connections import (
     Admission,
     Clients,
     Connection,
+    JoiningTransport,
     _overrides,
 )
 from service.settings import Settings
@@ -349,3 +351,23 @@ def test_a_uvicorn_without_an_overridden_method_is_refused(
     monkeypatch.delattr(HttpToolsProtocol, "_start_asgi_task")
     with pytest.raises(ImportError, match=r"uvicorn .* is not supported: .*_start_asgi_task"):
         _overrides(method)
+
+
+@pytest.mark.anyio
+async def test_a_head_is_written_with_the_body() -> None:
+    """In one write, if the body comes in the same turn of the loop; alone otherwise."""
+    written = Mock()
+    transport = JoiningTransport(written, asyncio.get_running_loop())
+    for body_follows in (True, False):
+        transport.hold_next()
+        transport.write(b"head ")
+        if body_follows:
+            transport.write(b"body")
+        await asyncio.sleep(0)
+        transport.write(b"later")
+    transport.hold_next()
+    transport.write(b"last")
+    transport.close()
+    writes = [one.args[0] for one in written.write.call_args_list]
+    assert writes == [b"head body", b"later", b"head ", b"later", b"last"]
+    assert written.method_calls[-1] == call.close()

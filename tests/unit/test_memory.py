@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from service.errors import ImageTooLarge, Overloaded
@@ -107,10 +106,15 @@ async def test_a_lease_gives_back_what_is_left() -> None:
 
 def test_resident_memory_is_measured() -> None:
     """Of several processes; one that has ended counts nothing."""
-    before = resident_bytes([os.getpid()])
-    block = np.ones(64 * 2**20, dtype=np.uint8)
-    assert resident_bytes([os.getpid()]) - before > 60 * 2**20
-    del block
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    assert resident_bytes([ended.pid]) == 0
+    code = "block = b'x' * 2**26; print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        alone = resident_bytes([process.pid])
+        assert 2**26 < alone < 2 * 2**26
+        assert resident_bytes([process.pid, os.getpid()]) > alone + 2**20
+        process.stdin.write(b"\n")
+    assert resident_bytes([process.pid]) == 0

@@ -16,13 +16,13 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.server.peers import WorkerPeers
+from service.system import memory_limit_bytes
 from service.telemetry.metrics import (
     STAGES,
     EngineFacts,
     Families,
     Metrics,
     encode,
-    memory_limit_bytes,
     merge,
 )
 

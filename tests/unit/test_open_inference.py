@@ -1,5 +1,6 @@
 """Tensors of the Open Inference Protocol, read and written as image workers do."""
 
+import base64
 import json
 import pickle
 import tracemalloc
@@ -16,7 +17,7 @@ from service.jobs.base import Grant, NeedsMemory
 from service.jobs.messages import json_memory
 from service.jobs.open_inference import InferenceJob
 from service.views import Scene
-from tests.artefacts import make_contract
+from tests.artefacts import encode, make_contract
 
 JOB = InferenceJob("tiny", None, max_bytes=2**20, max_side=2048)
 GRANT = Grant(max_pixels=64_000_000, memory_bytes=2**30)
@@ -108,6 +109,20 @@ def test_the_longest_answer_in_json(outputs: list[str], most: int) -> None:
             else:
                 with pytest.raises(ImageTooLarge, match="ask for binary data"):
                     sized.read(head + pixels.data, GRANT, CONTRACT)
+
+
+def test_the_advice_comes_before_the_memory() -> None:
+    """A photo whose answer is too long for JSON is refused before memory for it is asked for."""
+    photo = encode(np.zeros((3000, 6000, 3), np.uint8), "JPEG")
+    text = base64.b64encode(photo).decode()
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [text]}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    little = replace(GRANT, memory_bytes=24 * 2**20)
+    with pytest.raises(ImageTooLarge, match="ask for binary data"):
+        JOB.read(body, little, CONTRACT)
+    binary = body[:-1] + b', "parameters": {"binary_data_output": true}}'
+    with pytest.raises(NeedsMemory):
+        JOB.read(binary, little, CONTRACT)
 
 
 @pytest.mark.parametrize("binary", [(False, False), (True, True), (True, False), (False, True)])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import inspect
-import io
 import logging
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.params import Depends
 from limits.storage import Storage
-from PIL import Image, ImageFile, _imaging
+from PIL import _imaging
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from python_multipart.multipart import parse_options_header
@@ -38,7 +37,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from service.server.connections import Connection
-from tests.artefacts import encode, two_class_photo
 
 with warnings.catch_warnings():
     # Ray's own use of pydantic.
@@ -304,14 +302,6 @@ def test_libtiff_can_be_silenced() -> None:
     """Pillow's extension module exports libtiff's function."""
     library = ctypes.CDLL(_imaging.__file__)
     assert hasattr(library, "TIFFSetErrorHandler"), "a broken TIFF writes to stderr"
-
-
-def test_an_opened_image_names_its_decoder() -> None:
-    """Screening reads the decoder's name, and how far the header goes."""
-    with Image.open(io.BytesIO(encode(two_class_photo(), "JPEG"))) as image:
-        assert isinstance(image, ImageFile.ImageFile)
-        found = (image.tile[0].codec_name, image.fp is not None)
-    assert found == ("jpeg", True), "ImageFile.tile, .fp: service/images/screening.py fails"
 
 
 # ---- ONNX Runtime --------------------------------------------------------------------------------
