@@ -1,20 +1,23 @@
 """Short versions of the attacks, which check everything but the times."""
 
+import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.artefacts import build_artefact
+from tests.artefacts import build_artefact, encode, paint
+from tests.attack import cases, mixup, overload, rows
 from tests.processes import Logged, logged
 from tests.reliability.report import Report
 
 pytestmark = pytest.mark.anyio
 
 MEMORY_MB = 1024
-TIMES = ("p99", "CPU", "late")
-"""Targets whose names have one of these depend on the machine."""
+TIMES = ("p99", "CPU", "each kill")
+"""Targets whose names have one of these depend on the machine, or on how often it kills."""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ async def test_workers_are_killed(service: Logged) -> None:
     """A photo whose worker is killed is tried again, and its mask is its own."""
     tally = await mixup.kills(service, "tiny", seconds=3.0, kill_every_s=0.3, photos=5)
     assert missed(mixup.judge([tally], 1, alive=service.process.poll() is None)) == {}
-    assert tally.kills > 0
+    assert tally.lost < tally.kills
 
 
 @pytest.mark.parametrize("processes", [1, 2])
