@@ -58,7 +58,6 @@ _FORMATS: Final = ("PNG", "JPEG", "WEBP", "TIFF")
 _KILLED_PHOTOS: Final = 20
 _KILLED_CELL: Final = 200
 _MOST_S: Final = 300.0
-_PATIENCE_S: Final = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +148,7 @@ class Clients:
         """A view of a photo."""
         photo, path = rng.choice(self._photos), rng.choice(_IMAGES)
         request = Request("", post(self._port, path, photo.data))
-        answer = await exchange(self._port, request, source=source, timeout_s=_PATIENCE_S)
+        answer = await exchange(self._port, request, source=source)
         if answer.status == 200:
             self._tally.compare(path, photo, path, answer.body)
         else:
@@ -164,7 +163,7 @@ class Clients:
         end = b"--b--\r\n"
         body = b"".join(part[: -len(end)] for part in parts) + end
         request = Request("", post(self._port, "/segment/batch", body, _MULTIPART))
-        answer = await exchange(self._port, request, source=source, timeout_s=_PATIENCE_S)
+        answer = await exchange(self._port, request, source=source)
         if answer.status != 200:
             self._tally.fail("batch", answer)
             return
@@ -191,7 +190,7 @@ class Clients:
     async def broken(self, rng: random.Random, source: str) -> None:
         """A truncated photo."""
         request = Request("", post(self._port, "/segment", _broken(rng.choice(self._photos))))
-        answer = await exchange(self._port, request, source=source, timeout_s=_PATIENCE_S)
+        answer = await exchange(self._port, request, source=source)
         if answer.status != 422:
             self._tally.fail("a truncated photo", answer)
 
@@ -222,7 +221,7 @@ async def _infer(port: int, model: str, photo: Photo, source: str) -> Answer:
     length = f"Inference-Header-Content-Length: {len(head)}"
     body = head + photo.pixels.tobytes()
     request = Request("", post(port, f"/v2/models/{model}/infer", body, length))
-    return await exchange(port, request, source=source, timeout_s=_PATIENCE_S)
+    return await exchange(port, request, source=source)
 
 
 def _binary_data(answer: Answer) -> bytes:
