@@ -100,6 +100,8 @@ class Template:
                 self._control.send(b"%s %d" % (_ENDED, pid))
                 reply = self._control.recv(64)
             except OSError:
+                # An answer that comes late would be taken for that to the next question.
+                self._stop()
                 return None
             return int(reply) if reply.isdigit() else None
 
