@@ -44,14 +44,6 @@ def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
     assert path.read_bytes() == b"content"
 
 
-def test_a_name_may_be_as_long_as_names_can_be(tmp_path: Path) -> None:
-    """The temporary file's name does not grow with it."""
-    path = tmp_path / ("n" * 255)
-    with write_atomically(path) as file:
-        file.write(b"content")
-    assert path.read_bytes() == b"content"
-
-
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_the_mode_is_that_of_any_new_file(tmp_path: Path, umask: int) -> None:
     """0o666 without the umask's bits."""
