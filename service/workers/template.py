@@ -82,9 +82,13 @@ class Template:
                     message, handles, _, _ = socket.recv_fds(channel, 64, 1)
                     if message.isdigit() and handles:
                         return Forked(int(message), handles[0])
-                    reason = message.decode(errors="replace") or "it ended"
+                    reason = message.decode(errors="replace") or "the template ended"
                 except OSError as exc:
                     reason = exc.strerror or str(exc)
+                else:
+                    if message and not message.isdigit():
+                        # It could not fork, but it lives, and so do its other workers.
+                        raise WorkersUnavailable(f"no image worker could be started: {reason}")
                 # A new one, in case the old one was killed.
                 self._stop()
                 if attempt:

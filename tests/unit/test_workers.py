@@ -4,6 +4,7 @@ import asyncio
 import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -229,6 +230,18 @@ async def test_a_pool_that_closes_under_its_tasks() -> None:
             assert isinstance(error, Draining)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_template_that_cannot_fork_keeps_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of processes may be reached for a moment: the error says so, and nothing ends."""
+    template = Template()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setattr(template, "_running", lambda: ours)
+    with ours, theirs, Path(os.devnull).open() as memory:
+        theirs.send(b"Resource temporarily unavailable")
+        monkeypatch.setattr(template, "_stop", lambda: pytest.fail("it was ended"))
+        with pytest.raises(WorkersUnavailable, match="started: Resource temporarily unavailable"):
+            template.fork(theirs, memory.fileno())
 
 
 async def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
