@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 from typing import Final
 
@@ -180,10 +181,14 @@ def main(control_number: int) -> None:
             continue
         if pid == 0:
             service.close()
+            status = 1
             try:
                 live(socket.socket(fileno=handles[0]), handles[1], own)
+                status = 0
+            except Exception:  # noqa: BLE001 - nothing else would show it
+                traceback.print_exc()
             finally:
-                os._exit(0 if sys.exc_info()[0] is None else 1)
+                os._exit(status)
         for handle in handles:
             os.close(handle)
         pidfd = os.pidfd_open(pid)

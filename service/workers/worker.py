@@ -116,6 +116,7 @@ def _run(order: Order, parts: Sequence[bytes]) -> Answer:
         answer = Answer({"unforeseen": traceback.format_exc(limit=-12)[-8192:]})
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        _allow_memory()
     cpu_s = time.process_time() - started_s
     return Answer({**answer.facts, "cpu_s": cpu_s}, answer.parts)
 
@@ -129,3 +130,9 @@ def _limit_memory(memory_bytes: int) -> None:
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _allow_memory() -> None:
+    """Lift the limit: the next task's parts are read before its own limit is known."""
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

@@ -122,6 +122,17 @@ async def test_memory_is_limited_for_each_task(pool: WorkerPool) -> None:
     assert await pid_of(pool) == before
 
 
+async def test_a_small_task_leaves_room_for_the_parts_of_a_large_one(
+    pool: WorkerPool, lost: list[str]
+) -> None:
+    """They are read before the large one's own limit holds."""
+    await pool.run(Echo(), [], replace(LIMITS, memory_bytes=MIB))
+    large = bytes(160 * MIB)
+    done = await pool.run(Allocate(MIB), [large], replace(LIMITS, memory_bytes=400 * MIB))
+    assert done.facts["sum"] == MIB
+    assert lost == []
+
+
 async def test_a_worker_killed_by_others_is_tried_again(
     pool: WorkerPool, lost: list[str], tmp_path: Path
 ) -> None:
