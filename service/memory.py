@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from service.errors import ImageTooLarge, Overloaded
+from service.errors import BodyTooLarge, ImageTooLarge, Overloaded
 
 BODIES_SHARE = 1 / 4
 """The part that bodies may take, so that those which arrive cannot keep out those which have."""
@@ -29,6 +29,12 @@ class _Waiting:
     client: str | None
     size: int
     turn: asyncio.Future[None]
+    lease: Lease | None
+
+    @property
+    def answers(self) -> int:
+        """Bytes of answers of the same request: they may be sent only after this photo's."""
+        return 0 if self.lease is None else self.lease.answers
 
 
 class MemoryAccount:
@@ -60,9 +66,14 @@ class MemoryAccount:
         """The most bytes that one photo can ever get."""
         return int(self.capacity * (1 - BODIES_SHARE))
 
+    @property
+    def largest_body(self) -> int:
+        """The most bytes that all bodies together can get."""
+        return int(self.capacity * BODIES_SHARE)
+
     def take_body(self, size: int) -> None:
         """Take ``size`` bytes for a body. Raises `Overloaded` if there is no room."""
-        if self.bodies + size > self.capacity * BODIES_SHARE:
+        if self.bodies + size > self.largest_body:
             raise Overloaded("too many bytes are arriving at once", 1.0)
         self.bodies += size
 
@@ -70,15 +81,18 @@ class MemoryAccount:
         """Give back bytes of a body."""
         self.bodies -= size
 
-    async def take(self, client: str | None, size: int) -> None:
-        """Take ``size`` bytes for a photo; waits in order. Raises `ImageTooLarge`."""
+    async def take(self, client: str | None, size: int, lease: Lease | None = None) -> None:
+        """Take ``size`` bytes for a photo; waits in order. Raises `ImageTooLarge`.
+
+        ``lease``: the request's, if it may have answers that wait for this photo's.
+        """
         if size > self.largest:
             raise ImageTooLarge(
                 f"the image needs {size >> 20} MiB of memory, but the service has "
                 f"{self.largest >> 20} MiB"
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(client, size, turn)
+        waiting = _Waiting(client, size, turn, lease)
         self._waiting.append(waiting)
         self._serve()
         try:
@@ -106,14 +120,17 @@ class MemoryAccount:
         """Give their turn to those that fit, the first first.
 
         Who waits for its own client's memory is passed over; who waits for the account's is not,
-        or large photos would wait for ever.
+        or large photos would wait for ever. Answers that wait for a photo must not keep it waiting,
+        and a photo that only its own request's answers keep out must not hold up others.
         """
         for waiting in [*self._waiting]:
-            own = self._by_client[waiting.client]
+            own = self._by_client[waiting.client] - waiting.answers
             share = self.capacity * CLIENT_SHARE
             if waiting.client is not None and own and own + waiting.size > share:
                 continue
             if self.photos + waiting.size > self.largest:
+                if waiting.answers + waiting.size > self.largest:
+                    continue
                 return
             self._waiting.remove(waiting)
             self._count(waiting.client, waiting.size)
@@ -122,26 +139,46 @@ class MemoryAccount:
 
 
 class Lease:
-    """What one request holds of the account."""
+    """What one request holds of the account. ``answers``: bytes of those that are not sent yet."""
 
     def __init__(self, account: MemoryAccount, client: str | None) -> None:
         self._account = account
         self._client = client
         self._body = 0
         self._photos = 0
+        self.answers = 0
 
     def take_body(self, size: int) -> None:
-        """Take bytes for the request's body. Raises `Overloaded`."""
+        """Take bytes for the request's body.
+
+        Raises `Overloaded`, or `BodyTooLarge` if there is no room for it even alone.
+        """
+        if self._body + size > self._account.largest_body:
+            raise BodyTooLarge(
+                f"the service has memory for at most {self._account.largest_body} bytes of bodies"
+            )
         self._account.take_body(size)
         self._body += size
 
     async def take(self, size: int) -> None:
         """Take bytes for a photo; waits in order. Raises `ImageTooLarge`."""
-        await self._account.take(self._client, size)
+        await self._account.take(self._client, size, self)
         self._photos += size
 
+    def answer(self, taken: int, size: int) -> None:
+        """Of the bytes taken for a photo keep ``size`` for its answer, and give back the others."""
+        kept = min(taken, size)
+        self.answers += kept
+        self.give(taken - kept)
+
+    def sent(self, size: int) -> None:
+        """Give back the bytes of an answer."""
+        size = min(size, self.answers)
+        self.answers -= size
+        self.give(size)
+
     def give(self, size: int) -> None:
-        """Give back bytes of a photo or its answer."""
+        """Give back bytes of a photo."""
         if size:
             self._photos -= size
             self._account.give(self._client, size)
@@ -149,7 +186,7 @@ class Lease:
     def close(self) -> None:
         """Give back everything."""
         self._account.give_body(self._body)
-        self._body = 0
+        self._body = self.answers = 0
         self.give(self._photos)
 
 

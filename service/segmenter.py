@@ -168,9 +168,9 @@ class Segmenter:
             _record(written, timings)
             (content,) = written.parts
             use.expected.done()
-            use.keep(len(content))
+            use.answer(len(content))
         except BaseException:
-            use.keep(0)
+            use.give()
             raise
         pixels = math.prod(task.geometry.photo)
         self._metrics.photo(pixels, prepared.facts["file_bytes"], timings.ms())
@@ -189,7 +189,7 @@ class Segmenter:
                 return done
             use.expected.grow(done.facts["pixels"])
             # Given back first: who waits for more while holding some would block others.
-            use.keep(0)
+            use.give()
             await use.take(done.facts["needs"])
 
     async def _finish(
@@ -302,10 +302,15 @@ class _Use:
         await self._lease.take(size)
         self.granted += size
 
-    def keep(self, size: int) -> None:
+    def give(self) -> None:
+        """Give back all."""
+        self._lease.give(self.granted)
+        self.granted = 0
+
+    def answer(self, size: int) -> None:
         """Give back all but ``size`` bytes, which are the answer's."""
-        self._lease.give(max(0, self.granted - size))
-        self.granted = min(self.granted, size)
+        self._lease.answer(self.granted, size)
+        self.granted = 0
 
 
 def _device_task(prepared: Done) -> DeviceTask:

@@ -1,8 +1,9 @@
 """``POST /segment/batch``: several photos in, a zip archive or JSON lines out.
 
 A batch holds as many free places in flight as it can use, at least one, and its photos share them.
-So a batch is refused if a single photo would be; once it is accepted, no photo of it is refused.
-The number of places also limits the results that wait for a slow client.
+So a batch is refused if a single photo would be; once it is accepted, only its large photos can be
+refused, if there is no time for them. The number of places also limits the results that wait for a
+slow client.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ async def _giving_back(
     """The same results; each one's memory is given back when the next is wanted: it is sent."""
     async for result in results:
         yield result
-        lease.give(len(result.content or b""))
+        lease.sent(len(result.content or b""))
 
 
 async def _write_lines(results: AsyncIterator[_ImageResult]) -> AsyncGenerator[bytes, None]:

@@ -126,6 +126,8 @@ class WorkerPool:
         self._waiting: list[_Waiting] = []
         self._numbers = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
+        # One for each task in a worker's hands, done when the worker is free or replaced.
+        self._in_hand: set[asyncio.Future[None]] = set()
         self._closed = False
 
     @classmethod
@@ -156,7 +158,8 @@ class WorkerPool:
         """Run a task in a worker. Cancelling ends the worker, and with it the work.
 
         Raises what the task raises, `TooExpensive` if it exceeds a limit, `UndecodableImage` if it
-        crashes the worker, or `WorkerLost` if two workers were lost through no fault of its own.
+        crashes the worker, `WorkerLost` if two workers were lost through no fault of its own, or
+        `Draining` if the pool is closed.
         """
         order = pickle.dumps(Order(task, limits.cpu_s, limits.memory_bytes))
         message = [order, *parts]
@@ -174,6 +177,8 @@ class WorkerPool:
         raise WorkerLost("the process that worked on this photo was lost, and so was the next")
 
     async def _take(self, rank: Rank) -> _Worker:
+        if self._closed:
+            raise _closing()
         if self._free:
             return self._free.pop()
         waiting = _Waiting(rank, next(self._numbers), asyncio.get_running_loop().create_future())
@@ -181,12 +186,16 @@ class WorkerPool:
         try:
             return await waiting.worker
         except asyncio.CancelledError:
-            if waiting.worker.done() and not waiting.worker.cancelled():
-                self._give(waiting.worker.result())
+            given = waiting.worker
+            if given.done() and not given.cancelled() and given.exception() is None:
+                self._give(given.result())
             raise
 
     def _give(self, worker: _Worker) -> None:
         """Hand a free worker to the first task that waits."""
+        if self._closed:
+            self._replace(worker)
+            return
         while self._waiting:
             waiting = heapq.heappop(self._waiting)
             if not waiting.worker.done():
@@ -203,6 +212,8 @@ class WorkerPool:
         started_s = time.monotonic()
         timer: asyncio.TimerHandle | None = None
         healthy = False
+        in_hand: asyncio.Future[None] = loop.create_future()
+        self._in_hand.add(in_hand)
         try:
             size = sum(map(size_of, message))
             if size > _LOOP_BYTES:
@@ -240,6 +251,8 @@ class WorkerPool:
                 self._give(worker)
             else:
                 self._replace(worker)
+            self._in_hand.remove(in_hand)
+            in_hand.set_result(None)
         _raise_error(facts)
         run_s = time.monotonic() - started_s
         return Done(facts, parts[1:], float(facts["cpu_s"]), run_s)
@@ -303,7 +316,9 @@ class WorkerPool:
         return self._closed
 
     async def _status(self, worker: _Worker) -> int | None:
-        """The wait status of a worker that has ended or been killed."""
+        """End a worker, if it has not ended yet; returns its wait status."""
+        # One that only closed its socket would keep the template waiting.
+        worker.process.kill()
         known: int | None = await asyncio.to_thread(TEMPLATE.status, worker.process.pid)
         return known
 
@@ -313,29 +328,44 @@ class WorkerPool:
         task.add_done_callback(self._tasks.discard)
 
     async def _close(self) -> None:
+        """End all workers. Tasks that wait or run fail with `Draining`."""
         self._closed = True
         for waiting in self._waiting:
             if not waiting.worker.done():
-                waiting.worker.set_exception(errors.Draining("the service is shutting down"))
+                waiting.worker.set_exception(_closing())
         self._waiting.clear()
+        free, self._free = self._free, []
         for worker in [*self._alive]:
             self._forget(worker)
+            if worker.reply is not None and not worker.reply.done():
+                worker.reply.set_exception(_closing())
+        for worker in free:
             await asyncio.to_thread(_end, worker)
-        if self._tasks:
-            await asyncio.wait([*self._tasks])
+        # So that a task that has just been given a worker takes it in its hands.
+        await asyncio.sleep(0)
+        while self._in_hand or self._tasks:
+            await asyncio.wait([*self._in_hand, *self._tasks])
+
+
+def _closing() -> errors.Draining:
+    return errors.Draining("the service is shutting down")
 
 
 def _start() -> _Worker:
     """Start a worker. Raises `WorkersUnavailable`."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    memory = os.memfd_create("photo", os.MFD_CLOEXEC)
-    try:
-        with theirs:
-            process = TEMPLATE.fork(theirs, memory)
-    except BaseException:
-        ours.close()
-        os.close(memory)
-        raise
+    with contextlib.ExitStack() as undo:
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            undo.callback(ours.close)
+            with theirs:
+                memory = os.memfd_create("photo", os.MFD_CLOEXEC)
+                undo.callback(os.close, memory)
+                process = TEMPLATE.fork(theirs, memory)
+        except OSError as exc:  # such as no file descriptor: it is tried again
+            raise WorkersUnavailable(
+                f"no image worker could be started: {exc.strerror or exc}"
+            ) from exc
+        undo.pop_all()
     ours.setblocking(False)
     return _Worker(process, ours, memory)
 
@@ -352,7 +382,9 @@ async def _uninterrupted(work: Any) -> Any:  # noqa: ANN401
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        while not task.done():  # cancelled again, by a deadline and a client that is gone
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
         raise
 
 

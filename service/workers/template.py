@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from dataclasses import dataclass
 from typing import Final
 
@@ -82,9 +83,13 @@ class Template:
                     message, handles, _, _ = socket.recv_fds(channel, 64, 1)
                     if message.isdigit() and handles:
                         return Forked(int(message), handles[0])
-                    reason = message.decode(errors="replace") or "it ended"
+                    reason = message.decode(errors="replace") or "the template ended"
                 except OSError as exc:
                     reason = exc.strerror or str(exc)
+                else:
+                    if message and not message.isdigit():
+                        # It could not fork, but it lives, and so do its other workers.
+                        raise WorkersUnavailable(f"no image worker could be started: {reason}")
                 # A new one, in case the old one was killed.
                 self._stop()
                 if attempt:
@@ -100,6 +105,8 @@ class Template:
                 self._control.send(b"%s %d" % (_ENDED, pid))
                 reply = self._control.recv(64)
             except OSError:
+                # An answer that comes late would be taken for that to the next question.
+                self._stop()
                 return None
             return int(reply) if reply.isdigit() else None
 
@@ -174,10 +181,14 @@ def main(control_number: int) -> None:
             continue
         if pid == 0:
             service.close()
+            status = 1
             try:
                 live(socket.socket(fileno=handles[0]), handles[1], own)
+                status = 0
+            except Exception:  # noqa: BLE001 - nothing else would show it
+                traceback.print_exc()
             finally:
-                os._exit(0 if sys.exc_info()[0] is None else 1)
+                os._exit(status)
         for handle in handles:
             os.close(handle)
         pidfd = os.pidfd_open(pid)

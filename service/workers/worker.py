@@ -20,7 +20,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -71,8 +71,8 @@ def live(control: socket.socket, memory: int, parent: int) -> None:
     while packet := _next(control):
         pickled, *parts = get(memory, lengths_of(packet, memory))
         order: Order = pickle.loads(pickled)  # noqa: S301 - the service wrote it
-        address_space.limit(order.memory_bytes)
-        answer = _run(order, parts)
+        with address_space.limited(order.memory_bytes):
+            answer = _run(order, parts)
         facts = json.dumps(answer.facts).encode()
         control.send(put(memory, [facts, *answer.parts]))
 
@@ -127,15 +127,19 @@ class _AddressSpace:
     def __init__(self) -> None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         self._at_start = pages * resource.getpagesize()
-        self._added: int | None = None
+        _, self._hard = resource.getrlimit(resource.RLIMIT_AS)
 
-    def limit(self, memory_bytes: int) -> None:
-        """Let the address space grow by ``memory_bytes``, and what the worker itself needs."""
-        if memory_bytes == self._added:  # as for most photos
-            return
+    @contextlib.contextmanager
+    def limited(self, memory_bytes: int) -> Iterator[None]:
+        """Let the address space grow by ``memory_bytes``, and by what the worker itself needs.
+
+        The limit is lifted at the end: the next task's parts are read before its limit is known.
+        """
         limit = self._at_start + memory_bytes + _SLACK_BYTES
-        _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        if hard != resource.RLIM_INFINITY:
-            limit = min(limit, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        self._added = memory_bytes
+        if self._hard != resource.RLIM_INFINITY:
+            limit = min(limit, self._hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, self._hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (self._hard, self._hard))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from service.errors import ImageTooLarge, Overloaded
+from service.errors import BodyTooLarge, ImageTooLarge, Overloaded
 from service.memory import Lease, MemoryAccount, resident_bytes
 
 pytestmark = pytest.mark.anyio
@@ -40,9 +40,11 @@ async def test_who_does_not_fit_waits_in_order() -> None:
 async def test_bodies_leave_room_for_photos() -> None:
     """Bodies have a part of their own, and are refused beyond it at once."""
     account = MemoryAccount(400)
-    with account.lease(ONE) as lease:
+    with account.lease(ONE) as lease, account.lease(OTHER) as other:
         lease.take_body(100)
         with pytest.raises(Overloaded, match="too many bytes"):
+            other.take_body(1)
+        with pytest.raises(BodyTooLarge, match="at most 100 bytes"):
             lease.take_body(1)
         await lease.take(account.largest)
         assert account.state == (400, 400)
@@ -72,6 +74,37 @@ async def test_a_single_photo_may_take_more_than_a_clients_share() -> None:
     account = MemoryAccount(400)
     await account.take(ONE, account.largest)
     assert account.photos == 300
+
+
+async def test_a_request_does_not_wait_for_its_own_answers() -> None:
+    """In a batch, answers of small photos wait for the large one before them."""
+    account = MemoryAccount(400)
+    with account.lease(ONE) as batch:
+        await batch.take(50)
+        large = asyncio.create_task(batch.take(240))
+        await asyncio.sleep(0)
+        assert not large.done()
+        batch.answer(50, 20)
+        await asyncio.wait_for(large, 5)
+        batch.answer(240, 40)
+        assert (account.photos, batch.answers) == (60, 60)
+        batch.sent(40)
+        assert (account.photos, batch.answers) == (20, 20)
+    assert account.state == (0, 400)
+
+
+async def test_a_request_that_waits_for_itself_does_not_hold_up_others() -> None:
+    """Its answers and its next photo are together more than the account has."""
+    account = MemoryAccount(400)
+    with account.lease(ONE) as batch:
+        await batch.take(100)
+        batch.answer(100, 100)
+        large = asyncio.create_task(batch.take(240))
+        await asyncio.sleep(0)
+        await asyncio.wait_for(account.take(OTHER, 50), 5)
+        account.give(OTHER, 50)
+        batch.sent(100)
+        await asyncio.wait_for(large, 5)
 
 
 @pytest.mark.parametrize("served", [False, True])

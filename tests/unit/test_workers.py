@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import resource
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -11,12 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.errors import TooExpensive, UndecodableImage, WorkerLost, WorkersUnavailable
+from service.errors import (
+    Draining,
+    TooExpensive,
+    UndecodableImage,
+    WorkerLost,
+    WorkersUnavailable,
+)
 from service.workers import pool as pool_module
 from service.workers.channel import KEPT_BYTES, get, lengths_of, put
 from service.workers.pool import Limits, Rank, WorkerPool
 from service.workers.template import TEMPLATE, Template
-from tests.tasks import Allocate, Echo, End, EndOnce, Fail, Inspect, Spin, Wait
+from tests.tasks import Allocate, Echo, End, EndOnce, Fail, HangUp, Inspect, Spin, Wait
 
 pytestmark = pytest.mark.anyio
 
@@ -114,6 +122,17 @@ async def test_memory_is_limited_for_each_task(pool: WorkerPool) -> None:
     assert await pid_of(pool) == before
 
 
+async def test_a_small_task_leaves_room_for_the_parts_of_a_large_one(
+    pool: WorkerPool, lost: list[str]
+) -> None:
+    """They are read before the large one's own limit holds."""
+    await pool.run(Echo(), [], replace(LIMITS, memory_bytes=MIB))
+    large = bytes(160 * MIB)
+    done = await pool.run(Allocate(MIB), [large], replace(LIMITS, memory_bytes=400 * MIB))
+    assert done.facts["sum"] == MIB
+    assert lost == []
+
+
 async def test_a_worker_killed_by_others_is_tried_again(
     pool: WorkerPool, lost: list[str], tmp_path: Path
 ) -> None:
@@ -181,6 +200,59 @@ async def test_photos_are_finished_before_others_begin(pool: WorkerPool, tmp_pat
         await asyncio.sleep(0)
         gate.touch()
     assert order == ["finish 1", "finish 2", "begin 1", "begin 2"]
+
+
+async def test_a_worker_that_only_hangs_up_is_ended(pool: WorkerPool) -> None:
+    """Nobody waits for its end; the next task gets a new worker."""
+    async with asyncio.timeout(20):
+        with pytest.raises(WorkerLost):
+            await pool.run(HangUp(), [], LIMITS)
+        await pid_of(pool)
+
+
+async def test_a_worker_is_replaced_once_there_are_descriptors_again(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that had none for a moment does not stay without workers."""
+    monkeypatch.setattr(pool_module, "_RETRY_S", 0.01)
+    before = await pid_of(pool)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        os.kill(before, signal.SIGKILL)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await pool.run(Echo(), [], LIMITS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    async with asyncio.timeout(20):
+        assert await pid_of(pool) != before
+
+
+async def test_a_pool_that_closes_under_its_tasks() -> None:
+    """They end at once, running, waiting or late, and so do their workers."""
+    async with WorkerPool.open(1) as closing:
+        tasks = [asyncio.create_task(closing.run(Wait(), [], LIMITS)) for _ in range(2)]
+        pid = closing.pids[0]
+        await asyncio.sleep(0)
+    tasks.append(asyncio.create_task(closing.run(Echo(), [], LIMITS)))
+    async with asyncio.timeout(20):
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, Draining)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_template_that_cannot_fork_keeps_its_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of processes may be reached for a moment: the error says so, and nothing ends."""
+    template = Template()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    monkeypatch.setattr(template, "_running", lambda: ours)
+    with ours, theirs, Path(os.devnull).open() as memory:
+        theirs.send(b"Resource temporarily unavailable")
+        monkeypatch.setattr(template, "_stop", lambda: pytest.fail("it was ended"))
+        with pytest.raises(WorkersUnavailable, match="started: Resource temporarily unavailable"):
+            template.fork(theirs, memory.fileno())
 
 
 async def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
