@@ -69,6 +69,8 @@ def live(control: socket.socket, memory: int, parent: int) -> None:
     _prepare_process(parent)
     address_space = _AddressSpace()
     while packet := _next(control):
+        # The parts of a large photo may exceed what the task before was allowed.
+        address_space.lift()
         pickled, *parts = get(memory, lengths_of(packet, memory))
         order: Order = pickle.loads(pickled)  # noqa: S301 - the service wrote it
         address_space.limit(order.memory_bytes)
@@ -127,15 +129,16 @@ class _AddressSpace:
     def __init__(self) -> None:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         self._at_start = pages * resource.getpagesize()
-        self._added: int | None = None
 
     def limit(self, memory_bytes: int) -> None:
         """Let the address space grow by ``memory_bytes``, and what the worker itself needs."""
-        if memory_bytes == self._added:  # as for most photos
-            return
         limit = self._at_start + memory_bytes + _SLACK_BYTES
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         if hard != resource.RLIM_INFINITY:
             limit = min(limit, hard)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        self._added = memory_bytes
+
+    def lift(self) -> None:
+        """Let it grow as far as the container allows."""
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))

@@ -114,6 +114,17 @@ async def test_memory_is_limited_for_each_task(pool: WorkerPool) -> None:
     assert await pid_of(pool) == before
 
 
+async def test_parts_may_exceed_the_limit_of_the_task_before(
+    pool: WorkerPool, lost: list[str]
+) -> None:
+    """A large photo follows a small one in the same worker."""
+    await pool.run(Echo(), [b"small"], replace(LIMITS, memory_bytes=MIB))
+    large = bytes(256 * MIB)
+    done = await pool.run(Echo(), [large], replace(LIMITS, memory_bytes=1024 * MIB))
+    assert done.parts == [large]
+    assert lost == []
+
+
 async def test_a_worker_killed_by_others_is_tried_again(
     pool: WorkerPool, lost: list[str], tmp_path: Path
 ) -> None:
