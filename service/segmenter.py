@@ -45,7 +45,7 @@ IDLE_S: Final = 10.0
 # The part of the deadline that accepted photos may need by estimate: an estimate may be wrong.
 _FILLED: Final = 0.7
 # A task that waits for something takes no CPU time: it ends after this many times its CPU time.
-_WALL_PER_CPU: Final = 6.0
+_WALL_PER_CPU: Final = 3.0
 _LEAST_CPU_S: Final = 0.1
 
 _log: Any = structlog.get_logger("service.segmenter")

@@ -119,7 +119,7 @@ class Settings(BaseSettings):
         64_000_000, ge=1024, le=178_956_970, description="largest image, pixels"
     )
     max_side: int = Field(
-        2048, ge=64, le=4096, description="greatest max_side of a request, pixels"
+        1280, ge=64, le=4096, description="greatest max_side of a request, pixels"
     )
     queue_size: int | None = Field(
         None,

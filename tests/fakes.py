@@ -63,7 +63,10 @@ class FakeSession:
         return ["CPUExecutionProvider"]
 
     def run(
-        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: Any = None,  # noqa: ANN401
     ) -> Sequence[Any]:
         """Zero logits, once the gate is open."""
         self.threads.append(threading.current_thread().name)

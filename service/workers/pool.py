@@ -1,7 +1,8 @@
 """A pool of image workers over asyncio.
 
 A worker has one task at a time. When one is free, it gets the task that finishes a photo before the
-one that begins another, and the earlier before the later. A worker that dies, exceeds a limit or is
+one that begins another, and the earlier before the later. A client whose slow tasks occupy all workers
+but one gets no other until one of them ends. A worker that dies, exceeds a limit or is
 no longer waited for is replaced; nothing else notices.
 """
 
@@ -96,6 +97,8 @@ class _Worker:
     control: socket.socket
     memory: int
     reply: asyncio.Future[bytes] | None = None
+    client: str | None = None
+    since_s: float = 0.0
     too_slow: bool = False
 
     def close(self) -> None:
@@ -109,6 +112,7 @@ class _Worker:
 class _Waiting:
     rank: Rank
     number: int
+    client: str | None = field(compare=False)
     worker: asyncio.Future[_Worker] = field(compare=False)
 
 

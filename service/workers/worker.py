@@ -69,8 +69,6 @@ def live(control: socket.socket, memory: int, parent: int) -> None:
     _prepare_process(parent)
     address_space = _AddressSpace()
     while packet := _next(control):
-        # The parts of a large photo may exceed what the task before was allowed.
-        address_space.lift()
         pickled, *parts = get(memory, lengths_of(packet, memory))
         order: Order = pickle.loads(pickled)  # noqa: S301 - the service wrote it
         with address_space.limited(order.memory_bytes):

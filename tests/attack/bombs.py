@@ -265,7 +265,7 @@ def large(port: int) -> list[Request]:
         Request("C3 mask of a line", post(port, "/segment", line)),
         Request(
             "C3 polygons of many regions",
-            post(port, f"{polygons}&max_side=2048", busy(7000, 7000), _JSON),
+            post(port, f"{polygons}&max_side=1280", busy(7000, 7000), _JSON),
         ),
         label_studio(port, "C4 of 49 MP", same_class(5200), [busy(7000, 7000)], "predict"),
     ]

@@ -67,7 +67,10 @@ class StoredLogits:
         return ["CPUExecutionProvider"]
 
     def run(
-        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: Any = None,  # noqa: ANN401
     ) -> Sequence[Any]:
         """The stored logits, repeated for each photo of the batch."""
         batch, height, width, _ = input_feed["image"].shape

@@ -114,7 +114,7 @@ async def test_a_batch_that_does_not_fit_into_memory_fails_alone(photos: list[Ph
         large: list[httpx.Response] = []
 
         async def ask() -> None:
-            large.append(await post(running, photo, max_side="2048"))
+            large.append(await post(running, photo, max_side="1280"))
 
         async with anyio.create_task_group() as group:
             for _ in range(3):
