@@ -21,7 +21,10 @@ BODIES_SHARE = 1 / 4
 """The part that bodies may take, so that those which arrive cannot keep out those which have."""
 
 CLIENT_SHARE = 1 / 2
-"""The part that one client's photos and answers may take, unless it has only one."""
+"""The part that one client's photos and answers may take."""
+
+UNREAD_SHARE = 1 / 8
+"""A client that has no more than this part may take more than its share for a single photo."""
 
 
 @dataclass(eq=False, slots=True)
@@ -45,6 +48,7 @@ class MemoryAccount:
         self.bodies = 0
         self.photos = 0
         self._by_client: Counter[str | None] = Counter()
+        self._answers: Counter[str | None] = Counter()  # of them, what waits to be read
         self._waiting: list[_Waiting] = []
 
     @contextlib.contextmanager
@@ -110,6 +114,12 @@ class MemoryAccount:
         self._count(client, -size)
         self._serve()
 
+    def answered(self, client: str | None, size: int) -> None:
+        """Of the bytes that were taken, count ``size`` more as those of answers."""
+        self._answers[client] += size
+        if not self._answers[client]:
+            del self._answers[client]
+
     def _count(self, client: str | None, size: int) -> None:
         self.photos += size
         self._by_client[client] += size
@@ -120,13 +130,22 @@ class MemoryAccount:
         """Give their turn to those that fit, the first first.
 
         Who waits for its own client's memory is passed over; who waits for the account's is not,
-        or large photos would wait for ever. Answers that wait for a photo must not keep it waiting,
-        and a photo that only its own request's answers keep out must not hold up others.
+        or large photos would wait for ever. For the same reason a client's later photos wait for
+        its earlier ones, unless only answers that it does not read keep those waiting. Answers that
+        wait for a photo must not keep it waiting, and a photo that only its own request's answers
+        keep out must not hold up others.
         """
+        share = self.capacity * CLIENT_SHARE
+        held_back: set[str] = set()
         for waiting in [*self._waiting]:
-            own = self._by_client[waiting.client] - waiting.answers
-            share = self.capacity * CLIENT_SHARE
-            if waiting.client is not None and own and own + waiting.size > share:
+            client = waiting.client
+            if client in held_back:
+                continue
+            own = self._by_client[client] - waiting.answers
+            alone = client is None or own <= self.capacity * UNREAD_SHARE
+            if client is not None and not alone and own + waiting.size > share:
+                if own > self._answers[client] - waiting.answers:
+                    held_back.add(client)
                 continue
             if self.photos + waiting.size > self.largest:
                 if waiting.answers + waiting.size > self.largest:
@@ -139,11 +158,14 @@ class MemoryAccount:
 
 
 class Lease:
-    """What one request holds of the account. ``answers``: bytes of those that are not sent yet."""
+    """What one request holds of the account.
+
+    ``client``: whom it counts for; ``answers``: bytes of those that are not sent yet.
+    """
 
     def __init__(self, account: MemoryAccount, client: str | None) -> None:
         self._account = account
-        self._client = client
+        self.client = client
         self._body = 0
         self._photos = 0
         self.answers = 0
@@ -162,31 +184,34 @@ class Lease:
 
     async def take(self, size: int) -> None:
         """Take bytes for a photo; waits in order. Raises `ImageTooLarge`."""
-        await self._account.take(self._client, size, self)
+        await self._account.take(self.client, size, self)
         self._photos += size
 
     def answer(self, taken: int, size: int) -> None:
         """Of the bytes taken for a photo keep ``size`` for its answer, and give back the others."""
         kept = min(taken, size)
         self.answers += kept
+        self._account.answered(self.client, kept)
         self.give(taken - kept)
 
     def sent(self, size: int) -> None:
         """Give back the bytes of an answer."""
         size = min(size, self.answers)
         self.answers -= size
+        self._account.answered(self.client, -size)
         self.give(size)
 
     def give(self, size: int) -> None:
         """Give back bytes of a photo."""
         if size:
             self._photos -= size
-            self._account.give(self._client, size)
+            self._account.give(self.client, size)
 
     def close(self) -> None:
         """Give back everything."""
         self._account.give_body(self._body)
-        self._body = self.answers = 0
+        self._body = 0
+        self.sent(self.answers)
         self.give(self._photos)
 
 

@@ -67,6 +67,8 @@ class Service:
         """Raise `Draining` unless the service accepts photos."""
         if self.phase is not Phase.READY:
             raise Draining(f"the service is {self.phase.value}")
+        if self.segmenter.stranded:
+            raise Draining("no image worker can be started")
 
     def begin_draining(self) -> None:
         """Become unready; requests in progress continue."""

@@ -136,9 +136,8 @@ class Segmenter:
             async with asyncio.timeout(self._limits.deadline_s):
                 await lease.take(memory_bytes)
                 try:
-                    return await self._workers.run(
-                        task, [body], self._worker_limits(memory_bytes, self._limits.cpu_s)
-                    )
+                    limits = self._worker_limits(memory_bytes, self._limits.cpu_s)
+                    return await self._workers.run(task, [body], limits, Rank.BEGIN, lease.client)
                 finally:
                     lease.give(memory_bytes)
         except TimeoutError as exc:
@@ -225,7 +224,8 @@ class Segmenter:
         cpu_s = self._limits.cpu_s - use.cpu_s
         if cpu_s < _LEAST_CPU_S:
             raise TooExpensive(f"decoding it takes more than {use.cpu_s:.1f} s of CPU time")
-        done = await self._workers.run(task, parts, self._worker_limits(use.granted, cpu_s), rank)
+        limits = self._worker_limits(use.granted, cpu_s)
+        done = await self._workers.run(task, parts, limits, rank, use.client)
         use.cpu_s += done.cpu_s
         use.expected.took(done.run_s)
         return done
@@ -244,6 +244,11 @@ class Segmenter:
     def pids(self) -> list[int]:
         """The process ids of this process and of all that work for it."""
         return self._workers.all_pids
+
+    @property
+    def stranded(self) -> bool:
+        """Whether no image worker runs and none can be started."""
+        return self._workers.stranded
 
     @property
     def in_flight(self) -> int:
@@ -295,6 +300,7 @@ class _Use:
         self.expected = expected
         self.granted = 0
         self.cpu_s = 0.0
+        self.client = lease.client
         self._lease = lease
 
     async def take(self, size: int) -> None:

@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Final
 
+_PR_SET_DUMPABLE: Final = 4
+
 # mallopt's parameters, from glibc's malloc.h, and their values.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -49,6 +51,16 @@ def keep_freed_buffers() -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BUFFER_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def hide_memory() -> None:
+    """Let no other process of this user read this one's memory and environment.
+
+    An image worker may be under the control of the file that it decodes. Source: Linux,
+    ``PR_SET_DUMPABLE``.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
 
 
 def give_back_freed() -> None:

@@ -20,7 +20,14 @@ from tqdm import tqdm
 from service.artefact.contract import one_line
 from service.artefact.labels import LabelSet
 from service.cli.outputs import CocoFile, OutputFiles, plan_outputs
-from service.errors import InvalidParameter, RemoteError, RemoteLost, SegmentError, SettingsError
+from service.errors import (
+    InvalidParameter,
+    Overloaded,
+    RemoteError,
+    RemoteLost,
+    SegmentError,
+    SettingsError,
+)
 from service.jobs.view import ViewJob
 from service.runtime import open_service
 from service.schemas import LabelMap
@@ -208,7 +215,12 @@ async def _embedded(settings: Settings, arguments: Arguments) -> AsyncIterator[P
     async with open_service(settings) as service:
 
         async def predict(data: bytes, options: Options) -> bytes:
-            return (await service.segmenter.segment(ViewJob.of(options), data)).content
+            while True:
+                try:
+                    return (await service.segmenter.segment(ViewJob.of(options), data)).content
+                # A service refuses; here nobody else can take the photo, so it waits.
+                except Overloaded as exc:
+                    await asyncio.sleep(exc.retry_after_s)
 
         # More photos than keep it busy would only use memory.
         jobs = min(arguments.jobs or service.concurrency, service.segmenter.max_in_flight)

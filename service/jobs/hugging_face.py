@@ -84,7 +84,7 @@ class ImageSegmentationJob:
         data, writer = body, _SegmentsWriter(SegmentationParameters())
         # Content-Type is often missing or wrong; no image file begins like JSON.
         if body[:1].isspace() or body.startswith(b"{"):
-            grant.require(json_memory(body), len(body))
+            grant.require(json_memory(body), pixels=0)
             request = parse(SegmentationRequest, body)
             writer = _SegmentsWriter(_parameters(request.parameters))
             data = decode_image_text(request.inputs.encode(), self.max_bytes)

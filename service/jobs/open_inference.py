@@ -131,7 +131,7 @@ class InferenceJob:
     def read(self, body: bytes, grant: Grant, contract: ModelContract) -> Reading:
         """See `service.jobs.base.Job`."""
         text = body[: self.json_bytes]
-        grant.require(json_memory(text), len(text))
+        grant.require(json_memory(text), pixels=0)
         request = parse(InferenceRequest, text)
         if [tensor.name for tensor in request.inputs] != [IMAGE]:
             raise MalformedRequest(f"inputs: must be one tensor, {IMAGE!r}")

@@ -21,6 +21,7 @@ import structlog
 import uvicorn
 import uvloop
 
+from service import system
 from service.access import AllowedHosts
 from service.app import create_app, with_state
 from service.errors import SettingsError
@@ -58,6 +59,7 @@ def answer(
     ``hangup``: by `keep_hangups`, set if SIGHUP has arrived already; ``parent``: the supervisor, if
     there is one. Raises what opening the service raises.
     """
+    system.hide_memory()
     # A crash in a library's native code then prints where it happened.
     faulthandler.enable()
     _allow_many_files()

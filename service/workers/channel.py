@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -49,11 +50,11 @@ def size_of(part: Part) -> int:
     return len(part) if isinstance(part, bytes | bytearray) else part.nbytes
 
 
-def lengths_of(packet: bytes, memory: int) -> list[int]:
+def lengths_of(packet: bytes, memory: int, most: int = sys.maxsize) -> list[int]:
     """The lengths in a packet.
 
-    Raises `ValueError` unless they are those of parts that the file ``memory`` can hold: a worker
-    may be under the control of the file that it decodes.
+    Raises `ValueError` unless they are those of parts that the file ``memory`` can hold, at most
+    ``most`` bytes: a worker may be under the control of the file that it decodes.
     """
     try:
         lengths = json.loads(packet)
@@ -63,7 +64,7 @@ def lengths_of(packet: bytes, memory: int) -> list[int]:
         isinstance(lengths, list)
         and len(lengths) <= MAX_PARTS
         and all(type(length) is int and length >= 0 for length in lengths)
-        and sum(lengths) <= os.fstat(memory).st_size
+        and sum(lengths) <= min(most, os.fstat(memory).st_size)
     )
     if not well_formed:
         raise ValueError("the packet does not describe a message")

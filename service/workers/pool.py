@@ -1,8 +1,8 @@
 """A pool of image workers over asyncio.
 
 A worker has one task at a time. When one is free, it gets the task that finishes a photo before the
-one that begins another, and the earlier before the later. A client whose slow tasks occupy all workers
-but one gets no other until one of them ends. A worker that dies, exceeds a limit or is
+one that begins another, and the earlier before the later. A client whose slow tasks occupy all
+workers but one gets no other until one of them ends. A worker that dies, exceeds a limit or is
 no longer waited for is replaced; nothing else notices.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 import json
 import os
@@ -44,6 +43,10 @@ Lost = Callable[[str], None]
 # Copying more than this would stop the event loop for milliseconds: a thread does it.
 _LOOP_BYTES: Final = 2 * 2**20
 _RETRY_S: Final = 1.0
+
+SLOW_S: Final = 0.25
+"""Seconds after which a task is a slow one."""
+
 _ATTEMPTS: Final = 2
 
 _CPU_SIGNALS: Final = frozenset({signal.SIGPROF, signal.SIGXCPU})
@@ -133,6 +136,7 @@ class WorkerPool:
         # One for each task in a worker's hands, done when the worker is free or replaced.
         self._in_hand: set[asyncio.Future[None]] = set()
         self._closed = False
+        self._failing = False
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -147,6 +151,11 @@ class WorkerPool:
             await pool._close()
 
     @property
+    def stranded(self) -> bool:
+        """Whether no worker runs and the last attempt to start one failed."""
+        return self._failing and not self._alive
+
+    @property
     def pids(self) -> list[int]:
         """The process ids of the workers."""
         return [worker.process.pid for worker in self._alive]
@@ -157,9 +166,16 @@ class WorkerPool:
         return [os.getpid(), TEMPLATE.pid, *self.pids]
 
     async def run(
-        self, task: Task, parts: Sequence[Part], limits: Limits, rank: Rank = Rank.BEGIN
+        self,
+        task: Task,
+        parts: Sequence[Part],
+        limits: Limits,
+        rank: Rank = Rank.BEGIN,
+        client: str | None = None,
     ) -> Done:
         """Run a task in a worker. Cancelling ends the worker, and with it the work.
+
+        ``client``: whose task it is, None for one that shares with nobody.
 
         Raises what the task raises, `TooExpensive` if it exceeds a limit, `UndecodableImage` if it
         crashes the worker, `WorkerLost` if two workers were lost through no fault of its own, or
@@ -168,7 +184,8 @@ class WorkerPool:
         order = pickle.dumps(Order(task, limits.cpu_s, limits.memory_bytes))
         message = [order, *parts]
         for _ in range(_ATTEMPTS):
-            worker = await self._take(rank)
+            worker = await self._take(rank, client)
+            worker.client, worker.since_s = client, time.monotonic()
             try:
                 return await self._ask(worker, message, limits)
             except _Died as died:
@@ -180,13 +197,14 @@ class WorkerPool:
                     raise error from None
         raise WorkerLost("the process that worked on this photo was lost, and so was the next")
 
-    async def _take(self, rank: Rank) -> _Worker:
+    async def _take(self, rank: Rank, client: str | None) -> _Worker:
         if self._closed:
             raise _closing()
-        if self._free:
+        if self._free and not self._occupies(client):
             return self._free.pop()
-        waiting = _Waiting(rank, next(self._numbers), asyncio.get_running_loop().create_future())
-        heapq.heappush(self._waiting, waiting)
+        turn: asyncio.Future[_Worker] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(rank, next(self._numbers), client, turn)
+        self._waiting.append(waiting)
         try:
             return await waiting.worker
         except asyncio.CancelledError:
@@ -200,12 +218,24 @@ class WorkerPool:
         if self._closed:
             self._replace(worker)
             return
-        while self._waiting:
-            waiting = heapq.heappop(self._waiting)
-            if not waiting.worker.done():
-                waiting.worker.set_result(worker)
-                return
+        worker.client = None
         self._free.append(worker)
+        for waiting in sorted(self._waiting):
+            if not self._free:
+                return
+            if waiting.worker.done():
+                self._waiting.remove(waiting)
+            elif not self._occupies(waiting.client):
+                self._waiting.remove(waiting)
+                waiting.worker.set_result(self._free.pop())
+
+    def _occupies(self, client: str | None) -> bool:
+        """Whether a client's slow tasks occupy all workers but one, which is left to others."""
+        if client is None or self.size == 1:
+            return False
+        before_s = time.monotonic() - SLOW_S
+        slow = sum(one.client == client and one.since_s < before_s for one in self._alive)
+        return slow >= self.size - 1
 
     async def _ask(self, worker: _Worker, message: Sequence[Part], limits: Limits) -> Done:
         """Give a worker its task and await the answer. Afterwards the worker is free or replaced.
@@ -236,7 +266,7 @@ class WorkerPool:
             reply = await worker.reply
             if not reply:
                 raise _Died(await self._status(worker), too_slow=worker.too_slow)
-            lengths = lengths_of(reply, worker.memory)
+            lengths = lengths_of(reply, worker.memory, limits.memory_bytes + _LOOP_BYTES)
             if sum(lengths) > _LOOP_BYTES:
                 parts = await _uninterrupted(asyncio.to_thread(get, worker.memory, lengths))
             else:
@@ -308,9 +338,11 @@ class WorkerPool:
             try:
                 started = await asyncio.to_thread(_start)
             except WorkersUnavailable as exc:
+                self._failing = True
                 _log.error("image worker not started", reason=str(exc))
                 await asyncio.sleep(_RETRY_S)
                 continue
+            self._failing = False
             if not self._ended():
                 self._add(started)
                 return

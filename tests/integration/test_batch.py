@@ -268,7 +268,10 @@ class Holding(FakeSession):
     held: threading.Event = field(default_factory=threading.Event)
 
     def run(
-        self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: Any = None,  # noqa: ANN401
     ) -> Sequence[Any]:
         """Logits of zeros."""
         if len(self.threads) == self.passes:

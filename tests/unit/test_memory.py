@@ -80,11 +80,11 @@ async def test_a_request_does_not_wait_for_its_own_answers() -> None:
     """In a batch, answers of small photos wait for the large one before them."""
     account = MemoryAccount(400)
     with account.lease(ONE) as batch:
-        await batch.take(50)
+        await batch.take(60)
         large = asyncio.create_task(batch.take(240))
         await asyncio.sleep(0)
         assert not large.done()
-        batch.answer(50, 20)
+        batch.answer(60, 20)
         await asyncio.wait_for(large, 5)
         batch.answer(240, 40)
         assert (account.photos, batch.answers) == (60, 60)
@@ -151,3 +151,28 @@ def test_resident_memory_is_measured() -> None:
         assert resident_bytes([process.pid, os.getpid()]) > alone + 2**20
         process.stdin.write(b"\n")
     assert resident_bytes([process.pid]) == 0
+
+
+async def test_a_large_photo_is_not_passed_by_its_own_clients_later_ones() -> None:
+    """Otherwise small photos of the same address, one after the other, would starve it."""
+    account = MemoryAccount(400)
+    with account.lease(ONE) as first:
+        await first.take(100)
+        large = await started(account, ONE, 250)
+        later = await started(account, ONE, 60)
+        assert (large.done(), later.done()) == (False, False)
+        await asyncio.wait_for(account.take(OTHER, 20), 5)
+    await asyncio.wait_for(large, 5)
+
+
+async def test_answers_that_are_not_read_hold_up_no_other_photo_of_the_client() -> None:
+    """Many may be behind one address: one that reads slowly must not stop the others."""
+    account = MemoryAccount(400)
+    with account.lease(ONE) as unread:
+        await unread.take(100)
+        unread.answer(100, 100)
+        large = await started(account, ONE, 250)
+        await asyncio.wait_for(account.take(ONE, 60), 5)
+        assert not large.done()
+        account.give(ONE, 60)
+    await asyncio.wait_for(large, 5)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -276,3 +277,42 @@ def test_a_packet_that_lies_is_refused(packet: bytes) -> None:
             get(memory, [5, 6])
     finally:
         os.close(memory)
+
+
+async def test_a_clients_slow_tasks_leave_a_worker_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets no other task until one of them ends; tasks that are not slow take all workers."""
+    monkeypatch.setattr(pool_module, "SLOW_S", 0.0)
+    gate = tmp_path / "gate"
+    async with WorkerPool.open(2) as two, asyncio.TaskGroup() as group:
+        group.create_task(two.run(Wait(gate), [], LIMITS, client="one"))
+        await asyncio.sleep(0.01)
+        more = group.create_task(two.run(Echo(), [b"more"], LIMITS, client="one"))
+        for client in ("other", None):
+            assert (await two.run(Echo(), [b"photo"], LIMITS, client=client)).parts == [b"photo"]
+        assert not more.done()
+        gate.touch()
+    assert more.result().parts == [b"more"]
+
+
+async def test_a_pool_without_workers_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While none can be started; afterwards everything is as before."""
+    monkeypatch.setattr(pool_module, "_RETRY_S", 0.01)
+    async with WorkerPool.open(1) as pool:
+        tried = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def fail(*_: object) -> None:
+            loop.call_soon_threadsafe(tried.set)
+            raise WorkersUnavailable("none on purpose")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pool_module, "TEMPLATE", Mock(fork=fail))
+            os.kill(pool.pids[0], signal.SIGKILL)
+            await asyncio.wait_for(tried.wait(), 30)
+            tried.clear()
+            await asyncio.wait_for(tried.wait(), 30)  # so the first failure has been handled
+            assert pool.stranded
+        assert (await pool.run(Echo(), [b"photo"], LIMITS)).parts == [b"photo"]
+        assert not pool.stranded

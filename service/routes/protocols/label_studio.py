@@ -19,7 +19,16 @@ from fastapi import Request, Response
 from pydantic import Field
 
 from service.artefact.contract import ModelContract
-from service.errors import ImageError, InvalidParameter, MalformedRequest, RequestError
+from service.errors import (
+    DeadlineExceeded,
+    ImageError,
+    InvalidParameter,
+    MalformedRequest,
+    Overloaded,
+    RequestError,
+    SegmentError,
+    WorkerLost,
+)
 from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
 from service.http.problems import documented_errors
@@ -159,13 +168,13 @@ async def _predict(service: Service, body: bytes, lease: Lease) -> bytes:
         brush = _Brush(service, lease, fetching, controls=read.parts[1])
         tasks = read.facts["images"]
         answer: list[bytes] = []
-        failed: list[RequestError | ImageError] = []
+        failed: list[SegmentError] = []
         for images in _images(read.parts[0], tasks):
             found: list[Result] = []
             try:
                 for key, image in zip(read.facts["keys"], images, strict=True):
                     found.append(await brush.regions(key, image))
-            except (RequestError, ImageError) as exc:
+            except (RequestError, ImageError, Overloaded, WorkerLost, DeadlineExceeded) as exc:
                 failed.append(exc)
                 found = []
             answer += [b"," if answer else b"", *_prediction(service, found)]
