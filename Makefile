@@ -20,7 +20,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.13 python3.12; do \
 # Further arguments: make test ARGS="-k decoding -x", make bench ARGS="--data VOCdevkit"
 ARGS ?=
 
-.PHONY: help serve cluster rollout test test-fast test-lowest fuzz test-gpu coverage check audit \
+.PHONY: help serve cluster rollout test test-fast test-long test-lowest fuzz test-gpu coverage check audit \
 	format bench bench-quick bench-gpu overload soak attack lock docker clean tools python FORCE
 
 help: ## this list
@@ -77,6 +77,9 @@ test: check tools ## set-up, checks and all tests; ARGS go to pytest
 
 test-fast: .venv/ready ## the quick unit tests and one real request, under a minute; ARGS go to pytest
 	@.venv/bin/pytest -m "not slow" tests/unit tests/integration/test_serve.py::test_a_photo_over_the_wire $(ARGS)
+
+test-long: .venv/ready ## the rarest and longest tests, two minutes, which `make test` leaves out
+	@.venv/bin/pytest -m long $(ARGS)
 
 lowest-tests = $(patsubst %,tests/integration/test_%.py,api api_errors http serve) \
 	$(patsubst %,tests/unit/test_%.py,access batcher cli connections contract logs metrics \

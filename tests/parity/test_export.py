@@ -32,7 +32,13 @@ def contract_of(name: str, network: SegmentationNetwork) -> ModelContract:
     )
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(
+    params=[
+        # Their hundreds of concatenations take the exporter half a minute and more.
+        pytest.param(name, marks=pytest.mark.long if "densenet" in name else ())
+        for name in NETWORKS
+    ]
+)
 def trained(request: pytest.FixtureRequest) -> tuple[str, SegmentationNetwork]:
     """A network with random BatchNorm statistics and its weights on fp16's grid."""
     torch.manual_seed(0)

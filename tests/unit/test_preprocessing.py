@@ -125,7 +125,7 @@ def test_bands_do_not_show(
         patch.setattr(preprocessing, "BAND_BYTES", band_bytes)
         banded = preprocess(image, geometry, (0, 0, 0), box)
     assert levels_apart(banded, whole) <= 1
-    assert (banded == whole).mean() > 0.98
+    assert np.count_nonzero(banded != whole) <= max(8, 0.02 * whole.size)
 
 
 @pytest.mark.parametrize("size", [(3000, 4000), (500, 24_000), (24_000, 500)])

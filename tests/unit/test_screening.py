@@ -246,6 +246,7 @@ PEAK: Final = """
 import sys
 from PIL import Image
 from service.images.decoding import decode_inspected, inspect
+from service.images.headers import WORKING_BYTES
 
 def peak_kib() -> int:
     with open("/proc/self/status") as status:
