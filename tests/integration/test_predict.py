@@ -351,7 +351,7 @@ def test_max_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["predict", str(photo), "--out", str(tmp_path / "out"), "--max-side"]
     assert main([*command, "200"]) == 0
     assert main([*command, "20"]) == 2
-    assert capsys.readouterr().err == "fcn-segment: --max-side: 20 is not in 64 to 2048\n"
+    assert capsys.readouterr().err == "fcn-segment: --max-side: 20 is not in 64 to 1280\n"
 
 
 def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
