@@ -34,8 +34,8 @@ def contract_of(name: str, network: SegmentationNetwork) -> ModelContract:
 
 @pytest.fixture(
     params=[
-        # Their hundreds of concatenations take the exporter half a minute and more.
-        pytest.param(name, marks=pytest.mark.long if "densenet" in name else ())
+        # DenseNet's hundreds of concatenations and VGG's 134 million weights take the exporter long.
+        pytest.param(name, marks=pytest.mark.long if "densenet" in name or "vgg" in name else ())
         for name in NETWORKS
     ]
 )

@@ -101,7 +101,7 @@ def test_every_size_becomes_every_other(height: int, width: int, new_h: int, new
     assert levels_apart(preprocess(image, geometry, (0, 0, 0)), np.asarray(expected)) <= 2
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     st.tuples(st.integers(1, 90), st.integers(1, 90)),
     st.tuples(st.integers(1, 90), st.integers(1, 90)),
