@@ -34,7 +34,7 @@ def contract_of(name: str, network: SegmentationNetwork) -> ModelContract:
 
 @pytest.fixture(
     params=[
-        # DenseNet's hundreds of concatenations and VGG's 134 million weights take the exporter long.
+        # DenseNet has hundreds of concatenations, VGG 134 million weights: both take long.
         pytest.param(name, marks=pytest.mark.long if "densenet" in name or "vgg" in name else ())
         for name in NETWORKS
     ]
