@@ -1,6 +1,6 @@
 """One account of the memory that requests may take, in bytes.
 
-Whoever needs memory takes it from the account first, and gives it back after the answer is sent:
+Memory is taken from the account before it is used, and given back after the answer is sent:
 bodies as they arrive, photos before they are decoded, answers until the client has read them.
 Photos that do not fit wait in order.
 """
@@ -130,7 +130,7 @@ class MemoryAccount:
         """Give their turn to those that fit, the first first.
 
         Who waits for its own client's memory is passed over; who waits for the account's is not,
-        or large photos would wait for ever. For the same reason a client's later photos wait for
+        or large photos would never get theirs. For the same reason a client's later photos wait for
         its earlier ones, unless only answers that it does not read keep those waiting. Answers that
         wait for a photo must not keep it waiting, and a photo that only its own request's answers
         keep out must not hold up others.

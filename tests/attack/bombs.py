@@ -66,7 +66,7 @@ def matrix_profile(elements: int) -> bytes:
 
 
 def tiles(width: int, tile_width: int, tile_height: int, count: int) -> bytes:
-    """A TIFF one pixel high in ``count`` tiles, all of which are the same bytes of Zstandard."""
+    """A TIFF one pixel high in ``count`` tiles that are all the same bytes of Zstandard."""
     size = tile_width * tile_height
     data = bytearray(struct.pack("<IBI", 0xFD2FB528, 0xA0, size))
     while size:

@@ -34,8 +34,8 @@ class Request:
 
     ``incomplete``: it ends too early, so that the service may close the connection without an
     answer; ``half_closed``: the client closes its sending side after it, as ``nc -N`` does;
-    ``refused``: only a 4xx is right; ``photos``: how many it has, each of which may cost as much as
-    one alone.
+    ``refused``: only a 4xx is right; ``photos``: how many it has; each may cost as much as one
+    alone.
     """
 
     name: str

@@ -323,7 +323,7 @@ def _scan(components: list[int], start: int, end: int, high: int, low: int) -> b
 
 
 def scans(rng: Rng) -> bytes:
-    """A JPEG of many scans over many blocks, next to none of which have data."""
+    """A JPEG of many scans over many blocks, almost without data."""
     width, height = _sides(rng, 65_500)
     frame = rng.choice((0xC0, 0xC1, 0xC2, 0xC2, 0xC2, 0xC3, 0xC9, 0xCA, 0xCA))
     factors: tuple[int, ...] = rng.choice(

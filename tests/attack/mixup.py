@@ -155,7 +155,7 @@ class Clients:
             self._tally.fail(path, answer)
 
     async def batch(self, rng: random.Random, source: str) -> None:
-        """Several photos in one request, one of which is broken."""
+        """Several photos in one request; one is broken."""
         chosen = rng.choices(self._photos, k=rng.randrange(2, 6))
         broken = rng.randrange(len(chosen))
         parts = [form(photo.data) for photo in chosen]

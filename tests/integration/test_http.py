@@ -676,7 +676,7 @@ def test_a_closed_connection_frees_its_place(
 def test_a_client_that_only_reads_on(
     protocol_server: Server, sent: bytes, statuses: list[int]
 ) -> None:
-    """Whoever shuts down the sending side after whole requests gets all answers."""
+    """A client that shuts down its sending side after whole requests gets all answers."""
     with connect(protocol_server.address) as connection:
         connection.sendall(sent)
         connection.shutdown(socket.SHUT_WR)
