@@ -145,7 +145,8 @@ def fit(
         ``(h, w, 3) uint8 RGB``, padded at the bottom and right, and the geometry.
     """
     geometry = Geometry.plan((image.height, image.width), working_size, shapes)
-    return preprocess(np.asarray(image), geometry, PADDING_COLOR), geometry
+    # A copy, because PyTorch wants arrays that may be written to.
+    return np.array(preprocess(np.asarray(image), geometry, PADDING_COLOR)), geometry
 
 
 def upsample(logits: Tensor, geometry: Geometry, stride: int) -> Tensor:

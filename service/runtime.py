@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from service.errors import Draining, SettingsError
 from service.images.headers import WORKING_BYTES
@@ -34,6 +34,10 @@ if TYPE_CHECKING:  # needs the extra `tracing`
 
 OpenEngines = Callable[[Settings, Metrics], Awaitable[Engines]]
 """Opens the engines of a service."""
+
+CPU_WORKERS: Final = 3
+"""Image workers beside a network on the CPU, which needs the cores. Between two tasks a worker
+waits for the event loop: two workers cannot keep two cores busy."""
 
 
 class Phase(Enum):
@@ -110,7 +114,7 @@ async def open_service(
     on_gpu = engines.default.model.gpu is not None
     queue_size = settings.queue_size or (GPU_QUEUE if on_gpu else CPU_QUEUE)
     # With a GPU all cores decode, so that it never waits; without one the network needs them.
-    size = settings.decode_workers or (available_cores() if on_gpu else 2)
+    size = settings.decode_workers or (available_cores() if on_gpu else CPU_WORKERS)
     try:
         async with WorkerPool.open(size, metrics.worker_lost) as workers:
             segmenter = Segmenter(

@@ -89,7 +89,7 @@ class Settings(BaseSettings):
         None,
         ge=1,
         le=256,
-        description="processes that decode and encode photos (default: 2 on a CPU, one per usable "
+        description="processes that decode and encode photos (default: 3 on a CPU, one per usable "
         "core with a GPU)",
     )
     max_bytes: int = Field(20 * 2**20, ge=1024, description="largest image file, bytes")

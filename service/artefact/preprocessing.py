@@ -69,10 +69,13 @@ def preprocess(
 
     ``image``: ``(H, W, 3) uint8`` RGB, the photo itself or a smaller copy of it; ``box``: the part
     of ``image`` that is the photo (None: all of it). Returns ``(h, w, 3) uint8`` RGB of size
-    ``geometry.padded``, contiguous. The filter is Pillow's ``BILINEAR``, which antialiases when it
-    shrinks; rounding differs, so that some values are one level of 255 off Pillow's, very few two.
+    ``geometry.padded``, contiguous; it may be read-only, or ``image`` itself. The filter is Pillow's
+    ``BILINEAR``, which antialiases when it shrinks; rounding differs, so that some values are one
+    level of 255 off Pillow's, very few two.
     """
     height, width = geometry.resized
+    if geometry.resized == geometry.padded:
+        return np.ascontiguousarray(_resize(image, geometry.resized, box))
     padded = np.empty((*geometry.padded, 3), dtype=np.uint8)
     padded[:height, :width] = _resize(image, geometry.resized, box)
     # Whole lines: NumPy is slow where the last of many broadcast axes has only three values.
