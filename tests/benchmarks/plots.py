@@ -86,7 +86,12 @@ def plot_pipe(bench: Bench, path: Path) -> None:
     """Draw requests per second without the network."""
     figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
     position, ticks = 0.0, []
-    for network, what in (("", OURS), ("mask", "mask ready-made"), ("logits", "upsampling")):
+    for network, what in (
+        ("", OURS),
+        ("decoded", "nothing resized"),
+        ("mask", "mask ready-made"),
+        ("logits", "upsampling"),
+    ):
         for name in sides.BATCHING_PEERS if network else (OURS,):
             figures = pipe_figures(bench, network or "logits", name)
             if figures:

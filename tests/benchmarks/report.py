@@ -105,6 +105,7 @@ def targets(bench: Bench) -> list[Target]:
     for network, what, bound in (
         ("mask", "peers get the finished mask", 1.5),
         ("logits", "all upsample", 1.5),
+        ("decoded", "which only decodes and encodes", 1.0),
     ):
         present = {
             name: statistics.median(figures)
@@ -261,7 +262,11 @@ def _serving_tables(bench: Bench) -> list[str]:
 
 def _pipe_table(bench: Bench) -> list[str]:
     lines = []
-    for network in ("logits", "mask"):
+    for network, returned in (
+        ("logits", "stored logits"),
+        ("mask", "the finished mask"),
+        ("decoded", "the finished mask; nothing is resized"),
+    ):
         for name in (OURS, *sides.BATCHING_PEERS):
             figures = pipe_figures(bench, network, name)
             if figures:
@@ -271,7 +276,7 @@ def _pipe_table(bench: Bench) -> list[str]:
                 lines.append(
                     (
                         name,
-                        "stored logits" if network == "logits" else "the finished mask",
+                        returned,
                         spread(figures),
                         "" if name == OURS else spread(ratios),
                         f"{bench.median('cpu_ms', **where):.2f}",
@@ -375,5 +380,5 @@ def _serving_ratios(bench: Bench, ours: str, theirs: str, name: str) -> tuple[fl
 
 
 def pipe_figures(bench: Bench, network: str, name: str) -> list[float]:
-    """Requests per second of one side for each round; ``network``: ``logits`` or ``mask``."""
+    """Requests per second of one side for each round; ``network``: see `serving.pipe`."""
     return figures_of(bench, "throughput", part="pipe", network=network, side=name)

@@ -124,7 +124,8 @@ def pipe(bench: Bench) -> None:
     """Measure everything but the network: HTTP, decoding, upsampling, encoding.
 
     With ``mask`` the peers' network returns the finished mask, so only ours upsamples. With
-    ``logits`` all sides upsample.
+    ``logits`` all sides upsample. With ``decoded`` a peer decodes the photo and encodes the mask:
+    it does not even resize.
     """
     photo = bench.photos[0]
     data = _store_logits(bench)
@@ -133,6 +134,7 @@ def pipe(bench: Bench) -> None:
         for name in sides.BATCHING_PEERS:
             everyone.append((sides.peer(name, "null-mask", data), "mask"))
             everyone.append((sides.peer(name, "null-logits", data), "logits"))
+        everyone.append((sides.peer(sides.LEAST_PEER, "decoded-only", data), "decoded"))
     reference: dict[Path, npt.NDArray[np.uint8]] = {}
     for turn in range(bench.rounds):
         for side, network in everyone:

@@ -19,6 +19,9 @@ TORCH_PEER: Final = "FastAPI + PyTorch"
 BATCHING_PEERS: Final = ("LitServe", "BentoML", "Ray Serve", "FastAPI + ORT")
 """Peers that can serve any network; FastAPI + PyTorch serves torchvision's."""
 
+LEAST_PEER: Final = "BentoML"
+"""The peer that is measured with the least work too: it was the fastest at that."""
+
 FP32_FILE: Final = "network.onnx"
 INT8_FILE: Final = "network.int8.onnx"
 

@@ -79,7 +79,9 @@ def test_a_whole_prediction_agrees() -> None:
 
     ours = predict_photo(image, infer, working_size=512, stride=16)
     geometry = plan((375, 500))
-    batch = np.stack([preprocessing.preprocess(np.asarray(image), geometry, CONTRACT.padding_color)])
+    batch = np.stack(
+        [preprocessing.preprocess(np.asarray(image), geometry, CONTRACT.padding_color)]
+    )
     theirs = upsampling.upsample(infer(batch)[0].numpy(), geometry).mask
     assert (ours == theirs).mean() > 0.999
 

@@ -28,9 +28,12 @@ from PIL import Image
 from service.artefact import voc
 from service.artefact.preprocessing import Geometry, preprocess
 
-Engine = Literal["onnx", "context-bf16", "torchvision-fp32", "null-logits", "null-mask"]
+Engine = Literal[
+    "onnx", "context-bf16", "torchvision-fp32", "null-logits", "null-mask", "decoded-only"
+]
 """A network: an ONNX file; our architecture in torch's bf16 autocast; torchvision's fcn_resnet50
-layout in torch; or a null network that returns stored logits or the finished mask."""
+layout in torch; or a null network that returns stored logits or the finished mask, with
+"decoded-only" for a photo that is decoded and nothing else."""
 
 SHAPES: Final = (
     *(shape for side in (288, 352, 384) for shape in ((side, 512), (512, side))),
@@ -88,7 +91,7 @@ class Pipeline:
     def __init__(self, options: Options) -> None:
         torch.set_num_threads(options.threads)
         self._mask: npt.NDArray[np.uint8] | None = None
-        if options.engine == "null-mask":
+        if options.engine in {"null-mask", "decoded-only"}:
             self._mask = np.load(options.model)["mask"]
         else:
             self._network = _open(options)
@@ -129,11 +132,14 @@ def decode(data: bytes) -> Prepared:
 def prepare(image: Image.Image) -> Prepared:
     """Bring the longest side to 512 and pad to a listed shape."""
     image = image.convert("RGB")
+    if _engine() == "decoded-only":
+        return Prepared(np.asarray(image), image.size[::-1], image.size[::-1])
     scale = WORKING_SIZE / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     shape = next(one for one in SHAPES if height <= one[0] and width <= one[1])
     pixels = np.full((*shape, 3), PADDING_COLOR, dtype=np.uint8)
-    if _resizes_by_pillow():
+    # As users do: only for null networks, which ignore pixels.
+    if _engine() in {"null-logits", "null-mask"}:
         resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
     else:
         geometry = Geometry((image.height, image.width), (height, width), (height, width))
@@ -143,11 +149,9 @@ def prepare(image: Image.Image) -> Prepared:
 
 
 @cache
-def _resizes_by_pillow() -> bool:
-    """Whether to resize with Pillow, as users do: only for null networks, which ignore pixels."""
-    if _VARIABLE not in os.environ:
-        return False
-    return Options.from_environment().engine in {"null-logits", "null-mask"}
+def _engine() -> Engine | None:
+    """The peer's engine; None in a process that is no peer."""
+    return Options.from_environment().engine if _VARIABLE in os.environ else None
 
 
 def upsample(logits: torch.Tensor, prepared: Prepared) -> npt.NDArray[np.uint8]:
