@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +30,7 @@ BAND_BYTES: Final = 2**21
 should stay in a core's cache: 8192x6144 pixels take a fifth of the time in bands."""
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(NamedTuple):
     """The place of a photo's pixels in the network's input. Sizes are ``(height, width)`` pixels.
 
     ``photo`` is the photo's size, ``resized`` its size after scaling, ``padded`` the size of the
@@ -69,9 +67,9 @@ def preprocess(
 
     ``image``: ``(H, W, 3) uint8`` RGB, the photo itself or a smaller copy of it; ``box``: the part
     of ``image`` that is the photo (None: all of it). Returns ``(h, w, 3) uint8`` RGB of size
-    ``geometry.padded``, contiguous; it may be read-only, or ``image`` itself. The filter is Pillow's
-    ``BILINEAR``, which antialiases when it shrinks; rounding differs, so that some values are one
-    level of 255 off Pillow's, very few two.
+    ``geometry.padded``, contiguous; it may be read-only, or ``image`` itself. The filter is
+    Pillow's ``BILINEAR``, which antialiases when it shrinks; rounding differs, so that some values
+    are one level of 255 off Pillow's, very few two.
     """
     height, width = geometry.resized
     if geometry.resized == geometry.padded:

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,7 @@ from service.workers.worker import Answer
 _RGB: Final = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(NamedTuple):
     """What a photo may have. ``max_pixels``: by its header; ``memory_bytes``: in a worker."""
 
     max_pixels: int
@@ -128,8 +127,7 @@ def _contract(pickled: bytes) -> ModelContract:
     return contract
 
 
-@dataclass(frozen=True, slots=True)
-class Prepare:
+class Prepare(NamedTuple):
     """Decode and preprocess: the first half as a task of `service.workers`.
 
     ``contract``: pickled. Takes the body. Returns the network's input, the pickled writer and the
@@ -169,8 +167,7 @@ class Prepare:
         return Answer(facts, [image, pickle.dumps(reading.writer), shown])
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(NamedTuple):
     """Upsample and encode: the second half as a task of `service.workers`.
 
     ``stages``: those before it. Takes the pickled writer, the photo's pixels and the body (each

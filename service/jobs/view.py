@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 from service.artefact.contract import ModelContract
 from service.jobs.base import Grant, Reading, Written
 from service.views import VIEWS, MediaType, Options, Scene, ViewName
 
 
-@dataclass(frozen=True, slots=True)
-class ViewJob:
+class ViewJob(NamedTuple):
     """A view of an image file, encoded as ``media_type``. ``options.view`` is not read."""
 
     options: Options

@@ -34,7 +34,7 @@ from service.errors import (
     WorkerLost,
     WorkersUnavailable,
 )
-from service.workers.channel import Part, get, lengths_of, put, receive, size_of
+from service.workers.channel import Memory, Part, receive, size_of
 from service.workers.template import TEMPLATE, Forked
 from service.workers.worker import Order, Task
 
@@ -98,7 +98,7 @@ class _Worker:
 
     process: Forked
     control: socket.socket
-    memory: int
+    memory: Memory
     reply: asyncio.Future[bytes] | None = None
     client: str | None = None
     since_s: float = 0.0
@@ -107,7 +107,7 @@ class _Worker:
     def close(self) -> None:
         """Release the descriptors; the worker ends, if it has not yet."""
         self.control.close()
-        os.close(self.memory)
+        self.memory.close()
         os.close(self.process.handle)
 
 
@@ -252,9 +252,9 @@ class WorkerPool:
             size = sum(map(size_of, message))
             if size > _LOOP_BYTES:
                 # Not cancelled half-way: the file must not be written after its worker's end.
-                packet = await _uninterrupted(asyncio.to_thread(put, worker.memory, message))
+                packet = await _uninterrupted(asyncio.to_thread(worker.memory.put, message))
             else:
-                packet = put(worker.memory, message)
+                packet = worker.memory.put(message)
             worker.reply = loop.create_future()
             if worker not in self._alive:
                 raise _Died(None, too_slow=False)
@@ -266,11 +266,11 @@ class WorkerPool:
             reply = await worker.reply
             if not reply:
                 raise _Died(await self._status(worker), too_slow=worker.too_slow)
-            lengths = lengths_of(reply, worker.memory, limits.memory_bytes + _LOOP_BYTES)
+            lengths = worker.memory.lengths_of(reply, limits.memory_bytes + _LOOP_BYTES)
             if sum(lengths) > _LOOP_BYTES:
-                parts = await _uninterrupted(asyncio.to_thread(get, worker.memory, lengths))
+                parts = await _uninterrupted(asyncio.to_thread(worker.memory.get, lengths))
             else:
-                parts = get(worker.memory, lengths)
+                parts = worker.memory.get(lengths)
             facts = json.loads(parts[0])
             healthy = True
         except (ValueError, IndexError) as exc:
@@ -394,9 +394,9 @@ def _start() -> _Worker:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             undo.callback(ours.close)
             with theirs:
-                memory = os.memfd_create("photo", os.MFD_CLOEXEC)
-                undo.callback(os.close, memory)
-                process = TEMPLATE.fork(theirs, memory)
+                memory = Memory.create()
+                undo.callback(memory.close)
+                process = TEMPLATE.fork(theirs, memory.number)
         except OSError as exc:  # such as no file descriptor: it is tried again
             raise WorkersUnavailable(
                 f"no image worker could be started: {exc.strerror or exc}"

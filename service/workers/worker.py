@@ -23,11 +23,11 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from service.errors import SegmentError, TooExpensive
 from service.system import give_back_freed, keep_freed_buffers
-from service.workers.channel import Part, get, lengths_of, put, receive
+from service.workers.channel import Memory, Part, receive
 
 IDLE_S: Final = 10.0
 """Seconds without a task after which freed memory is given back to the operating system."""
@@ -55,8 +55,7 @@ class Task(Protocol):
         """Do the work; ``parts`` are the pool's arguments. May raise any `SegmentError`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(NamedTuple):
     """A task with its limits: ``cpu_s`` seconds of CPU time and ``memory_bytes``."""
 
     task: Task
@@ -64,17 +63,18 @@ class Order:
     memory_bytes: int
 
 
-def live(control: socket.socket, memory: int, parent: int) -> None:
+def live(control: socket.socket, memory_number: int, parent: int) -> None:
     """Work until the service closes ``control``; ``parent``: the template's process."""
     _prepare_process(parent)
+    memory = Memory(memory_number)
     address_space = _AddressSpace()
     while packet := _next(control):
-        pickled, *parts = get(memory, lengths_of(packet, memory))
+        pickled, *parts = memory.get(memory.lengths_of(packet))
         order: Order = pickle.loads(pickled)  # noqa: S301 - the service wrote it
         with address_space.limited(order.memory_bytes):
             answer = _run(order, parts)
         facts = json.dumps(answer.facts).encode()
-        control.send(put(memory, [facts, *answer.parts]))
+        control.send(memory.put([facts, *answer.parts]))
 
 
 def _prepare_process(parent: int) -> None:

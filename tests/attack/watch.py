@@ -53,7 +53,7 @@ def cpu_s(pid: int) -> float:
 def memory_bytes(pid: int) -> int:
     """Memory of a process and its descendants.
 
-    What they share counts once. Files in memory count too, though no process maps them.
+    What they share counts once. Files in memory count too, whether they are mapped or not.
     """
     total = 0
     files: dict[int, int] = {}

@@ -1,6 +1,7 @@
 """The pool of image workers, with tasks that misbehave."""
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -22,7 +23,7 @@ from service.errors import (
     WorkersUnavailable,
 )
 from service.workers import pool as pool_module
-from service.workers.channel import KEPT_BYTES, get, lengths_of, put
+from service.workers.channel import MAPPED_BYTES, Memory
 from service.workers.pool import Limits, Rank, WorkerPool
 from service.workers.template import TEMPLATE, Template
 from tests.tasks import Allocate, Echo, End, EndOnce, Fail, HangUp, Inspect, Spin, Wait
@@ -54,7 +55,7 @@ async def pid_of(pool: WorkerPool) -> int:
 
 async def test_parts_go_there_and_back(pool: WorkerPool) -> None:
     """Bytes, arrays, empty parts, and more than the file in memory keeps."""
-    large = np.arange(2 * KEPT_BYTES // 8, dtype=np.int64)
+    large = np.arange(2 * MAPPED_BYTES // 8, dtype=np.int64)
     done = await pool.run(Echo(), [b"photo", b"", large, np.empty((0, 3))], LIMITS)
     assert [len(part) for part in done.parts] == [5, 0, large.nbytes, 0]
     assert done.parts[0] == b"photo"
@@ -265,18 +266,25 @@ async def test_workers_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> Non
             pytest.fail("it opened")
 
 
-@pytest.mark.parametrize("packet", [b"{}", b"[-1]", b"[99]", b"[true]", b'["1"]', b"[", b"[1.5]"])
+@pytest.mark.parametrize(
+    "packet", [b"{}", b"[-1]", b"[9999999]", b"[true]", b'["1"]', b"[", b"[1.5]"]
+)
 def test_a_packet_that_lies_is_refused(packet: bytes) -> None:
     """A worker may be under a file's control: what it says is checked."""
-    memory = os.memfd_create("test")
-    try:
-        assert get(memory, lengths_of(put(memory, [b"0123456789"]), memory)) == [b"0123456789"]
+    with contextlib.closing(Memory.create()) as memory:
+        assert memory.get(memory.lengths_of(memory.put([b"0123456789"]))) == [b"0123456789"]
         with pytest.raises(ValueError, match="describe"):
-            lengths_of(packet, memory)
+            memory.lengths_of(packet)
         with pytest.raises(ValueError, match="shorter"):
-            get(memory, [5, 6])
-    finally:
-        os.close(memory)
+            memory.get([MAPPED_BYTES, 1])
+
+
+def test_the_file_cannot_be_truncated() -> None:
+    """Or a worker under a file's control could crash the service, which maps it."""
+    with contextlib.closing(Memory.create()) as memory:
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.number, 0)
+        assert memory.get(memory.lengths_of(memory.put([b"photo"]))) == [b"photo"]
 
 
 async def test_a_clients_slow_tasks_leave_a_worker_to_others(
