@@ -154,7 +154,7 @@ def _length(rng: Rng, port: int) -> Request:
          "9" * number(rng, 5000), str(2**63), str(2**64 + len(PHOTO)), "\xb2",
          str(len(PHOTO) + 1), "1"]
     )  # fmt: skip
-    longer = length == str(len(PHOTO) + 1)
+    longer = length.isdecimal() and len(length) < 8 and int(length) > len(PHOTO)
     content = post(port, "/segment", PHOTO, length=length)
     return Request(length[:30], content, incomplete=longer, half_closed=True)
 
