@@ -56,7 +56,7 @@ from models.reports import (
     format_table,
     summarise_image,
 )
-from service.artefact.files import sha256_of
+from service.artefact.files import replace_file, sha256_of
 from service.artefact.labels import LabelSet
 
 PUBLISHED_PROTOCOLS: Final[dict[str, Callable[..., NDArray[np.uint8]]]] = {
@@ -269,9 +269,8 @@ def main(args: argparse.Namespace) -> int:
         **summarise(images, rings, labels),
         "worst": [summarise_image(samples[index].name, images[index], labels) for index in worst],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"
-    (args.out / "evaluation.json").write_text(text, encoding="utf-8")
+    replace_file(args.out / "evaluation.json", text.encode())
     draw_classes(report, labels, args.out / "per_class_iou.png")
     draw_boundaries(report, args.out / "boundary_iou.png")
     random = np.random.default_rng(SHEET_SEED).permutation(ranking)[:SHEET_ROWS]

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from service.artefact.files import replace_file
 from service.artefact.labels import VOC_LABELS, LabelSet
-from service.cli.outputs import write_file
 from service.cli.records import JsonLines, Origin, PhotoId, compare
 from service.errors import SettingsError
 from service.schemas import Segmentation, SegmentedClass
@@ -109,7 +109,7 @@ class CocoFile:
             ],
             "annotations": annotations,
         }
-        write_file(self.out / COCO_NAME, json.dumps(whole, separators=(",", ":")).encode())
+        replace_file(self.out / COCO_NAME, json.dumps(whole, separators=(",", ":")).encode())
         self._part.remove()
 
     def _check(self, path: Path, origin: object) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from service.artefact.files import write_atomically
+from service.artefact.files import replace_file, write_atomically
 from service.artefact.labels import LabelSet
 from service.cli.photos import RealFolders
 from service.cli.records import JsonLines, Origin, PhotoId, compare
@@ -125,7 +125,7 @@ class OutputFiles:
             existing = [output for output in self.outputs.values() if output.exists()]
             lines = [f"{one.relative_to(folder).with_suffix('').as_posix()}\n" for one in existing]
             # A name's own bytes: it need not be UTF-8.
-            write_file(path, os.fsencode("".join(lines)))
+            replace_file(path, os.fsencode("".join(lines)))
 
     def _key(self, output: Path) -> str:
         return output.relative_to(self.out).as_posix()
@@ -156,9 +156,3 @@ class StandardOutput:
 
     def finish(self) -> None:
         """No effect."""
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically, making its folders."""
-    with write_atomically(path) as file:
-        file.write(content)
