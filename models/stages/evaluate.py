@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.checkpoint import load_network
-from models.dataset import Sample, read_split
+from models.dataset import Sample, read_split, require_classes
 from models.errors import StageError
 from models.graphs.network_file import NETWORK_FILES
 from models.metrics import (
@@ -260,6 +260,8 @@ def main(args: argparse.Namespace) -> int:
     predict, labels, source = open_predictor(args)
     samples = read_split(args.data, args.split, labels)
     images, rings = count(predict, samples, len(labels))
+    known = images.sum(axis=(0, 2)) > 0
+    require_classes(known, labels, f"the masks of {args.split}")
     ranking = worst_first(images)
     worst = ranking[:SHEET_ROWS]
     scored = {"protocol": args.protocol, "split": args.split, "images": len(samples)}
