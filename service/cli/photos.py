@@ -120,7 +120,7 @@ class _Folders(RealFolders):
             self._visited.add(real)
             if self._is_output(real):
                 if below == top:
-                    self._found.left_out["in the output folder"] += 1
+                    self._found.left_out["output folder"] += 1
                 continue
             try:
                 with os.scandir(folder) as entries:

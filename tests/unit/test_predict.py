@@ -131,7 +131,7 @@ def test_earlier_outputs_are_not_photos(tmp_path: Path) -> None:
     """An output folder inside the input folder is ignored; as the input folder it is counted."""
     touch(tmp_path, "a.jpg", "out/a.png")
     assert planned([tmp_path], tmp_path / "out") == ["a.png"]
-    assert find_photos([tmp_path], tmp_path).describe_left_out() == "1 in the output folder"
+    assert find_photos([tmp_path], tmp_path).describe_left_out() == "1 output folder"
 
 
 def test_a_photo_is_never_overwritten(tmp_path: Path) -> None:
