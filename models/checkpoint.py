@@ -33,9 +33,17 @@ class CheckpointError(StageError):
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write plain data and tensors. A kill at any moment leaves the old file or the new one."""
-    with write_atomically(path) as file:
-        torch.save(state, file)
+    """Write plain data and tensors. A kill at any moment leaves the old file or the new one.
+
+    Raises:
+        CheckpointError: the file cannot be written; the old one remains.
+    """
+    try:
+        with write_atomically(path) as file:
+            torch.save(state, file)
+    # torch.save hides the cause in a RuntimeError about its own position.
+    except (OSError, RuntimeError) as exc:
+        raise CheckpointError(f"{path}: cannot be written: {exc.__context__ or exc}") from exc
 
 
 def rounded_weights(network: nn.Module) -> dict[str, Tensor]:

@@ -9,16 +9,21 @@ VOC's finer mask is used.
 from __future__ import annotations
 
 import hashlib
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.errors import StageError
 from service.artefact.voc import IGNORE_INDEX
+from service.errors import ImageError
+from service.images.decoding import decode
 
 if TYPE_CHECKING:
     from service.artefact.labels import LabelSet
@@ -40,20 +45,24 @@ class Sample:
     def load(self) -> tuple[Image.Image, Image.Image]:
         """Return ``(RGB image, mask of class ids as mode L)``, checked against each other.
 
+        The image is decoded as the service does it: upright by its EXIF orientation, in sRGB.
+
         Raises:
             DatasetError: a file cannot be read, the sizes differ, or a label is neither a class
                 id nor void.
         """
         try:
-            with Image.open(self.image_path) as file:
-                image = file.convert("RGB")
-        except OSError as exc:
+            photo = decode(self.image_path.read_bytes(), max_pixels=sys.maxsize)
+        except (OSError, ImageError) as exc:
             raise DatasetError(f"{self.image_path}: cannot be read: {exc}") from exc
+        image = Image.fromarray(photo.pixels)
         mask = self.load_mask()
         if mask.size != image.size:
+            turned = mask.size == image.size[::-1]
             raise DatasetError(
                 f"{self.mask_path}: {mask.size[0]}x{mask.size[1]}, but {self.image_path.name} "
                 f"is {image.size[0]}x{image.size[1]}"
+                + (" upright, by its EXIF orientation; turn the mask too" if turned else "")
             )
         return image, mask
 
@@ -111,12 +120,7 @@ def read_split(data: Path, split: str, labels: LabelSet | None = None) -> list[S
         labels = VOC_LABELS
     root = voc_root(data)
     listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    try:
-        names = listing.read_text(encoding="utf-8").split()
-    except OSError as exc:
-        raise DatasetError(f"{listing}: cannot be read: {exc}") from exc
-    if not names:
-        raise DatasetError(f"{listing}: lists no image")
+    names = read_names(listing)
     samples = []
     for name in names:
         image_path = root / "JPEGImages" / f"{name}.jpg"
@@ -131,6 +135,53 @@ def read_split(data: Path, split: str, labels: LabelSet | None = None) -> list[S
             raise DatasetError(f"{candidates[0]}: missing, and so is {candidates[1]}")
         samples.append(Sample(name, image_path, mask_path, labels))
     return samples
+
+
+def read_names(listing: Path) -> list[str]:
+    """Return the names in a list, one a line, as any editor saves it.
+
+    UTF-8 or, with a byte order mark, UTF-16. Names that are not UTF-8 stay as they are. Spaces
+    within names belong to them.
+
+    Raises:
+        DatasetError: the list cannot be read or is empty.
+    """
+    try:
+        content = listing.read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            text = content.decode("utf-16")
+        else:
+            text = content.decode("utf-8-sig", "surrogateescape")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DatasetError(f"{listing}: cannot be read: {exc}") from exc
+    if "\0" in text:
+        raise DatasetError(f"{listing}: has zero bytes; save it as UTF-8")
+    names = [line.strip() for line in re.split(r"[\r\n]+", text)]
+    names = [name for name in names if name]
+    if not names:
+        raise DatasetError(f"{listing}: lists no image")
+    return names
+
+
+def require_classes(known: NDArray[np.bool_], labels: LabelSet, what: str) -> None:
+    """Check that masks have something to tell apart.
+
+    Args:
+        known: ``(C,)``, whether any mask has a pixel of the class.
+        labels: the C classes.
+        what: the masks, in words.
+
+    Raises:
+        DatasetError: they have fewer than two classes.
+    """
+    if known.sum() < 2:
+        found = labels.names[int(known.argmax())] if known.any() else "no class"
+        raise DatasetError(
+            f"{what} show {found} and void only, but two classes are needed. "
+            f"{labels.ignore_index} is void, not a class: where masks have 0 and "
+            f"{labels.ignore_index}, replace {labels.ignore_index} by a class id, "
+            f"1 to {len(labels) - 1}"
+        )
 
 
 def hold_out(samples: Sequence[Sample], count: int) -> tuple[list[Sample], list[Sample]]:

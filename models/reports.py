@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from models.dataset import Sample
 from models.metrics import BAND_WIDTHS, mean_iou
 from models.prediction import Predict
+from service.artefact.files import write_atomically
 from service.artefact.labels import LabelSet
 from service.artefact.voc import CLASSES, IGNORE_INDEX
 
@@ -115,7 +116,7 @@ def draw_classes(report: dict[str, Any], labels: LabelSet, path: Path) -> None:
     title = f"mean IoU {metrics['miou']:.4f}, 95 % interval {low:.4f} to {high:.4f}"
     axes.set(xlim=(0, 1.08), xlabel="IoU; lines: 95 % intervals", title=title)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, dpi=120)
 
 
 def draw_boundaries(report: dict[str, Any], path: Path) -> None:
@@ -134,7 +135,7 @@ def draw_boundaries(report: dict[str, Any], path: Path) -> None:
     axes.set_xticks(BAND_WIDTHS, [str(width) for width in BAND_WIDTHS])
     axes.set(ylim=(0, 1), xlabel="at most so many pixels from a boundary", ylabel="mean IoU")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path, dpi=120)
 
 
 def draw_sheet(
@@ -170,4 +171,10 @@ def draw_sheet(
         shown = [i for i in np.union1d(truth, prediction) if i != IGNORE_INDEX]
         patches = [Patch(color=labels.palette[i] / 255, label=labels.names[i]) for i in shown]
         panels[3].legend(handles=patches, loc="center left", frameon=False)
-    figure.savefig(path, dpi=100)
+    _save(figure, path, dpi=100)
+
+
+def _save(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a PNG, whole or not at all."""
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=dpi)

@@ -9,28 +9,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models.dataset import Sample
+from models.dataset import Sample, require_classes
 from models.transforms import Augmentation, Example
-from service.artefact.labels import MAX_CLASSES
 from service.artefact.voc import IGNORE_INDEX
 
 
-def repeat_factors(samples: Sequence[Sample], threshold: float) -> NDArray[np.float64]:
+def repeat_factors(present: NDArray[np.bool_], threshold: float) -> NDArray[np.float64]:
     """Return how often each sample is seen per epoch, so that rare classes are learnt.
 
     Repeat-factor sampling of Gupta, Dollar, Girshick, "LVIS" (2019): with ``f_c`` the share of
     images that contain class c, a class has factor ``max(1, sqrt(threshold / f_c))`` and an image
     has the factor of its rarest class. A threshold of 0 gives ones.
 
+    Args:
+        present: ``(N, C)``, the classes in each sample's mask.
+        threshold: share of the images.
+
     Returns:
-        (len(samples),) float64, each at least 1.
+        ``(N,)`` float64, each at least 1.
     """
-    present = np.zeros((len(samples), MAX_CLASSES), dtype=bool)
-    if threshold > 0:
-        for row, sample in zip(present, samples, strict=True):
-            labels = np.unique(np.asarray(sample.load_mask()))
-            row[labels[labels != IGNORE_INDEX]] = True
-    frequency = np.maximum(present.mean(axis=0), 1 / max(1, len(samples)))
+    frequency = np.maximum(present.mean(axis=0), 1 / max(1, len(present)))
     per_class = np.maximum(1.0, np.sqrt(threshold / frequency))
     factors: NDArray[np.float64] = np.where(present, per_class, 1.0).max(axis=1)
     return factors
@@ -39,6 +37,8 @@ def repeat_factors(samples: Sequence[Sample], threshold: float) -> NDArray[np.fl
 class TrainingSet:
     """Photos decoded once and kept on the training device, where the crops are drawn.
 
+    ``present``: ``(N, C)`` bool, the classes in each photo's mask.
+
     Args:
         samples: the photos.
         augmentation: how a crop is drawn.
@@ -46,7 +46,7 @@ class TrainingSet:
         device: of the photos and the crops.
 
     Raises:
-        DatasetError: an image or a mask is missing or wrong.
+        DatasetError: an image or a mask is missing or wrong, or the masks cannot teach anything.
     """
 
     def __init__(
@@ -60,13 +60,29 @@ class TrainingSet:
         self.augmentation = augmentation
         self.seed = seed
 
-        def load(sample: Sample) -> Example:
+        labels = samples[0].labels
+
+        def load(sample: Sample) -> tuple[Example, NDArray[np.bool_]]:
             image, mask = sample.load()
             planes = torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
-            return Example(planes.to(device), torch.from_numpy(np.array(mask)).to(device))
+            target = np.array(mask)
+            present = np.bincount(target.ravel(), minlength=IGNORE_INDEX)[: len(labels)] > 0
+            return Example(planes.to(device), torch.from_numpy(target).to(device)), present
 
         with ThreadPoolExecutor() as pool:
-            self.photos = list(pool.map(load, samples))
+            loaded = list(pool.map(load, samples))
+        self.photos = [photo for photo, _ in loaded]
+        self.present: NDArray[np.bool_] = np.stack([present for _, present in loaded])
+        known: NDArray[np.bool_] = np.logical_or.reduce(self.present)
+        require_classes(known, labels, f"the masks of {len(samples)} photos")
+
+    def without_class(self) -> list[Sample]:
+        """The samples whose masks show nothing but background or void."""
+        return [
+            sample
+            for sample, present in zip(self.samples, self.present, strict=True)
+            if not present[1:].any()
+        ]
 
     def batch(self, keys: Sequence[tuple[int, int]]) -> Example:
         """Return the crops of ``(epoch, index)`` keys; a crop depends only on its key and the seed.

@@ -27,6 +27,7 @@
     │   └── ImageUnavailable      the image could not be fetched from its URL
     ├── RemoteError               a remote service failed
     │   └── RemoteLost            the remote service cannot be reached
+    ├── OutputFailed              the outputs cannot be written
     ├── ModelUnavailable          a model that is loaded on demand cannot be loaded
     ├── WorkersUnavailable        no image worker can be started
     ├── WorkerLost                the process that worked on the photo was lost
@@ -152,6 +153,10 @@ class RemoteError(SegmentError):
 
 class RemoteLost(RemoteError):
     """The remote service cannot be reached; further requests would fail too."""
+
+
+class OutputFailed(SegmentError):
+    """The outputs cannot be written; further ones would fail too. The message is one line."""
 
 
 class ModelUnavailable(SegmentError):

@@ -24,6 +24,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from models.networks import NETWORKS, build_network
 from models.structure import IMAGE, SIDE, Stage, Structure, structure_of
+from service.artefact.files import replace_file, write_atomically
 
 COLUMNS: Final = {
     "output": 5.95,
@@ -159,9 +160,10 @@ def main(args: argparse.Namespace) -> int:
     if args.format in PICTURES:
         path = args.out or Path(f"{args.name}.{args.format}")
         # Text stays text, and the same network gives the same file: no date, no random ids.
-        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": args.name}):
+        style = mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": args.name})
+        with style, write_atomically(path) as file:
             draw(args.name, structure).savefig(
-                path, format=args.format, dpi=150, metadata={"Date": None}
+                file, format=args.format, dpi=150, metadata={"Date": None}
             )
         print(path)
         return 0
@@ -169,6 +171,6 @@ def main(args: argparse.Namespace) -> int:
     if args.out is None:
         print(text)
     else:
-        args.out.write_text(text + "\n", encoding="utf-8")
+        replace_file(args.out, f"{text}\n".encode())
         print(args.out)
     return 0

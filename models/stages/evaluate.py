@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from models.checkpoint import load_network
-from models.dataset import Sample, read_split
+from models.dataset import Sample, read_split, require_classes
 from models.errors import StageError
 from models.graphs.network_file import NETWORK_FILES
 from models.metrics import (
@@ -56,7 +56,7 @@ from models.reports import (
     format_table,
     summarise_image,
 )
-from service.artefact.files import sha256_of
+from service.artefact.files import replace_file, sha256_of
 from service.artefact.labels import LabelSet
 
 PUBLISHED_PROTOCOLS: Final[dict[str, Callable[..., NDArray[np.uint8]]]] = {
@@ -260,6 +260,8 @@ def main(args: argparse.Namespace) -> int:
     predict, labels, source = open_predictor(args)
     samples = read_split(args.data, args.split, labels)
     images, rings = count(predict, samples, len(labels))
+    known = images.sum(axis=(0, 2)) > 0
+    require_classes(known, labels, f"the masks of {args.split}")
     ranking = worst_first(images)
     worst = ranking[:SHEET_ROWS]
     scored = {"protocol": args.protocol, "split": args.split, "images": len(samples)}
@@ -269,9 +271,8 @@ def main(args: argparse.Namespace) -> int:
         **summarise(images, rings, labels),
         "worst": [summarise_image(samples[index].name, images[index], labels) for index in worst],
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(report, indent=2) + "\n"
-    (args.out / "evaluation.json").write_text(text, encoding="utf-8")
+    replace_file(args.out / "evaluation.json", text.encode())
     draw_classes(report, labels, args.out / "per_class_iou.png")
     draw_boundaries(report, args.out / "boundary_iou.png")
     random = np.random.default_rng(SHEET_SEED).permutation(ranking)[:SHEET_ROWS]

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from models.dataset import DatasetError, read_split, voc_root
 from models.errors import StageError
-from service.artefact.files import sha256_of, write_atomically
+from service.artefact.files import replace_file, sha256_of, write_atomically
 from service.artefact.voc import FULL_PALETTE
 
 TIMEOUT_S = 30.0
@@ -246,10 +246,21 @@ def unpack_voc(archive: Path, data: Path) -> None:
 
     try:
         with tarfile.open(archive, "r:") as tar:
-            # The lists last, so that every file in a list exists.
-            members = sorted(tar.getmembers(), key=lambda member: "ImageSets" in member.name)
-            progress = tqdm(members, desc=archive.name, unit="files", disable=None)
+            lists, others = [], []
+            for member in tar.getmembers():
+                is_list = "ImageSets" in member.name and member.isfile()
+                checked = select(member, str(data)) if is_list else None
+                if checked is not None:
+                    (data / checked.name).unlink(missing_ok=True)
+                    lists.append((member, data / checked.name))
+                elif not is_list:
+                    others.append(member)
+            progress = tqdm(others, desc=archive.name, unit="files", disable=None)
             tar.extractall(data, progress, filter=select)  # noqa: S202  (data_filter checks)
+            # The lists last and whole, so that every file in a list exists.
+            for member, path in lists:
+                with tar.extractfile(member) or io.BytesIO() as file:
+                    replace_file(path, file.read())
     except tarfile.TarError as exc:
         raise FetchError(f"{archive}: cannot be unpacked: {exc}") from exc
 
@@ -272,15 +283,14 @@ def unpack_sbd(archive: Path, data: Path) -> None:
                 if path.match("dataset/cls/[!.]*.mat"):
                     save_mask(file, root / "SegmentationClassAug" / f"{path.stem}.png")
                 elif path.match("dataset/img/[!.]*.jpg") and not image.exists():
-                    image.write_bytes(file.read())
+                    replace_file(image, file.read())
                 elif path.match("dataset/train.txt") or path.match("dataset/val.txt"):
                     names.update(file.read().decode().split())
     except tarfile.TarError as exc:
         raise FetchError(f"{archive}: cannot be unpacked: {exc}") from exc
     names -= {sample.name for sample in read_split(data, "val")}
     listing = root / "ImageSets" / "Segmentation" / "trainaug.txt"
-    with write_atomically(listing) as lines:
-        lines.write("".join(f"{name}\n" for name in sorted(names)).encode())
+    replace_file(listing, "".join(f"{name}\n" for name in sorted(names)).encode())
 
 
 def regular_files(
@@ -302,7 +312,8 @@ def save_mask(mat: IO[bytes], path: Path) -> None:
     labels = loadmat(io.BytesIO(mat.read()))["GTcls"][0]["Segmentation"][0]
     mask = Image.fromarray(labels)
     mask.putpalette(FULL_PALETTE.tobytes())
-    mask.save(path)
+    with write_atomically(path) as file:
+        mask.save(file, format="PNG")
 
 
 def is_complete(name: str, data: Path) -> bool:

@@ -257,7 +257,7 @@ def train(run: Run, training: TrainingSet, held_out: list[Sample]) -> None:
         forward = torch.compile(forward)  # type: ignore[assignment]
     mean_iou = run.history[-1]["mean_iou"] if run.history else math.nan
     batches = ResumableBatches(
-        repeat_factors(training.samples, recipe.repeat_threshold),
+        repeat_factors(training.present, recipe.repeat_threshold),
         recipe.batch_size,
         run.iteration,
         recipe.iterations,
@@ -376,6 +376,11 @@ def main(args: argparse.Namespace) -> int:
             recipe.crop_size, recipe.working_size, recipe.scale_range, recipe.jitter
         )
         training = TrainingSet(samples, augmentation, recipe.seed, device)
+        if rank == 0 and (empty := training.without_class()):
+            tqdm.write(
+                f"{len(empty)} of {len(samples)} training masks show nothing but background or "
+                f"void, such as {empty[0].mask_path}"
+            )
         train(run, training, held_out)
     return 0
 

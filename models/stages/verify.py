@@ -24,6 +24,7 @@ from models.graphs.network_file import NETWORK_FILES
 from models.metrics import ConfusionMatrix
 from models.prediction import Infer, onnx_infer, predict_photo, torch_infer
 from models.transforms import fit, upsample
+from service.artefact.files import replace_file
 from service.artefact.preprocessing import Geometry
 
 MIN_PIXEL_AGREEMENT = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.98}
@@ -157,7 +158,7 @@ def main(args: argparse.Namespace) -> int:
         "set": whole,
         "shapes": shapes,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=2))
+    text = json.dumps(report, indent=2)
+    replace_file(args.out, f"{text}\n".encode())
+    print(text)
     return 0 if passed else 1

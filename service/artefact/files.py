@@ -36,6 +36,12 @@ def write_atomically(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a whole file; see `write_atomically`. Raises `OSError`."""
+    with write_atomically(path) as file:
+        file.write(content)
+
+
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in pieces. Raises `OSError` if it cannot be read."""
     with path.open("rb") as file:

@@ -16,7 +16,7 @@ from typing import Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from service.artefact.contract import ModelContract, Precision, UnitInterval, one_line
-from service.artefact.files import sha256_of, write_atomically
+from service.artefact.files import replace_file, sha256_of
 from service.errors import ContractError, IntegrityError
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -86,8 +86,7 @@ class Manifest(BaseModel):
         """Write ``manifest.json`` into ``folder`` atomically; returns its path."""
         text = json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
         path = folder / MANIFEST_NAME
-        with write_atomically(path) as file:
-            file.write(text.encode())
+        replace_file(path, text.encode())
         return path
 
     def pick_file(self, preference: Sequence[Precision]) -> str:

@@ -1,6 +1,6 @@
 """``fcn-segment predict``: segment files with a model in this process or with a running service.
 
-Existing outputs are kept, so rerun the command to resume.
+Outputs of an earlier run with the same options are kept, so rerun the command to resume.
 """
 
 from __future__ import annotations
@@ -8,25 +8,38 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
+import hashlib
+import io
+import json
 import sys
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
+import numpy as np
+from PIL import Image
 from pydantic import ValidationError
 from tqdm import tqdm
 
 from service.artefact.contract import one_line
 from service.artefact.labels import LabelSet
-from service.cli.outputs import CocoFile, OutputFiles, plan_outputs
+from service.cli.coco import CocoFile
+from service.cli.outputs import STDOUT, VOC_MASKS, OutputFiles, StandardOutput, plan_outputs
+from service.cli.photos import STDIN, Found, find_photos
+from service.cli.records import Origin, PhotoId
 from service.errors import (
     InvalidParameter,
+    OutputFailed,
     Overloaded,
     RemoteError,
     RemoteLost,
     SegmentError,
     SettingsError,
+    UndecodableImage,
 )
 from service.jobs.view import ViewJob
 from service.runtime import open_service
@@ -47,17 +60,25 @@ FORMATS: Final[dict[str, ViewName]] = {**dict(zip(VIEWS, VIEWS, strict=True)), *
 REMOTE_JOBS: Final = 4
 """The default number of concurrent requests to a service."""
 
+# No further output could be written either.
+_DISK_ERRORS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+_DIGITS: Final = 12
+
+Outputs = OutputFiles | CocoFile | StandardOutput
+
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
     """Segments photos, in this process or by a service.
 
     ``predict``: from an image file's bytes to the view in its default media type; ``labels``: the
-    model's label set; ``jobs``: the number of concurrent photos.
+    model's label set; ``model``: its name, version and a checksum; ``jobs``: the number of
+    concurrent photos.
     """
 
     predict: Callable[[bytes, Options], Awaitable[bytes]]
     labels: LabelSet
+    model: str
     jobs: int
 
 
@@ -80,10 +101,46 @@ class Arguments:
     overwrite: bool = False
 
 
+@dataclass(slots=True)
+class Tally:
+    """What a run has done, in photos. ``classes``: photos by class id, where outputs show it."""
+
+    total: int
+    segmented: int = 0
+    done_already: int = 0
+    failed: int = 0
+    classes: Counter[int] = field(default_factory=Counter)
+
+    def summarise(self, labels: LabelSet, seconds: float) -> str:
+        """One line about the run."""
+        parts = [f"{self.segmented} segmented"]
+        if self.done_already:
+            parts.append(f"{self.done_already} done already (--overwrite repeats them)")
+        if self.failed:
+            parts.append(f"{self.failed} failed")
+        line = f"{_photos(self.total)}: {', '.join(parts)}, in {seconds:.1f} s"
+        if self.classes:
+            shown = [f"{labels.names[one]} {count}" for one, count in self.classes.most_common()]
+            line += f"; photos with {', '.join(shown)}"
+        return line
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="file or folder")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=lambda text: STDIN if text == "-" else Path(text),
+        metavar="IMAGE",
+        help="file or folder; - is stdin",
+    )
+    parser.add_argument(
+        "--out",
+        type=lambda text: STDOUT if text == "-" else Path(text),
+        required=True,
+        metavar="DIR",
+        help="output folder; - writes the view of a single photo to stdout",
+    )
     parser.add_argument(
         "--format",
         "--view",
@@ -107,7 +164,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", type=_positive, metavar="N", help="number of concurrent photos")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace existing outputs (default: keep them)"
+        "--overwrite",
+        action="store_true",
+        help="replace existing outputs (default: keep those of the same options and photos, and "
+        "refuse others)",
     )
     parser.add_argument("--url", help="use a running service instead of a model in this process")
     parser.add_argument(
@@ -133,8 +193,6 @@ def run(parsed: argparse.Namespace) -> int:
         overwrite=parsed.overwrite,
     )
     failed = predict(settings, arguments, parsed.url, parsed.model if parsed.url else None)
-    if failed:
-        print(f"fcn-segment: {failed} photos failed", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -153,8 +211,8 @@ def predict(
 
     Uses the model of ``settings``, or the model ``model`` of the service at ``url``. A photo that
     fails is reported on stderr; the others continue. Each output is written atomically.
-    Raises `SettingsError`, `ArtefactError`, `DeviceUnavailable`, or `RemoteError` for a service
-    that cannot be reached.
+    Raises `SettingsError`, `ArtefactError`, `DeviceUnavailable`, `OutputFailed`, or `RemoteError`
+    for a service that cannot be reached.
     """
     if url is None:
         try:
@@ -162,20 +220,34 @@ def predict(
         except InvalidParameter as exc:
             raise _flag_error(str(exc)) from exc
     options = _options(arguments, model)
-    outputs = _outputs(arguments)
-    photos = [photo for photo in outputs.photos if arguments.overwrite or not outputs.has(photo)]
-    done = len(outputs.photos) - len(photos)
-    if done:
-        total = len(outputs.photos)
-        print(
-            f"fcn-segment: {done} of {total} photos are done already (--overwrite repeats them)",
-            file=sys.stderr,
-        )
-    # The names of classes are known only once the model is open.
-    if not photos and arguments.classes is None and outputs.is_complete():
-        return 0
+    # Where earlier outputs are, which are no photos.
+    folders = {"voc": arguments.out / VOC_MASKS, "coco": None}
+    found = find_photos(arguments.inputs, folders.get(arguments.format, arguments.out))
+    _report(found, arguments.inputs)
+    outputs = _outputs(arguments, found)
     opened = _embedded(settings, arguments) if url is None else _remote(url, model, arguments.jobs)
-    return asyncio.run(_predict_all(opened, photos, outputs, options, done))
+    failed = asyncio.run(_predict_all(opened, outputs, options, arguments))
+    return failed + len(found.unreadable)
+
+
+def _report(found: Found, inputs: Sequence[Path]) -> None:
+    """Print what is left out. Raises `SettingsError` if no photo remains."""
+    left_out = found.describe_left_out()
+    for folder, reason in found.unreadable.items():
+        _print(f"{folder}: {reason}")
+    if not found.photos:
+        folders = ", ".join(map(str, inputs))
+        raise SettingsError(f"{folders}: no photo{left_out and ', only ' + left_out}")
+    if left_out:
+        _print(f"{_photos(len(found.photos))}; left out: {left_out}")
+
+
+def _photos(count: int) -> str:
+    return f"{count} photo{'' if count == 1 else 's'}"
+
+
+def _print(line: str) -> None:
+    print(f"fcn-segment: {line}", file=sys.stderr)
 
 
 def _flag_error(message: str) -> SettingsError:
@@ -200,13 +272,33 @@ def _options(arguments: Arguments, model: str | None) -> Options:
         raise _flag_error(one_line(exc)) from exc
 
 
-def _outputs(arguments: Arguments) -> OutputFiles | CocoFile:
+def _outputs(arguments: Arguments, found: Found) -> Outputs:
+    photos, out, overwrite = found.photos, arguments.out, arguments.overwrite
+    if out == STDOUT:
+        if len(photos) > 1 or arguments.format in LAYOUTS:
+            raise SettingsError(f"--out -: stdout takes one photo, not {arguments.format} files")
+        return StandardOutput(next(iter(photos)))
+    if out.exists() and not out.is_dir():
+        raise SettingsError(f"--out {out} is not a folder")
     if arguments.format == "coco":
-        return CocoFile.plan(arguments.inputs, arguments.out, arguments.overwrite)
+        return CocoFile.plan(photos, out, overwrite)
     if arguments.format == "voc":
-        return OutputFiles.voc(arguments.inputs, arguments.out)
+        return OutputFiles.voc(photos, out, overwrite)
     suffix = VIEWS[FORMATS[arguments.format]].suffix
-    return OutputFiles(plan_outputs(arguments.inputs, arguments.out, suffix), arguments.out)
+    return OutputFiles(plan_outputs(photos, out, suffix), out, overwrite)
+
+
+def _origin(arguments: Arguments, options: Options, model: str) -> Origin:
+    """What, beside the photo, determines an output."""
+    classes = {name.strip() for name in options.class_names}
+    origin = {
+        "--format": "coco" if arguments.format == "coco" else options.view,
+        "--mask": options.mask if options.view == "json" else None,
+        "--classes": ",".join(sorted(classes)) or None,
+        "--max-side": options.max_side,
+        "model": model,
+    }
+    return {name: value for name, value in origin.items() if value is not None}
 
 
 @contextlib.asynccontextmanager
@@ -224,7 +316,10 @@ async def _embedded(settings: Settings, arguments: Arguments) -> AsyncIterator[P
 
         # More photos than keep it busy would only use memory.
         jobs = min(arguments.jobs or service.concurrency, service.segmenter.max_in_flight)
-        yield Predictor(predict, service.engines.default.model.contract.labels, jobs)
+        model = service.engines.default.model
+        contract, sha256 = model.contract, model.manifest.files[model.file_name].sha256
+        name = f"{contract.name} {contract.version} ({sha256[:_DIGITS]})"
+        yield Predictor(predict, contract.labels, name, jobs)
 
 
 @contextlib.asynccontextmanager
@@ -257,15 +352,20 @@ async def _remote(url: str, model: str | None, jobs: int | None) -> AsyncIterato
         client = AsyncClient(url)
     async with client:
         with translated():
-            await _check_model(client, model)
+            name = await _model_name(client, model)
             labels = _label_set(await client.classes(model))
-        yield Predictor(predict, labels, jobs or REMOTE_JOBS)
+        checksum = hashlib.sha256(labels.model_dump_json().encode()).hexdigest()[:_DIGITS]
+        yield Predictor(predict, labels, f"{name} ({checksum})", jobs or REMOTE_JOBS)
 
 
-async def _check_model(client: AsyncClient, model: str | None) -> None:
-    names = [one.name for one in (await client.models()).models]
-    if model is not None and model not in names:
-        raise SettingsError(f"--model: the service has no {model!r}, only {', '.join(names)}")
+async def _model_name(client: AsyncClient, model: str | None) -> str:
+    """Name and version of the service's model of that name, or of its default one."""
+    models = (await client.models()).models
+    for one in models:
+        if model in (None, one.name):
+            return f"{one.name} {one.version}"
+    names = ", ".join(one.name for one in models)
+    raise SettingsError(f"--model: the service has no {model!r}, only {names}")
 
 
 def _label_set(classes: LabelMap) -> LabelSet:
@@ -278,33 +378,34 @@ def _label_set(classes: LabelMap) -> LabelSet:
 
 async def _predict_all(
     opened: contextlib.AbstractAsyncContextManager[Predictor],
-    photos: Sequence[Path],
-    outputs: OutputFiles | CocoFile,
+    outputs: Outputs,
     options: Options,
-    done: int,
+    arguments: Arguments,
 ) -> int:
-    failed = 0
-    remaining = iter(photos)
+    """Segment the photos that are not done yet; returns the number that failed."""
+    started_s = time.monotonic()
     async with opened as predictor:
         try:
             chosen = None if options.classes is None else predictor.labels.ids(options.class_names)
         except InvalidParameter as exc:
             raise _flag_error(str(exc)) from exc
-        outputs.set_classes(predictor.labels, chosen)
-        total = done + len(photos)
-        with tqdm(total=total, initial=done, unit="photo", disable=None) as progress:
+        with _writing(arguments.out):
+            outputs.resume(_origin(arguments, options, predictor.model), predictor.labels, chosen)
+        photos = [photo for photo in outputs.photos if not outputs.has(photo)]
+        tally = Tally(len(outputs.photos), done_already=len(outputs.photos) - len(photos))
+        remaining = iter(photos)
+        with tqdm(
+            total=tally.total, initial=tally.done_already, unit="photo", disable=None
+        ) as progress:
 
             async def work() -> None:
-                nonlocal failed
                 for photo in remaining:
                     try:
-                        data = await asyncio.to_thread(photo.read_bytes)
-                        content = await predictor.predict(data, options)
-                        await asyncio.to_thread(outputs.add, photo, content)
-                    except RemoteLost:
+                        await _predict_one(photo, predictor, outputs, options, tally)
+                    except (RemoteLost, OutputFailed):
                         raise
                     except (SegmentError, OSError) as exc:
-                        failed += 1
+                        tally.failed += 1
                         reason = exc.strerror if isinstance(exc, OSError) else str(exc)
                         progress.write(f"fcn-segment: {photo}: {reason}", file=sys.stderr)
                     progress.update()
@@ -313,7 +414,51 @@ async def _predict_all(
                 async with asyncio.TaskGroup() as group:
                     for _ in range(min(predictor.jobs, len(photos))):
                         group.create_task(work())
-            except* RemoteLost as lost:
+            except* (RemoteLost, OutputFailed) as lost:
                 raise lost.exceptions[0] from None
-    await asyncio.to_thread(outputs.finish)
-    return failed
+    with _writing(arguments.out):
+        await asyncio.to_thread(outputs.finish)
+    _print(tally.summarise(predictor.labels, time.monotonic() - started_s))
+    return tally.failed
+
+
+async def _predict_one(
+    photo: Path, predictor: Predictor, outputs: Outputs, options: Options, tally: Tally
+) -> None:
+    data = await asyncio.to_thread(photo.read_bytes)
+    if not data:
+        raise UndecodableImage("the file is empty")
+    if outputs.has(photo, data):
+        tally.done_already += 1
+        return
+    photo_id = PhotoId.of(photo, data)
+    content = await predictor.predict(data, options)
+    try:
+        await asyncio.to_thread(outputs.add, photo, photo_id, content)
+    except OSError as exc:
+        reason = f"its output cannot be written: {exc.strerror}"
+        if exc.errno in _DISK_ERRORS:
+            advice = "free space and rerun the command to resume"
+            raise OutputFailed(f"{photo}: {reason}; {advice}") from exc
+        raise OSError(exc.errno, reason) from exc
+    tally.segmented += 1
+    tally.classes.update(await asyncio.to_thread(_class_ids, content, options.view))
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Translate errors about the outputs as a whole."""
+    try:
+        yield
+    except OSError as exc:
+        raise OutputFailed(f"--out {out}: {exc.strerror}") from exc
+
+
+def _class_ids(content: bytes, view: ViewName) -> list[int]:
+    """The ids of the classes that an output shows, without background; of other views none."""
+    if view == "json":
+        return [one["id"] for one in json.loads(content)["classes"] if one["id"]]
+    if view == "mask":
+        with Image.open(io.BytesIO(content)) as mask:
+            return [int(one) for one in np.unique(np.asarray(mask)) if one]
+    return []

@@ -18,8 +18,9 @@ from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 
 from service.artefact import voc
 from service.artefact.labels import VOC_LABELS, LabelSet
+from service.cli.coco import CocoFile
 from service.cli.main import main
-from service.cli.outputs import CocoFile
+from service.cli.records import PhotoId
 from service.client import Client
 from service.errors import InvalidParameter
 from service.images.brush_rle import RowRuns
@@ -327,15 +328,16 @@ def test_coco_files_of_other_classes_are_not_resumed(
     vocs = str(artefact.parent / "vocs")
     assert main(["predict", *first, *options, vocs]) == 0
     assert main(["predict", *both, *options, str(artefact)]) == 2
-    assert "of an earlier run class 1 is 'aeroplane', unlike this" in capsys.readouterr().err
+    assert "comes from other options (model was " in capsys.readouterr().err
     assert main(["predict", *both, *options, vocs]) == 0
 
     (out / "annotations.json").unlink()
     unfinished = CocoFile({tmp_path / "a.png": "a.png"}, out)
-    unfinished.set_classes(case.labels, None)
-    unfinished.add(tmp_path / "a.png", answered(case))
+    unfinished.resume({"--format": "coco", "model": "own 1"}, case.labels, None)
+    photo_id = PhotoId.of(tmp_path / "a.png", case.photo)
+    unfinished.add(tmp_path / "a.png", photo_id, answered(case))
     assert main(["predict", *both, *options, vocs]) == 2
-    assert main(["predict", *both, *options, str(artefact)]) == 0
+    assert main(["predict", *both, *options, str(artefact), "--overwrite"]) == 0
     check_coco(out, case)
     assert main(["predict", *both, *options, vocs, "--overwrite"]) == 0
 

@@ -1,9 +1,12 @@
 """``fcn-segment predict`` on files and folders."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import pty
+import re
 import socket
 import subprocess
 import sys
@@ -20,10 +23,11 @@ from pycocotools.coco import COCO  # type: ignore[import-untyped]
 from skimage import data
 
 from service.artefact import voc
+from service.cli.coco import CocoFile
 from service.cli.main import main
-from service.cli.outputs import CocoFile
+from service.cli.outputs import RECORDS_NAME
 from service.client import AsyncClient, Retries, ServiceUnreachable
-from tests.artefacts import encode, two_class_photo
+from tests.artefacts import build_artefact, encode, two_class_photo
 from tests.clients import Server, command_line, environment
 
 PHOTO = encode(two_class_photo())
@@ -37,6 +41,11 @@ def tiny_model(tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FCN_THREADS", "1")
 
 
+def visible(folder: Path) -> list[str]:
+    """The names in a folder that are not hidden."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def test_masks_of_a_file_and_a_folder(tmp_path: Path) -> None:
     """Masks are palette PNGs named after the stems, in the folder's structure; status 0."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
@@ -45,7 +54,7 @@ def test_masks_of_a_file_and_a_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["predict", f"{tmp_path}/in", f"{tmp_path}/single.photo", "--out", str(out)]) == 0
     written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert written == ["deep/a.png", "single.png"]
+    assert written == [RECORDS_NAME, "deep/a.png", "single.png"]
     with Image.open(out / "single.png") as image:
         assert (image.mode, image.size) == ("P", (96, 64))
         assert np.asarray(image)[30, 80] == 15
@@ -59,19 +68,26 @@ def test_one_bad_file_does_not_stop_the_rest(
     (tmp_path / "a.jpg").write_bytes(b"hello")
     (tmp_path / "b.png").write_bytes(PHOTO)
     (tmp_path / "c.png").write_bytes(PHOTO[:60])
+    (tmp_path / "d.png").touch()
+    (tmp_path / "notes.txt").touch()
     missing = tmp_path / "missing.png"
     out = tmp_path / "out"
     assert main(["predict", str(tmp_path), str(missing), "--out", str(out)]) == 1
-    assert [path.name for path in out.iterdir()] == ["b.png"]
+    assert visible(out) == ["b.png"]
     lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "fcn-segment: 5 photos; left out: 1 .txt"
     for name, reason in [
         ("a.jpg", "not an image of an allowed type"),
         ("c.png", "broken, truncated"),
+        ("d.png", "the file is empty"),
         ("missing.png", "No such file"),
     ]:
         assert any(name in line and reason in line for line in lines)
-    assert lines[-1] == "fcn-segment: 3 photos failed"
-    assert len(lines) == 4
+    summary = (
+        r"fcn-segment: 5 photos: 1 segmented, 4 failed, in \d+\.\d s; photos with .*person 1.*"
+    )
+    assert re.fullmatch(summary, lines[-1])
+    assert len(lines) == 6
 
 
 def test_other_formats(tmp_path: Path) -> None:
@@ -89,31 +105,171 @@ def test_other_formats(tmp_path: Path) -> None:
     (found,) = json.loads((out / "a.json").read_text())["classes"]
     assert found["name"] == "person"
     assert found["polygons"]
-    assert [path.name for path in out.iterdir()] == ["a.json"]
+    assert visible(out) == ["a.json"]
 
 
 def test_existing_outputs_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Only --overwrite replaces them; if all exist, no model is loaded."""
+    """Those of the same photos and options; only --overwrite repeats them."""
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(PHOTO)
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "a.png").write_text("mine")
     command = ["predict", str(tmp_path), "--out", str(out)]
     assert main(command) == 0
-    assert (out / "a.png").read_text() == "mine"
-    with Image.open(out / "b.png") as image:
-        assert image.mode == "P"
-    again = "photos are done already (--overwrite repeats them)\n"
-    assert capsys.readouterr().err == f"fcn-segment: 1 of 2 {again}"
-    assert main([*command, "--model", str(tmp_path / "nothing")]) == 0
-    assert capsys.readouterr().err == f"fcn-segment: 2 of 2 {again}"
+    (out / "b.png").unlink()
+    kept = (out / "a.png").stat().st_ino
+    assert main(command) == 0
+    again = "done already (--overwrite repeats them)"
+    assert f"2 photos: 1 segmented, 1 {again}, in" in capsys.readouterr().err
+    assert main(command) == 0
+    assert f"2 photos: 0 segmented, 2 {again}, in" in capsys.readouterr().err
+    assert (out / "a.png").stat().st_ino == kept
     assert main([*command, "--classes", "unicorn"]) == 2
     assert "--classes: no class 'unicorn'" in capsys.readouterr().err
     assert main([*command, "--overwrite", "--jobs", "8"]) == 0
-    with Image.open(out / "a.png") as image:
-        assert image.mode == "P"
-    assert capsys.readouterr().err == ""
+    assert "2 photos: 2 segmented, in" in capsys.readouterr().err
+    assert (out / "a.png").stat().st_ino != kept
+
+
+def test_a_replaced_photo_is_redone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In every format; a photo that was only touched is not."""
+    photo = tmp_path / "a.png"
+    for name in ("mask", "coco"):
+        photo.write_bytes(PHOTO)
+        command = ["predict", str(photo), "--out", str(tmp_path / name), "--format", name]
+        assert main(command) == 0
+        os.utime(photo, (1, 1))
+        assert main(command) == 0
+        assert "0 segmented, 1 done already" in capsys.readouterr().err
+        photo.write_bytes(JPEG)
+        os.utime(photo, (1, 1))
+        assert main(command) == 0
+        assert "1 photo: 1 segmented, in" in capsys.readouterr().err
+    with Image.open(tmp_path / "mask" / "a.png") as mask:
+        assert mask.size == (512, 512)
+    (image,) = json.loads((tmp_path / "coco" / "annotations.json").read_text())["images"]
+    assert (image["width"], image["height"]) == (512, 512)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "difference"),
+    [
+        ("--format mask", "--format overlay", "--format was mask, is overlay"),
+        ("--format coco --classes person", "--format coco", "--classes was person, is not given"),
+        ("--format coco", "--format coco --mask rle", "--mask was polygons, is rle"),
+        ("--format voc", "--format voc --max-side 64", "--max-side was not given, is 64"),
+    ],
+)
+def test_outputs_of_other_options_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str, then: str, difference: str
+) -> None:
+    """They are left as they are; --overwrite replaces them."""
+    photo, out = tmp_path / "a.png", tmp_path / "out"
+    photo.write_bytes(PHOTO)
+    command = ["predict", str(photo), "--out", str(out)]
+    assert main([*command, *first.split()]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([*command, *then.split()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert difference in lines[0]
+    assert before == {path: path.read_bytes() for path in before}
+    assert main([*command, *then.split(), "--overwrite"]) == 0
+    assert main([*command, *then.split()]) == 0
+    assert "1 done already" in capsys.readouterr().err
+
+
+def test_outputs_of_another_model_are_refused(
+    tmp_path: Path, tiny_artefact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Name, version and file count. A model that cannot be opened is an error, too."""
+    photo = tmp_path / "a.png"
+    photo.write_bytes(PHOTO)
+    command = ["predict", str(photo), "--out", str(tmp_path / "out"), "--model"]
+    assert main([*command, str(tiny_artefact)]) == 0
+    other = build_artefact(tmp_path / "other", version="2")
+    assert main([*command, str(other)]) == 2
+    assert "model was tiny" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "nothing")]) == 1
+
+
+@pytest.mark.parametrize("name", ["mask", "json", "voc", "coco"])
+def test_outputs_are_whole_or_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A full disk ends the run with one line; the same command then resumes."""
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(PHOTO)
+    out = tmp_path / "out"
+    command = ["predict", str(tmp_path), "--out", str(out), "--format", name, "--jobs", "1"]
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        assert main(command) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "No space left on device" in lines[0]
+    assert not [*out.rglob("*.png"), *out.rglob("*.json"), *out.rglob("*.tmp")]
+    assert main(command) == 0
+    assert "3 photos: 3 segmented" in capsys.readouterr().err
+
+
+def test_a_folder_without_photos_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what is there instead."""
+    for name in ("a.psd", "b.PSD", ".hidden.jpg"):
+        (tmp_path / name).touch()
+    assert main(["predict", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"fcn-segment: {tmp_path}: no photo, only 2 .psd, 1 hidden\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_read_is_a_failure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Photos may be missing."""
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "a.png").write_bytes(PHOTO)
+    scandir = os.scandir
+
+    def refuse(folder: Path) -> Any:  # noqa: ANN401 - as the original's
+        if folder.name == "deep":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert main(["predict", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 1
+    assert f"{tmp_path / 'in' / 'deep'}: Permission denied" in capsys.readouterr().err
+    assert (tmp_path / "out" / "a.png").exists()
+
+
+def test_stdin_and_stdout(tmp_path: Path) -> None:
+    """A photo comes in by a pipe, and its mask goes out by one; stdout has nothing else."""
+    photo = tmp_path / "a.png"
+    photo.write_bytes(PHOTO)
+
+    def piped(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+        command = command_line("predict", *arguments)
+        return subprocess.run(
+            command, env=environment(), input=PHOTO, capture_output=True, timeout=60, check=False
+        )
+
+    done = piped("-", "--out", "-")
+    assert done.returncode == 0, done.stderr
+    with Image.open(io.BytesIO(done.stdout)) as mask:
+        assert (mask.mode, mask.size) == ("P", (96, 64))
+    assert b"1 photo: 1 segmented" in done.stderr
+    assert piped("-", "--out", tmp_path / "out").returncode == 0
+    assert (tmp_path / "out" / "stdin.png").read_bytes() == done.stdout
+    for arguments in (["-", str(photo), "--out", "-"], ["-", "--out", "-", "--format", "coco"]):
+        refused = piped(*arguments)
+        assert (refused.returncode, refused.stdout) == (2, b"")
+        assert b"--out -: stdout takes one photo" in refused.stderr
 
 
 def test_vocs_layout(tmp_path: Path) -> None:
@@ -190,18 +346,18 @@ def test_a_coco_file_is_resumed(
         assert main(command) == 130
     assert [path.name for path in out.iterdir()] == ["annotations.jsonl.part"]
     lines = (out / "annotations.jsonl.part").read_text().splitlines(keepends=True)
-    assert len(lines) == 4  # the categories, and a photo each
+    assert len(lines) == 4  # the options, and a photo each
     # The second photo is missing, and the third photo's line is incomplete.
     (out / "annotations.jsonl.part").write_text(lines[0] + lines[1] + lines[3][:50])
     assert main(command) == 0
-    assert "1 of 3 photos are done already" in capsys.readouterr().err
+    assert "3 photos: 2 segmented, 1 done already" in capsys.readouterr().err
     whole = json.loads((out / "annotations.json").read_text())
     assert [one["file_name"] for one in whole["images"]] == ["a.png", "b.png", "c.png"]
 
     (photos / "a.png").unlink()
     (photos / "d.png").write_bytes(PHOTO)
     assert main(command) == 0
-    assert "2 of 3 photos are done already" in capsys.readouterr().err
+    assert "3 photos: 1 segmented, 2 done already" in capsys.readouterr().err
     more = json.loads((out / "annotations.json").read_text())
     assert [one["file_name"] for one in more["images"]] == ["a.png", "b.png", "c.png", "d.png"]
     assert more["annotations"][: len(whole["annotations"])] == whole["annotations"]
@@ -211,11 +367,6 @@ def test_a_coco_file_is_resumed(
     assert main([*command, "--overwrite"]) == 0
     replaced = json.loads((out / "annotations.json").read_text())
     assert [one["file_name"] for one in replaced["images"]] == ["b.png", "c.png", "d.png"]
-
-    for photo in photos.iterdir():
-        photo.unlink()
-    assert main([*command, "--overwrite"]) == 0
-    assert json.loads((out / "annotations.json").read_text())["images"] == []
 
     (out / "annotations.json").write_text("[]")
     assert main(command) == 2
@@ -261,7 +412,11 @@ def test_by_a_service(
         written = sorted(path.name for path in here.iterdir())
         assert written == sorted(path.name for path in there.iterdir())
         for path in here.iterdir():
-            assert path.read_bytes() == (there / path.name).read_bytes()
+            if path.name == "annotations.json":
+                whole, other = (json.loads((one / path.name).read_text()) for one in (here, there))
+                assert {**whole, "info": None} == {**other, "info": None}
+            elif path.name != RECORDS_NAME:
+                assert path.read_bytes() == (there / path.name).read_bytes()
     out = tmp_path / "json"
     options = ["--format", "json", "--classes", "person", "--max-side", "64"]
     assert main([*command, str(out), *options, *remote, "--model", "second"]) == 1
@@ -307,7 +462,7 @@ def test_a_service_that_is_unreachable_or_stops(
     assert capsys.readouterr().err.splitlines() == [
         "fcn-segment: it broke; rerun the command to resume"
     ]
-    assert len(list((tmp_path / "out").iterdir())) == 2
+    assert len(visible(tmp_path / "out")) == 2
 
 
 def test_json_is_asked_for_as_every_release_answers_it(
@@ -351,7 +506,7 @@ def test_max_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["predict", str(photo), "--out", str(tmp_path / "out"), "--max-side"]
     assert main([*command, "200"]) == 0
     assert main([*command, "20"]) == 2
-    assert capsys.readouterr().err == "fcn-segment: --max-side: 20 is not in 64 to 1280\n"
+    assert capsys.readouterr().err.endswith("fcn-segment: --max-side: 20 is not in 64 to 1280\n")
 
 
 def test_a_bad_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ NOT_FOR_CALLERS = {
     errors.ImageError,
     errors.RemoteError,
     errors.RemoteLost,
+    errors.OutputFailed,
     errors.WorkersUnavailable,
 }
 

@@ -4,7 +4,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -199,3 +199,18 @@ def test_rounded_weights_change_the_kernels_alone() -> None:
     dtypes = {key: value.dtype for key, value in rounded_weights(small_backbone()).items()}
     assert dtypes["0.weight"] == torch.float16
     assert dtypes["0.bias"] == dtypes["1.weight"] == dtypes["1.running_var"] == torch.float32
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the file and the cause; the old checkpoint remains."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"iteration": 1})
+
+    def on_a_full_disk(_: Path) -> IO[bytes]:
+        return Path("/dev/full").open("wb", buffering=0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("models.checkpoint.write_atomically", on_a_full_disk)
+        with pytest.raises(CheckpointError, match=r"checkpoint\.pt: .*No space left on device"):
+            save_checkpoint(path, {"iteration": torch.zeros(100_000)})
+    assert load_checkpoint(path) == {"iteration": 1}

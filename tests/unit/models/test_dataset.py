@@ -1,5 +1,6 @@
 """VOC's layout is read unchanged; errors name the file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from models.dataset import DatasetError, hold_out, read_split
+from models.dataset import DatasetError, hold_out, read_names, read_split
 from models.training_set import ResumableBatches, TrainingSet, repeat_factors
 from models.transforms import Augmentation
 from service.artefact.labels import LabelSet
+from service.images.decoding import decode
 from tests.voc_data import make_voc, write_mask
 
 
@@ -69,6 +71,100 @@ def test_a_size_mismatch_is_named(voc: Path) -> None:
     write_mask(voc / "SegmentationClass/2007_000000.png", np.zeros((96, 127), np.uint8))
     with pytest.raises(DatasetError, match=r"2007_000000\.png: 127x96.* 128x96"):
         read_split(voc, "train")[0].load()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_upright_as_the_service_shows_them(voc: Path, orientation: int) -> None:
+    """Training, evaluation and serving see the same pixels: masks are drawn on upright photos."""
+    upright = np.zeros((96, 128, 3), np.uint8)
+    upright[:48, :64, 0] = upright[48:, 64:, 2] = 255
+    stored = upright
+    if orientation in (5, 6, 7, 8):
+        stored = stored.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        stored = stored[::-1]
+    if orientation in (2, 3, 6, 7):
+        stored = stored[:, ::-1]
+    # Orientation 6 is turned clockwise to be upright, 8 counterclockwise.
+    if orientation in (6, 8):
+        stored = stored[::-1, ::-1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = voc / "JPEGImages/2007_000000.jpg"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, quality=95, exif=exif)
+    image, _ = read_split(voc, "train")[0].load()
+    assert image.size == (128, 96)
+    assert np.abs(np.asarray(image).astype(int) - upright).mean() < 8
+    served = decode(path.read_bytes(), max_pixels=1 << 20).pixels
+    assert np.array_equal(np.asarray(image), served)
+
+
+def test_a_mask_that_was_not_turned_is_named(voc: Path) -> None:
+    """The error says that the photo was."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (128, 96)).save(voc / "JPEGImages/2007_000000.jpg", exif=exif)
+    with pytest.raises(DatasetError, match=r"2007_000000\.png: 128x96.*96x128 upright.*turn the"):
+        read_split(voc, "train")[0].load()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a b\nüber\nc\n".encode(),
+        "a b\r\nüber\r\n\r\nc".encode("utf-8-sig"),
+        "  a b \rüber\rc".encode(),
+        "a b\r\nüber\r\nc\r\n".encode("utf-16"),
+        b"\xfe\xff" + "a b\nüber\nc".encode("utf-16-be"),
+    ],
+    ids=["unix", "bom-crlf", "cr", "utf-16", "utf-16-be"],
+)
+def test_a_list_is_read_as_any_editor_saves_it(tmp_path: Path, content: bytes) -> None:
+    """Byte order marks, line ends, UTF-16, and spaces within names."""
+    (tmp_path / "train.txt").write_bytes(content)
+    assert read_names(tmp_path / "train.txt") == ["a b", "über", "c"]
+
+
+def test_names_that_are_not_utf_8_are_found(voc: Path) -> None:
+    """They are the files' own bytes."""
+    listing = voc / "ImageSets/Segmentation/train.txt"
+    name = os.fsdecode(b"caf\xe9")
+    for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        (voc / f"{folder}/2007_000000.{suffix}").rename(voc / f"{folder}/{name}.{suffix}")
+    listing.write_bytes(b"caf\xe9\n")
+    (sample,) = read_split(voc, "train")
+    assert sample.load()[0].size == (128, 96)
+
+
+@pytest.mark.parametrize("content", [b"a\0\n\0", b"\xff\xfea", b"\n \r\n"])
+def test_what_is_no_list_is_named(tmp_path: Path, content: bytes) -> None:
+    """UTF-16 without a mark, cut UTF-16, and a list of nothing."""
+    (tmp_path / "train.txt").write_bytes(content)
+    with pytest.raises(DatasetError, match=r"train\.txt: "):
+        read_names(tmp_path / "train.txt")
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [((0, 255), "background"), ((255, 255), "no class"), ((15, 255), "person"), ((0, 0), "backg")],
+)
+def test_masks_that_cannot_teach_stop_the_run(
+    voc: Path, values: tuple[int, int], found: str
+) -> None:
+    """Masks of 0 and 255, as paint programs export them, are background and void only."""
+    mask = np.repeat(np.array(values, np.uint8), 64)[None].repeat(96, axis=0)
+    for path in voc.glob("SegmentationClass*/*.png"):
+        write_mask(path, mask)
+    with pytest.raises(DatasetError, match=rf"12 photos show {found}.*replace 255 by a class id"):
+        training_set(voc)
+
+
+def test_masks_without_a_class_are_listed(voc: Path) -> None:
+    """They are allowed: the photo shows nothing of interest, or they are wrong."""
+    assert training_set(voc).without_class() == []
+    write_mask(voc / "SegmentationClass/2007_000001.png", np.zeros((96, 128), np.uint8))
+    (sample,) = training_set(voc).without_class()
+    assert sample.name == "2007_000001"
 
 
 def test_a_label_beyond_the_classes_is_named(voc: Path) -> None:
@@ -137,9 +233,11 @@ def test_rare_classes_are_repeated(voc: Path) -> None:
     """An image has the factor of its rarest class; frequent classes stay at one."""
     samples = read_split(voc, "train")
     rare = [samples[0], *[s for s in samples if s.mask_path.parent.name != "SegmentationClass"]]
-    factors = repeat_factors(rare, threshold=0.8)
+    augmentation = Augmentation(64, 128, (0.5, 2.0), 0.3)
+    present = TrainingSet(rare, augmentation, 1, torch.device("cpu")).present
+    factors = repeat_factors(present, threshold=0.8)
     np.testing.assert_allclose(factors, [2.0, 1, 1, 1, 1])
-    assert (repeat_factors(rare, threshold=0) == 1).all()
+    assert (repeat_factors(present, threshold=0) == 1).all()
 
 
 def test_batches_resume_where_they_stopped() -> None:

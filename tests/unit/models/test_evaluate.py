@@ -2,12 +2,15 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
+from models.__main__ import main
 from models.metrics import BAND_WIDTHS, confusion_by_ring
 from models.reports import caption, format_table, summarise_image
 from models.stages import evaluate
@@ -21,6 +24,7 @@ from models.stages.evaluate import (
 from service.artefact.labels import VOC_LABELS, LabelSet
 from service.artefact.manifest import Accuracy
 from service.artefact.voc import CLASSES
+from tests.voc_data import make_voc, write_mask
 
 CAT, DOG, SHEEP = (CLASSES.index(name) for name in ("cat", "dog", "sheep"))
 
@@ -160,3 +164,24 @@ def test_a_service_has_its_own_protocol_only(protocol: str) -> None:
     args = parser.parse_args(["--url", "http://x", "--data", "x", "--protocol", protocol])
     with pytest.raises(EvaluationError, match=rf"{protocol} needs --checkpoint or --artifact"):
         open_predictor(args)
+
+
+def test_masks_without_two_classes_are_no_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Masks of 0 and 255 would score the background alone."""
+    data = make_voc(tmp_path, images=2)
+    for path in data.glob("VOC2012/SegmentationClass*/*.png"):
+        mask = np.zeros((96, 128), np.uint8)
+        mask[20:60] = 255
+        write_mask(path, mask)
+
+    def predict(image: Image.Image) -> NDArray[np.uint8]:
+        return np.zeros(image.size[::-1], np.uint8)
+
+    monkeypatch.setattr(evaluate, "open_predictor", lambda _: (predict, VOC_LABELS, {}))
+    out = tmp_path / "out"
+    command = ["evaluate", "--url", "http://x", "--data", str(data), "--out", str(out)]
+    assert main(command) == 1
+    assert "the masks of val show background and void only" in capsys.readouterr().err
+    assert not out.exists()

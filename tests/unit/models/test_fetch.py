@@ -1,5 +1,6 @@
 """Downloads that are interrupted, moved or altered, and the unpacking of archives."""
 
+import errno
 import hashlib
 import io
 import socket
@@ -590,3 +591,25 @@ def test_what_is_no_archive_is_refused(
     arguments = ["--data", str(archives.data), "--sha256", sha256(CONTENT)]
     assert main(["fetch", "voc2012", *arguments]) == 1
     assert "cannot be unpacked" in last_line(capsys)
+
+
+def test_a_list_exists_only_after_all_of_its_files(
+    archives: Archives, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk leaves no list, so that the next run unpacks again."""
+    archives.pack_voc()
+    assert archives.fetch("voc2012") == 0
+    (archives.data / "VOC2012/SegmentationClass/2007_000004.png").unlink()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lists = archives.data / "VOC2012/ImageSets/Segmentation"
+    for target, name in ((tarfile.TarFile, "extractall"), (fetch, "replace_file")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, full)
+            assert archives.fetch("voc2012") == 1
+        assert "the disk is full" in last_line(capsys)
+        assert not list(lists.iterdir())
+    assert archives.fetch("voc2012") == 0
+    assert len(read_split(archives.data, "val")) == 3
