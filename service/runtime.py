@@ -122,7 +122,12 @@ async def open_service(
                 engines,
                 workers,
                 MemoryAccount(_memory_for_requests(settings, workers)),
-                PhotoLimits(settings.max_pixels, settings.photo_cpu_s, settings.deadline_s),
+                PhotoLimits(
+                    settings.max_pixels,
+                    settings.max_side,
+                    settings.photo_cpu_s,
+                    settings.deadline_s,
+                ),
                 max_in_flight=queue_size,
                 metrics=metrics,
             )

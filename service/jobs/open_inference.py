@@ -35,6 +35,7 @@ from service.jobs.messages import (
 )
 from service.schemas import Schema
 from service.views import Scene, check_side
+from service.workers.replies import whole
 
 IMAGE: Final = "image"
 MASK: Final = "mask"
@@ -160,6 +161,11 @@ class InferenceJob:
         _check_answer(pixels, outputs)
         grant.require(pixels * max(_PHOTO_BYTES, output_bytes), pixels)
         return Reading(photo, max_side, CONFIDENCE in outputs, writer, file_bytes)
+
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+        if facts["json_bytes"] is not None:
+            whole(facts["json_bytes"], 0, size)
 
 
 @dataclass(frozen=True, slots=True)
