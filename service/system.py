@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 _PR_SET_DUMPABLE: Final = 4
+_FALLOC_KEEP_SIZE: Final = 1
+_FALLOC_PUNCH_HOLE: Final = 2
 
 # mallopt's parameters, from glibc's malloc.h, and their values.
 _M_TRIM_THRESHOLD: Final = -1
@@ -94,6 +96,18 @@ def keep_freed_buffers() -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BUFFER_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
+def free_range(number: int, offset: int, size: int) -> None:
+    """Free the memory of a part of a file in memory, which then reads as zeros.
+
+    `mmap.madvise` does the same, but keeps all other threads waiting: 50 ms for 150 MiB. Where the
+    kernel cannot do it, the file keeps its memory. Source: Linux, ``fallocate(2)``.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        fallocate = ctypes.CDLL(None).fallocate
+        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        fallocate(number, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, size)
 
 
 def hide_memory() -> None:

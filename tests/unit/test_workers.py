@@ -329,6 +329,15 @@ async def test_an_answer_that_its_check_refuses_ends_the_worker(pool: WorkerPool
         assert await pid_of(pool) != before
 
 
+def test_a_large_message_leaves_no_memory_in_the_file() -> None:
+    """Only the part that is mapped keeps its own."""
+    with contextlib.closing(Memory.create()) as memory:
+        packet = memory.put([bytes(MAPPED_BYTES), b"1" * MAPPED_BYTES])
+        assert os.fstat(memory.number).st_blocks * 512 == 2 * MAPPED_BYTES
+        assert memory.get(memory.lengths_of(packet))[1] == b"1" * MAPPED_BYTES
+        assert os.fstat(memory.number).st_blocks * 512 == MAPPED_BYTES
+
+
 def test_the_file_cannot_be_truncated() -> None:
     """Or a worker under a file's control could crash the service, which maps it."""
     with contextlib.closing(Memory.create()) as memory:
