@@ -17,10 +17,11 @@ from service.errors import Draining, SettingsError
 from service.images.headers import WORKING_BYTES
 from service.inference.engine import CPU_QUEUE, GPU_QUEUE, Engine, open_engine
 from service.inference.engines import Engines
-from service.inference.session import InferenceSession, available_cores
+from service.inference.session import InferenceSession
 from service.memory import MemoryAccount, resident_bytes
 from service.segmenter import SMALL_BYTES, PhotoLimits, Segmenter
 from service.settings import Settings, default_memory_mb
+from service.system import available_cores
 from service.telemetry.metrics import (
     EngineFacts,
     Families,
@@ -121,7 +122,12 @@ async def open_service(
                 engines,
                 workers,
                 MemoryAccount(_memory_for_requests(settings, workers)),
-                PhotoLimits(settings.max_pixels, settings.photo_cpu_s, settings.deadline_s),
+                PhotoLimits(
+                    settings.max_pixels,
+                    settings.max_side,
+                    settings.photo_cpu_s,
+                    settings.deadline_s,
+                ),
                 max_in_flight=queue_size,
                 metrics=metrics,
             )

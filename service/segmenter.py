@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 import structlog
 
 from service.artefact.contract import ModelContract
-from service.artefact.preprocessing import Geometry
 from service.backlog import Backlog, Expected
 from service.errors import DeadlineExceeded, Overloaded, TooExpensive
 from service.inference.batcher import BatchResult
@@ -27,6 +27,7 @@ from service.inference.engine import Engine, Output
 from service.inference.engines import Engines
 from service.inference.lanes import DeviceTask, Upsampled
 from service.jobs.base import Finish, Grant, Job, Prepare
+from service.jobs.checks import check_finished, check_prepared, geometry_of
 from service.memory import Lease, MemoryAccount
 from service.schemas import ModelName
 from service.system import give_back_freed
@@ -34,7 +35,8 @@ from service.telemetry.metrics import Metrics
 from service.telemetry.timings import Timings
 from service.workers.channel import Part, array
 from service.workers.pool import Done, Limits, Rank, WorkerPool
-from service.workers.worker import Task
+from service.workers.replies import Check
+from service.workers.worker import CheckedTask, Task
 
 SMALL_BYTES: Final = 24 * 2**20
 """Memory that each photo may have in a worker without asking: enough for three megapixels."""
@@ -68,11 +70,13 @@ class Result:
 class PhotoLimits:
     """Limits of one photo.
 
-    ``max_pixels``: by its header; ``cpu_s``: CPU seconds of decoding and encoding together;
+    ``max_pixels``: by its header; ``max_side``: longest side that the network sees, unless the
+    model's own is longer; ``cpu_s``: CPU seconds of decoding and encoding together;
     ``deadline_s``: seconds until the answer.
     """
 
     max_pixels: int
+    max_side: int
     cpu_s: float
     deadline_s: float
 
@@ -127,7 +131,7 @@ class Segmenter:
         except TimeoutError as exc:
             raise DeadlineExceeded(f"no answer within {self._limits.deadline_s:g} s") from exc
 
-    async def work(self, task: Task, body: bytes, memory_bytes: int, lease: Lease) -> Done:
+    async def work(self, task: CheckedTask, body: bytes, memory_bytes: int, lease: Lease) -> Done:
         """Run a task that is no photo, such as reading a large message, in a worker.
 
         Raises what `segment` raises.
@@ -137,7 +141,9 @@ class Segmenter:
                 await lease.take(memory_bytes)
                 try:
                     limits = self._worker_limits(memory_bytes, self._limits.cpu_s)
-                    return await self._workers.run(task, [body], limits, Rank.BEGIN, lease.client)
+                    return await self._workers.run(
+                        task, [body], limits, Rank.BEGIN, lease.client, task.check
+                    )
                 finally:
                     lease.give(memory_bytes)
         except TimeoutError as exc:
@@ -157,6 +163,7 @@ class Segmenter:
                 # Read again: a cluster's device may have loaded another model meanwhile.
                 contract = engine.model.contract
             written = await self._finish(
+                job,
                 [writer, shown, body if prepared.facts["decodes_again"] else b""],
                 task,
                 outcome,
@@ -179,11 +186,15 @@ class Segmenter:
     async def _prepare(self, job: Job, body: bytes, engine: Engine, use: _Use) -> Done:
         """Decode and preprocess, as soon as there is memory for it."""
         use.expected.device_s = engine.batcher.usual_s
-        contract = self._pickle(engine.model.contract)
+        contract = engine.model.contract
+        pickled = self._pickle(contract)
+        max_side = max(self._limits.max_side, contract.working_size)
         await use.take(SMALL_BYTES)
         while True:
             grant = Grant(self._limits.max_pixels, use.granted)
-            done = await self._in_worker(Prepare(job, contract, grant), [body], use, Rank.BEGIN)
+            check = partial(check_prepared, contract.shapes, max_side, grant, len(body))
+            prepare = Prepare(job, pickled, grant)
+            done = await self._in_worker(prepare, [body], use, Rank.BEGIN, check)
             if "needs" not in done.facts:
                 return done
             use.expected.grow(done.facts["pixels"])
@@ -193,6 +204,7 @@ class Segmenter:
 
     async def _finish(
         self,
+        job: Job,
         parts: Sequence[Part],
         task: DeviceTask,
         outcome: Output,
@@ -218,14 +230,17 @@ class Segmenter:
             shape,
             [*timings.stages],
         )
-        return await self._in_worker(finish, [*parts, *outputs], use, Rank.FINISH)
+        check = partial(check_finished, job, shape is None)
+        return await self._in_worker(finish, [*parts, *outputs], use, Rank.FINISH, check)
 
-    async def _in_worker(self, task: Task, parts: Sequence[Part], use: _Use, rank: Rank) -> Done:
+    async def _in_worker(
+        self, task: Task, parts: Sequence[Part], use: _Use, rank: Rank, check: Check
+    ) -> Done:
         cpu_s = self._limits.cpu_s - use.cpu_s
         if cpu_s < _LEAST_CPU_S:
             raise TooExpensive(f"decoding it takes more than {use.cpu_s:.1f} s of CPU time")
         limits = self._worker_limits(use.granted, cpu_s)
-        done = await self._workers.run(task, parts, limits, rank, use.client)
+        done = await self._workers.run(task, parts, limits, rank, use.client, check)
         use.cpu_s += done.cpu_s
         use.expected.took(done.run_s)
         return done
@@ -322,7 +337,7 @@ class _Use:
 def _device_task(prepared: Done) -> DeviceTask:
     """The photo for the device."""
     image = prepared.parts[0]
-    geometry = Geometry(*(tuple(shape) for shape in prepared.facts["geometry"]))
+    geometry = geometry_of(prepared.facts)
     pixels = array(image, (*geometry.padded, 3), np.uint8)
     return DeviceTask(pixels, geometry, prepared.facts["with_confidence"])
 

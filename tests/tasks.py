@@ -9,17 +9,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from service.artefact.contract import ModelContract
 from service.errors import UndecodableImage
-from service.jobs.base import Grant, NeedsMemory, Reading
+from service.jobs.base import Grant, NeedsMemory, Reading, Written
+from service.jobs.open_inference import InferenceJob
 from service.jobs.view import ViewJob
-from service.views import Options
+from service.views import Options, Scene
+from service.workers import worker
 from service.workers.worker import Answer
 
 
@@ -141,6 +145,9 @@ class HangingJob:
         while True:
             time.sleep(0.01)
 
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+
 
 @dataclass(frozen=True)
 class LargeJob:
@@ -155,3 +162,49 @@ class LargeJob:
         if grant.memory_bytes < self.memory_bytes:
             raise NeedsMemory(self.memory_bytes, self.pixels)
         return ViewJob.of(Options()).read(body, grant, contract)
+
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+
+
+@dataclass(frozen=True)
+class Lie:
+    """Answers with any text as its facts, as a worker under a file's control might."""
+
+    text: str
+    parts: Sequence[bytes] = ()
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        vars(worker)["json"] = SimpleNamespace(dumps=lambda _: self.text)
+        return Answer({}, self.parts)
+
+
+@dataclass(frozen=True)
+class LyingJob:
+    """A photo that says it ``needs`` odd memory or, if that is None, with odd facts at its end."""
+
+    needs: Any = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    model: None = None
+
+    def read(self, body: bytes, grant: Grant, contract: ModelContract) -> Reading:
+        """See `service.jobs.base.Job`."""
+        if self.needs is not None:
+            raise NeedsMemory(self.needs, 0)
+        reading = ViewJob.of(Options()).read(body, grant, contract)
+        return replace(reading, writer=_LyingWriter(self.facts))
+
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+        InferenceJob("tiny", None, 0, 0).check(facts, size)
+
+
+@dataclass(frozen=True)
+class _LyingWriter:
+    facts: Mapping[str, Any]
+    needs_photo: bool = False
+
+    def write(self, scene: Scene) -> Written:
+        """See `service.jobs.base.Writer`."""
+        return Written(b"answer", self.facts)

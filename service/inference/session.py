@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -31,6 +29,7 @@ from service.errors import (
 )
 from service.inference import providers
 from service.inference.cuda import CudaDevice, first_line, memory_errors
+from service.system import available_cores
 
 PrecisionChoice = Literal["auto", "fp32", "fp16", "int8"]
 ProviderChoice = Literal["cuda", "tensorrt"]
@@ -252,23 +251,6 @@ def load_model(
     except ContractError as exc:
         raise ContractError(f"{path}: {exc}") from exc
     return Model(session, shares, contract, manifest, file_name, provider, gpu, why)
-
-
-def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Return the CPU cores that this process may use; in a container, not all of the machine's.
-
-    The smaller of its affinity and its CPU quota, rounded up: more threads would be throttled in
-    the middle of a run. Source for ``cpu_max``: Linux, ``cgroup-v2.rst``.
-    """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # only Linux has it
-        cores = os.cpu_count() or 1
-    try:
-        quota, period = cpu_max.read_text(encoding="ascii").split()
-        return min(cores, max(1, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such control group, or "max": no quota
-        return cores
 
 
 def _preference(gpu: CudaDevice | None, precision: PrecisionChoice) -> tuple[Precision, ...]:

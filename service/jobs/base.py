@@ -120,6 +120,12 @@ class Job(Protocol):
         May raise any `RequestError` or `ImageError`, or `NeedsMemory`.
         """
 
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """Check, in the service, what its writer says about an answer of ``size`` bytes.
+
+        See `service.workers.replies.Check`.
+        """
+
 
 @lru_cache(maxsize=8)
 def _contract(pickled: bytes) -> ModelContract:

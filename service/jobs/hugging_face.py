@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -28,6 +29,7 @@ from service.jobs.messages import (
 )
 from service.schemas import Schema
 from service.views import Scene
+from service.workers.replies import require
 
 # Measured memory for each pixel, bytes: mask, confidence, and one segment that is encoded.
 _PIXEL_BYTES: Final = 7
@@ -93,6 +95,10 @@ class ImageSegmentationJob:
         side = contract.working_size
         photo = grant.decode(data, side, _PIXEL_BYTES)
         return Reading(photo, side, True, writer, len(data))
+
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+        require(not facts, "there are no facts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import pickle
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -20,9 +21,10 @@ from service.artefact.labels import LabelSet
 from service.errors import InvalidParameter
 from service.images.brush_rle import RowRuns
 from service.jobs.base import Grant, Reading, Written
-from service.jobs.label_config import BrushControl, class_ids, parse_label_config
+from service.jobs.label_config import MAX_LABELS, BrushControl, class_ids, parse_label_config
 from service.jobs.messages import (
     DATA_URI,
+    MAX_JSON_MEMORY,
     Message,
     check_answer,
     check_size,
@@ -33,6 +35,7 @@ from service.jobs.messages import (
 )
 from service.schemas import Schema
 from service.views import Scene
+from service.workers.replies import number, require, whole
 from service.workers.worker import Answer
 
 MAX_IMAGES: Final = 250
@@ -109,6 +112,11 @@ class ReadSetup:
             parse_label_config(setup.label_schema, self.label_set)
         return Answer()
 
+    def check(self, facts: Mapping[str, Any], parts: Sequence[bytes]) -> None:
+        """See `service.workers.worker.CheckedTask`."""
+        if "needs" in facts:
+            whole(facts["needs"], self.memory_bytes + 1, MAX_JSON_MEMORY)
+
 
 @dataclass(frozen=True, slots=True)
 class ReadTasks:
@@ -144,6 +152,23 @@ class ReadTasks:
             images.append(lengths)
         return Answer({"keys": keys, "images": images}, [texts, pickle.dumps(controls)])
 
+    def check(self, facts: Mapping[str, Any], parts: Sequence[bytes]) -> None:
+        """See `service.workers.worker.CheckedTask`."""
+        if "needs" in facts:
+            whole(facts["needs"], self.memory_bytes + 1, MAX_JSON_MEMORY)
+            return
+        texts, _ = parts
+        keys = [str(key) for key in facts["keys"]]
+        require(keys == facts["keys"], "the keys are no text")
+        require(
+            len(facts["images"]) <= MAX_IMAGES >= len(facts["images"]) * len(keys),
+            "too many images",
+        )
+        for images in facts["images"]:
+            require(len(images) == len(keys), "there is not an image for each key")
+        lengths = [one for one in chain.from_iterable(facts["images"]) if one is not None]
+        require(sum(whole(one, 0, len(texts)) for one in lengths) == len(texts), "wrong lengths")
+
 
 @dataclass(frozen=True, slots=True)
 class BrushJob:
@@ -171,6 +196,11 @@ class BrushJob:
         controls: Sequence[BrushControl] = pickle.loads(self.controls)  # noqa: S301 - `ReadTasks`
         writer = RegionsWriter([one for one in controls if one.data_key == self.key])
         return Reading(photo, side, True, writer, len(data))
+
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+        # A mean is at most 1, but for rounding.
+        number(facts["score"], 2 * whole(facts["regions"], 0, MAX_LABELS))
 
 
 @dataclass(frozen=True, slots=True)

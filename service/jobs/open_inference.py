@@ -35,6 +35,7 @@ from service.jobs.messages import (
 )
 from service.schemas import Schema
 from service.views import Scene, check_side
+from service.workers.replies import whole
 
 IMAGE: Final = "image"
 MASK: Final = "mask"
@@ -131,10 +132,14 @@ class InferenceJob:
     def read(self, body: bytes, grant: Grant, contract: ModelContract) -> Reading:
         """See `service.jobs.base.Job`."""
         text = body[: self.json_bytes]
+        if not text:
+            raise MalformedRequest(
+                f"there is no JSON: send an object with inputs, one tensor {IMAGE!r}"
+            )
         grant.require(json_memory(text), pixels=0)
         request = parse(InferenceRequest, text)
         if [tensor.name for tensor in request.inputs] != [IMAGE]:
-            raise MalformedRequest(f"inputs: must be one tensor, {IMAGE!r}")
+            raise MalformedRequest(f"inputs: must be one tensor, named {IMAGE!r}")
         (tensor,) = request.inputs
         parameters = request.parameters or {}
         outputs = _outputs(request.outputs, _flag(parameters, "binary_data_output") or False)
@@ -160,6 +165,11 @@ class InferenceJob:
         _check_answer(pixels, outputs)
         grant.require(pixels * max(_PHOTO_BYTES, output_bytes), pixels)
         return Reading(photo, max_side, CONFIDENCE in outputs, writer, file_bytes)
+
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+        if facts["json_bytes"] is not None:
+            whole(facts["json_bytes"], 0, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +239,8 @@ def _leading(tensor: InputTensor) -> int:
             return len(tensor.shape) - 3
         case "UINT8", _:
             raise MalformedRequest(
-                f"{IMAGE}: UINT8 must have the shape [height, width, 3] or [1, height, width, 3]"
+                f"{IMAGE}: UINT8 must have the shape [height, width, 3] or [1, height, width, 3], "
+                "with at least one pixel"
             )
     raise MalformedRequest(f"{IMAGE}: datatype must be UINT8 or BYTES")
 
@@ -243,7 +254,10 @@ def _photo(tensor: InputTensor, binary: memoryview | None, max_pixels: int) -> D
         )
     values = _uint8(tensor.data or []) if binary is None else np.frombuffer(binary, np.uint8)
     if values.size != height * width * channels:
-        raise MalformedRequest(f"{IMAGE}: {values.size} values do not fit the shape {tensor.shape}")
+        raise MalformedRequest(
+            f"{IMAGE}: the shape {tensor.shape} needs {height * width * channels} values, but "
+            f"there are {values.size}"
+        )
     return DecodedPhoto.whole(values.reshape(height, width, channels))
 
 
@@ -254,15 +268,22 @@ def _binary_data(tensor: InputTensor, binary: memoryview, max_bytes: int) -> mem
     """
     parameters = tensor.parameters or {}
     if any(name.startswith("shared_memory_") for name in parameters):
-        raise MalformedRequest(f"{IMAGE}: shared memory is not supported")
+        raise MalformedRequest(
+            f"{IMAGE}: shared memory is not supported: send data, or binary data after the JSON"
+        )
     size = parameters.get("binary_data_size")
     if (size is None) == (tensor.data is None):
-        raise MalformedRequest(f"{IMAGE}: must have either data or binary_data_size")
-    if size is not None and type(size) is not int:
-        raise MalformedRequest("binary_data_size: must be an integer")
-    if len(binary) != (size or 0):
         raise MalformedRequest(
-            f"{len(binary)} bytes follow the JSON, but binary_data_size is {size!r:.20}"
+            f"{IMAGE}: must have either data, or the parameter binary_data_size and as many bytes "
+            "after the JSON"
+        )
+    if size is not None and type(size) is not int:
+        raise MalformedRequest(f"{IMAGE}: binary_data_size must be an integer")
+    if len(binary) != (size or 0):
+        said = "data is in the JSON" if size is None else f"binary_data_size is {size!r:.20}"
+        raise MalformedRequest(
+            f"{IMAGE}: {said}, but {len(binary)} bytes follow the JSON, whose own length must be "
+            "in the header Inference-Header-Content-Length"
         )
     # A BYTES tensor begins with its length, which is not part of the file.
     check_size(len(binary) - _BYTES_LENGTH.size, max_bytes)
@@ -277,12 +298,16 @@ def _file(tensor: InputTensor, binary: memoryview | None, max_bytes: int) -> byt
     if binary is None:
         match tensor.data:
             case [str() as text]:
-                return decode_base64(text.encode(), max_bytes)
-        raise MalformedRequest(f"{IMAGE}: BYTES in JSON must be one string in base64")
+                try:
+                    return decode_base64(text.encode(), max_bytes)
+                except MalformedRequest as exc:
+                    raise MalformedRequest(f"{IMAGE}: data must be valid base64") from exc
+        raise MalformedRequest(f"{IMAGE}: data of BYTES must be one image file in base64")
     length, content = binary[: _BYTES_LENGTH.size], binary[_BYTES_LENGTH.size :]
     if len(length) < _BYTES_LENGTH.size or _BYTES_LENGTH.unpack(length) != (len(content),):
         raise MalformedRequest(
-            f"{IMAGE}: BYTES must be a length in four bytes, then that many bytes"
+            f"{IMAGE}: binary data of BYTES must be a length in four bytes, little-endian, then "
+            "that many bytes"
         )
     return bytes(content)
 
@@ -329,7 +354,7 @@ def _uint8(data: list[Any]) -> Pixels:
         if set(map(type, data)) != {list}:
             break
         if len(set(map(len, data))) != 1:
-            raise MalformedRequest(f"{IMAGE}: data must be lists of the same length")
+            raise MalformedRequest(f"{IMAGE}: data must be flat, or lists of the same length")
         data = list(chain.from_iterable(data))
     try:
         if set(map(type, data)) <= {int}:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from service.artefact.contract import ModelContract
 from service.jobs.base import Grant, Reading, Written
 from service.views import VIEWS, MediaType, Options, Scene, ViewName
+from service.workers.replies import require
 
 
 class ViewJob(NamedTuple):
@@ -37,6 +39,10 @@ class ViewJob(NamedTuple):
         photo = grant.decode(body, max_side, pixel_bytes, shown=view.needs_photo)
         view.check_size(photo.size, self.media_type)
         return Reading(photo, max_side, view.needs_confidence, _ViewWriter(self), len(body))
+
+    def check(self, facts: Mapping[str, Any], size: int) -> None:
+        """See `service.jobs.base.Job`."""
+        require(not facts, "there are no facts")
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from typing import Any, Final, Protocol
 import structlog
 
 from service.errors import SegmentError, SettingsError
-from service.inference.session import available_cores
 from service.server.watchdog import EXIT_STATUS
 from service.server.worker import WorkerProcess
 from service.settings import Settings, default_memory_mb
+from service.system import available_cores
 from service.telemetry.metrics import DIED, HUNG
 
 # Exit statuses of a process that refuses to start; any other is a crash.

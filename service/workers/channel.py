@@ -8,7 +8,6 @@ needs no ``/dev/shm``, which containers limit to 64 MiB. Source: ``memfd_create(
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import mmap
@@ -20,6 +19,8 @@ from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from service.system import free_range
 
 Part = bytes | bytearray | memoryview | npt.NDArray[Any]
 """Bytes or a C-contiguous array."""
@@ -107,9 +108,7 @@ class Memory:
                 parts.append(self._read(length, offset))
             offset += length
         if total > MAPPED_BYTES:
-            # Not everywhere: then the file keeps its memory.
-            with contextlib.suppress(OSError), mmap.mmap(self.number, total) as whole:
-                whole.madvise(mmap.MADV_REMOVE, MAPPED_BYTES, total - MAPPED_BYTES)
+            free_range(self.number, MAPPED_BYTES, total - MAPPED_BYTES)
         return parts
 
     def _write(self, content: memoryview, offset: int) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import os
 import pickle
 import signal
@@ -26,8 +25,6 @@ import structlog
 
 from service import errors
 from service.errors import (
-    ImageError,
-    RequestError,
     SegmentError,
     TooExpensive,
     UndecodableImage,
@@ -35,6 +32,7 @@ from service.errors import (
     WorkersUnavailable,
 )
 from service.workers.channel import Memory, Part, receive, size_of
+from service.workers.replies import Check, read_reply
 from service.workers.template import TEMPLATE, Forked
 from service.workers.worker import Order, Task
 
@@ -172,14 +170,16 @@ class WorkerPool:
         limits: Limits,
         rank: Rank = Rank.BEGIN,
         client: str | None = None,
+        check: Check | None = None,
     ) -> Done:
         """Run a task in a worker. Cancelling ends the worker, and with it the work.
 
-        ``client``: whose task it is, None for one that shares with nobody.
+        ``client``: whose task it is, None for one that shares with nobody; ``check``: what the
+        answer must pass.
 
         Raises what the task raises, `TooExpensive` if it exceeds a limit, `UndecodableImage` if it
-        crashes the worker, `WorkerLost` if two workers were lost through no fault of its own, or
-        `Draining` if the pool is closed.
+        crashes the worker or ``check`` refuses the answer, `WorkerLost` if two workers were lost
+        through no fault of its own, or `Draining` if the pool is closed.
         """
         order = pickle.dumps(Order(task, limits.cpu_s, limits.memory_bytes))
         message = [order, *parts]
@@ -187,7 +187,7 @@ class WorkerPool:
             worker = await self._take(rank, client)
             worker.client, worker.since_s = client, time.monotonic()
             try:
-                return await self._ask(worker, message, limits)
+                return await self._ask(worker, message, limits, check)
             except _Died as died:
                 error = _blame(died, limits)
                 reason = "killed" if error is None else type(error).__name__
@@ -237,7 +237,9 @@ class WorkerPool:
         slow = sum(one.client == client and one.since_s < before_s for one in self._alive)
         return slow >= self.size - 1
 
-    async def _ask(self, worker: _Worker, message: Sequence[Part], limits: Limits) -> Done:
+    async def _ask(
+        self, worker: _Worker, message: Sequence[Part], limits: Limits, check: Check | None
+    ) -> Done:
         """Give a worker its task and await the answer. Afterwards the worker is free or replaced.
 
         Raises `_Died` or what the task raised.
@@ -268,12 +270,12 @@ class WorkerPool:
                 raise _Died(await self._status(worker), too_slow=worker.too_slow)
             lengths = worker.memory.lengths_of(reply, limits.memory_bytes + _LOOP_BYTES)
             if sum(lengths) > _LOOP_BYTES:
-                parts = await _uninterrupted(asyncio.to_thread(worker.memory.get, lengths))
+                content = await _uninterrupted(asyncio.to_thread(worker.memory.get, lengths))
             else:
-                parts = worker.memory.get(lengths)
-            facts = json.loads(parts[0])
+                content = worker.memory.get(lengths)
+            answer = read_reply(content, check)
             healthy = True
-        except (ValueError, IndexError) as exc:
+        except ValueError as exc:
             # What it decoded has taken it over, or a fault of ours: both end with the worker.
             _log.error("an image worker sent nonsense", reason=str(exc))
             raise UndecodableImage("the image crashed its decoder") from exc
@@ -287,9 +289,10 @@ class WorkerPool:
                 self._replace(worker)
             self._in_hand.remove(in_hand)
             in_hand.set_result(None)
-        _raise_error(facts)
+        if answer.error is not None:
+            raise answer.error
         run_s = time.monotonic() - started_s
-        return Done(facts, parts[1:], float(facts["cpu_s"]), run_s)
+        return Done(answer.facts, answer.parts, answer.cpu_s, run_s)
 
     def _too_slow(self, worker: _Worker) -> None:
         worker.too_slow = True
@@ -436,17 +439,3 @@ def _blame(died: _Died, limits: Limits) -> SegmentError | None:
     if ended_by in _CRASHES:
         return UndecodableImage("the image crashed its decoder")
     return None  # an operator killed it, or the kernel when memory ran out
-
-
-def _raise_error(facts: Mapping[str, Any]) -> None:
-    """Raise the error that a task ended with, if it did."""
-    if "unforeseen" in facts:
-        raise RuntimeError(f"an image worker failed:\n{facts['unforeseen']}")
-    if "error" not in facts:
-        return
-    found = getattr(errors, str(facts["error"]), None)
-    # A worker may be under a file's control: it can only complain about the request and the image.
-    if not (isinstance(found, type) and issubclass(found, RequestError | ImageError)):
-        raise RuntimeError(f"an image worker failed: {facts['error']!r:.80}")
-    arguments = [tuple(one) if isinstance(one, list) else one for one in facts["arguments"]]
-    raise found(*arguments)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
-from service.errors import SegmentError, TooExpensive
+from service.errors import ImageError, RequestError, TooExpensive
 from service.system import give_back_freed, keep_freed_buffers
 from service.workers.channel import Memory, Part, receive
 
@@ -52,7 +52,17 @@ class Task(Protocol):
     """What a worker does. It is pickled, so its class must be importable in the worker."""
 
     def run(self, parts: Sequence[bytes]) -> Answer:
-        """Do the work; ``parts`` are the pool's arguments. May raise any `SegmentError`."""
+        """Do the work; ``parts`` are the pool's arguments.
+
+        May raise any `RequestError` or `ImageError`.
+        """
+
+
+class CheckedTask(Task, Protocol):
+    """A task that knows what its answer may be."""
+
+    def check(self, facts: Mapping[str, Any], parts: Sequence[bytes]) -> None:
+        """Check the answer, in the service; see `service.workers.replies.Check`."""
 
 
 class Order(NamedTuple):
@@ -108,7 +118,7 @@ def _run(order: Order, parts: Sequence[bytes]) -> Answer:
     signal.setitimer(signal.ITIMER_PROF, order.cpu_s)
     try:
         answer = order.task.run(parts)
-    except SegmentError as exc:
+    except (RequestError, ImageError) as exc:
         answer = Answer({"error": type(exc).__name__, "arguments": list(exc.args)})
     except MemoryError:
         answer = Answer({"error": TooExpensive.__name__, "arguments": [_NO_MEMORY]})

@@ -40,9 +40,10 @@ from service.artefact.preprocessing import Geometry, preprocess
 from service.images import decoding
 from service.images.decoding import DecodedPhoto, decode
 from service.inference import session, upsampling
-from service.inference.session import Model, available_cores, load_model
+from service.inference.session import Model, load_model
 from service.inference.upsampling import upsample
 from service.settings import DEFAULT_MODEL
+from service.system import available_cores
 from tests.benchmarks.bench import environment
 from tests.benchmarks.components import MAX_PIXELS
 from tests.benchmarks.front_points import Candidate, Point, Role, draw, table

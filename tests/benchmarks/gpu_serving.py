@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Final
 
-from service.inference.session import available_cores
+from service.system import available_cores
 from tests.benchmarks.gpu_device import CPU, GpuBench, Utilisation
 from tests.benchmarks.photos import large_photo
 from tests.benchmarks.servers import Running, Side, running

@@ -16,7 +16,6 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.server.peers import WorkerPeers
-from service.system import memory_limit_bytes
 from service.telemetry.metrics import (
     STAGES,
     EngineFacts,
@@ -99,22 +98,6 @@ def test_a_model_that_is_closed_is_told_no_more() -> None:
     metrics.look_at_engines([small])
     names = {name for name, labels in samples(metrics.families()) if ("model", "large") in labels}
     assert not names
-
-
-@pytest.mark.parametrize("name", ["memory.max", "memory/memory.limit_in_bytes"])
-def test_a_containers_memory_limit(name: str, tmp_path: Path) -> None:
-    """Read from either version of control groups; without a limit, the machine's memory."""
-    all_there_is = memory_limit_bytes(tmp_path)
-    assert all_there_is > 2**20
-    limit = tmp_path / name
-    limit.parent.mkdir(exist_ok=True)
-    for text, expected in (
-        ("max\n", all_there_is),
-        (f"{2**62}\n", all_there_is),
-        ("65536\n", 65536),
-    ):
-        limit.write_text(text)
-        assert memory_limit_bytes(tmp_path) == expected
 
 
 def test_every_app_has_its_own() -> None:

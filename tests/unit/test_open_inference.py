@@ -76,11 +76,57 @@ def test_other_values_than_numbers(data: list[Any]) -> None:
     assert peak < 10 * len(body) + 2**20
 
 
+HEADER = "Inference-Header-Content-Length"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "photo"}, "inputs: must be one tensor, named 'image'"),
+        ({"data": [1, 2]}, "image: the shape [1, 1, 3] needs 3 values, but there are 2"),
+        ({"data": [[1], [2, 3]]}, "image: data must be flat, or lists of the same length"),
+        ({"shape": [0, 1, 3]}, "with at least one pixel"),
+        ({"data": None}, "image: must have either data, or the parameter binary_data_size and"),
+        (
+            {"data": None, "parameters": {"binary_data_size": 3}},
+            f"is 3, but 0 bytes follow{HEADER}",
+        ),
+        (
+            {"data": None, "parameters": {"binary_data_size": "x"}},
+            "image: binary_data_size must be",
+        ),
+        ({"parameters": {"shared_memory_region": "x"}}, "supported: send data, or binary data"),
+        (
+            {"datatype": "BYTES", "shape": [1]},
+            "image: data of BYTES must be one image file in base",
+        ),
+        ({"datatype": "BYTES", "shape": [1], "data": ["%"]}, "image: data must be valid base64"),
+    ],
+)
+def test_errors_name_the_field_and_the_cure(changes: dict[str, Any], message: str) -> None:
+    """In one line."""
+    tensor = {"name": "image", "shape": [1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}
+    with pytest.raises(MalformedRequest) as caught:
+        JOB.read(json.dumps({"inputs": [{**tensor, **changes}]}).encode(), GRANT, CONTRACT)
+    for part in message.partition(HEADER)[:2]:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_body_without_json() -> None:
+    """The error says what to send; bytes that follow JSON are not passed over."""
+    with pytest.raises(MalformedRequest, match="there is no JSON: send an object with inputs"):
+        JOB.read(b"", GRANT, CONTRACT)
+    body = request([1, 2, 3], (1, 1, 3))
+    with pytest.raises(MalformedRequest, match=f"data is in the JSON, but 2 bytes .* {HEADER}"):
+        replace(JOB, json_bytes=len(body)).read(body + b"xx", GRANT, CONTRACT)
+
+
 def test_memory_is_asked_for_before_json_is_read() -> None:
     """Too small a grant says what it must be, though the JSON is malformed."""
     body = b'{"inputs": [' + b"[]," * 100_000
     with pytest.raises(NeedsMemory) as needs:
-        JOB.read(body, replace(GRANT, memory_bytes=1), CONTRACT)
+        JOB.read(body, GRANT._replace(memory_bytes=1), CONTRACT)
     assert needs.value.memory_bytes == json_memory(body)
     assert needs.value.pixels == 0  # it is no photo: its time is not estimated from pixels
 
@@ -117,7 +163,7 @@ def test_the_advice_comes_before_the_memory() -> None:
     text = base64.b64encode(photo).decode()
     tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [text]}
     body = json.dumps({"inputs": [tensor]}).encode()
-    little = replace(GRANT, memory_bytes=24 * 2**20)
+    little = GRANT._replace(memory_bytes=24 * 2**20)
     with pytest.raises(ImageTooLarge, match="ask for binary data"):
         JOB.read(body, little, CONTRACT)
     binary = body[:-1] + b', "parameters": {"binary_data_output": true}}'

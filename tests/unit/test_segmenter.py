@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,6 +18,7 @@ from service.errors import (
     NotAcceptable,
     Overloaded,
     TooExpensive,
+    UndecodableImage,
 )
 from service.inference.batcher import THREAD_NAME
 from service.jobs.view import ViewJob
@@ -26,7 +28,7 @@ from service.settings import Settings
 from service.views import VIEWS, Options
 from tests.artefacts import encode, two_class_photo
 from tests.fakes import FakeSession
-from tests.tasks import HangingJob, LargeJob
+from tests.tasks import HangingJob, LargeJob, LyingJob
 
 pytestmark = pytest.mark.anyio
 
@@ -235,7 +237,9 @@ async def test_photos_that_there_is_no_time_for_are_refused_at_once(
     make_settings: Callable[..., Settings], session: FakeSession
 ) -> None:
     """A large photo is accepted if the others leave it the time; small ones go on."""
-    async with open_service(make_settings(deadline_s=30.0), session) as service:
+    async with open_service(
+        make_settings(deadline_s=30.0, max_pixels=150_000_000), session
+    ) as service:
         segmenter = service.segmenter
         session.gate.clear()
         first = asyncio.create_task(segmenter.segment(LargeJob(150_000_000, 2**26), PHOTO))
@@ -258,3 +262,26 @@ async def test_the_answers_memory_is_kept_until_the_lease_ends(
             result = await service.segmenter.segment(JOB, PHOTO, lease)
             assert memory.photos == len(result.content)
         assert memory.photos == 0
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        *(LyingJob(needs=needs) for needs in (0, -1, 2**20, 2**64, 1e9, math.nan, "1", [1], True)),
+        *(
+            LyingJob(facts=facts)
+            for facts in ({}, {"json_bytes": "1"}, {"json_bytes": 7}, {"json_bytes": -1})
+        ),
+    ],
+)
+async def test_what_no_worker_says_is_not_believed(
+    make_settings: Callable[..., Settings], job: LyingJob
+) -> None:
+    """The photo is refused, the account of memory stays right, and the next photo is answered."""
+    async with open_service(make_settings()) as service:
+        segmenter = service.segmenter
+        with pytest.raises(UndecodableImage, match="crashed"):
+            await segmenter.segment(job, PHOTO)
+        assert segmenter.memory.state[0] == 0
+        assert (await segmenter.segment(LyingJob(facts={"json_bytes": 6}), PHOTO)).facts
+        assert mask_size(await segmenter.segment(JOB, PHOTO)) == (96, 64)

@@ -20,7 +20,7 @@ from service.errors import (
 )
 from service.inference import providers, session
 from service.inference.lanes import NO_GRAPH
-from service.inference.session import DeviceOptions, PrecisionChoice, available_cores, load_model
+from service.inference.session import DeviceOptions, PrecisionChoice, load_model
 from tests.artefacts import STRIDE, add_precision, build_artefact, make_contract, two_class_photo
 from tests.fakes import FakeSession
 from tests.host_device import HostDevice
@@ -216,20 +216,6 @@ def test_fp16_runs_where_there_are_tensor_cores(
     add_precision(folder, "fp16")
     add_precision(folder, "int8")
     assert load_model(folder, "cuda", precision=precision).file_name == picked
-
-
-@pytest.mark.parametrize(
-    ("cpu_max", "cores"),
-    [("max 100000", 8), ("150000 100000", 2), ("10000 100000", 1), ("1600000 100000", 8)],
-)
-def test_available_cores_respect_a_containers_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cpu_max: str, cores: int
-) -> None:
-    """`docker run --cpus` sets a quota, not an affinity."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-    (tmp_path / "cpu.max").write_text(cpu_max + "\n")
-    assert available_cores(tmp_path / "cpu.max") == cores
-    assert available_cores(tmp_path / "absent") == 8
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from collections.abc import Awaitable, Callable, Mapping
 import pytest
 
 from service.errors import SegmentError, SettingsError
-from service.inference.session import available_cores
 from service.server.supervisor import Backoff, Supervisor, plan
 from service.server.watchdog import EXIT_STATUS
 from service.settings import Settings
+from service.system import available_cores
 
 pytestmark = pytest.mark.anyio
 

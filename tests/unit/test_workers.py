@@ -26,7 +26,7 @@ from service.workers import pool as pool_module
 from service.workers.channel import MAPPED_BYTES, Memory
 from service.workers.pool import Limits, Rank, WorkerPool
 from service.workers.template import TEMPLATE, Template
-from tests.tasks import Allocate, Echo, End, EndOnce, Fail, HangUp, Inspect, Spin, Wait
+from tests.tasks import Allocate, Echo, End, EndOnce, Fail, HangUp, Inspect, Lie, Spin, Wait
 
 pytestmark = pytest.mark.anyio
 
@@ -277,6 +277,65 @@ def test_a_packet_that_lies_is_refused(packet: bytes) -> None:
             memory.lengths_of(packet)
         with pytest.raises(ValueError, match="shorter"):
             memory.get([MAPPED_BYTES, 1])
+
+
+ERROR = '{"cpu_s": 0, "error": %s, "arguments": %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "null",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"cpu_s": "1"}',
+        '{"cpu_s": true}',
+        '{"cpu_s": -1}',
+        '{"cpu_s": NaN}',
+        '{"cpu_s": Infinity}',
+        f'{{"cpu_s": 1{"0" * 400}}}',
+        f'{{"cpu_s": {"9" * 5000}}}',
+        f'{{"cpu_s": 0, "more": "{"x" * 2**20}"}}',
+        ERROR % ('"NotAcceptable"', '["one"]'),
+        ERROR % ('"NotAcceptable"', '["two", [3]]'),
+        ERROR % ('"UndecodableImage"', "[]"),
+        ERROR % ('"UndecodableImage"', "[{}]"),
+        ERROR % ('"UndecodableImage"', "null"),
+        ERROR % ('"Draining"', '["only the service says so"]'),
+        ERROR % ('"annotations"', '["not a class"]'),
+        ERROR % ('"nothing"', '["no such error"]'),
+        ERROR % ("{}", '["no name"]'),
+        '{"cpu_s": 0, "error": "UndecodableImage"}',
+    ],
+)
+async def test_facts_that_no_task_gives_end_the_worker(
+    pool: WorkerPool, lost: list[str], text: str
+) -> None:
+    """It may be under a file's control: the photo is refused, and the next gets a new worker."""
+    before = await pid_of(pool)
+    with pytest.raises(UndecodableImage, match="crashed"):
+        await pool.run(Lie(text), [], LIMITS)
+    assert await pid_of(pool) != before
+
+
+async def test_an_answer_that_its_check_refuses_ends_the_worker(pool: WorkerPool) -> None:
+    """Whatever the check raises for facts and parts that it did not expect."""
+    for check in (lambda facts, _: facts["no such fact"], lambda _, parts: parts[3]):
+        before = await pid_of(pool)
+        with pytest.raises(UndecodableImage, match="crashed"):
+            await pool.run(Echo(), [b""], LIMITS, check=check)
+        assert await pid_of(pool) != before
+
+
+def test_a_large_message_leaves_no_memory_in_the_file() -> None:
+    """Only the part that is mapped keeps its own."""
+    with contextlib.closing(Memory.create()) as memory:
+        packet = memory.put([bytes(MAPPED_BYTES), b"1" * MAPPED_BYTES])
+        assert os.fstat(memory.number).st_blocks * 512 == 2 * MAPPED_BYTES
+        assert memory.get(memory.lengths_of(packet))[1] == b"1" * MAPPED_BYTES
+        assert os.fstat(memory.number).st_blocks * 512 == MAPPED_BYTES
 
 
 def test_the_file_cannot_be_truncated() -> None:

@@ -151,7 +151,10 @@ async def _read(service: Service, task: ReadSetup | ReadTasks, body: bytes, leas
     if "needs" not in done.facts:
         return done
     task = replace(task, memory_bytes=done.facts["needs"])
-    return await service.segmenter.work(task, body, task.memory_bytes, lease)
+    done = await service.segmenter.work(task, body, task.memory_bytes, lease)
+    if "needs" in done.facts:  # a worker under the control of what it read
+        raise MalformedRequest("the JSON crashed its reader")
+    return done
 
 
 async def _predict(service: Service, body: bytes, lease: Lease) -> bytes:
