@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -20,6 +21,8 @@ from PIL import Image, ImageCms
 from skimage import data as photos
 
 Draw = st.DrawFn
+
+IMAGES: Final = Path(__file__).with_name("images")
 
 PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 """The first bytes of every PNG."""
@@ -102,7 +105,9 @@ def samples() -> dict[str, bytes]:
         ("palette.bmp", palette, "BMP", {}),
         ("bits.bmp", rgb.convert("1"), "BMP", {}),
         ("alpha.bmp", alpha, "BMP", {}),
-        ("rgb.avif", rgb, "AVIF", {}),
+        ("rgb.avif", rgb, "AVIF", {"exif": exif, "icc_profile": profile}),
+        ("alpha.avif", alpha, "AVIF", {}),
+        ("animated.avif", rgb, "AVIF", more()),
         ("several.tiff", rgb, "TIFF", more()),
         ("big.tiff", rgb, "TIFF", {"big_tiff": True, "compression": "tiff_lzw"}),
         ("fax.tiff", rgb.convert("1"), "TIFF", {"compression": "group4"}),
@@ -116,7 +121,15 @@ def samples() -> dict[str, bytes]:
         for compression in ("jpeg", "packbits", "tiff_lzw", "zstd", "lzma", "tiff_deflate")
     ]
     made = {name: save(image, kind, **options) for name, image, kind, options in files}
-    return {**made, "interlaced.png": interlaced_png(rgb), "text": b"BM is how this text begins."}
+    written_by_others = {
+        path.name: path.read_bytes() for path in sorted(IMAGES.glob("*.[ah][ve]i[fc]"))
+    }
+    return {
+        **made,
+        **written_by_others,
+        "interlaced.png": interlaced_png(rgb),
+        "text": b"BM is how this text begins.",
+    }
 
 
 def save(image: Image.Image, image_format: str, **options: object) -> bytes:

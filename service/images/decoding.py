@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
+import pi_heif  # type: ignore[import-untyped]
 import simplejpeg  # type: ignore[import-untyped]
-from PIL import Image, ImageFile, _imaging
+from PIL import AvifImagePlugin, Image, ImageFile, _imaging
 
 from service.errors import (
     ImageError,
@@ -32,6 +34,7 @@ from service.errors import (
     UnsupportedImageType,
 )
 from service.images.headers import Header, least_side, read_header
+from service.images.isobmff import sniff_brand
 from service.images.profiles import lab_conversion, srgb_conversion, srgb_levels
 from service.images.screening import MeteredFile
 from service.images.stripes import stripes
@@ -43,6 +46,8 @@ IMAGE_MEDIA_TYPES: Final[dict[str, str]] = {
     "BMP": "image/bmp",
     "GIF": "image/gif",
     "TIFF": "image/tiff",
+    "AVIF": "image/avif",
+    "HEIF": "image/heic",
 }
 """Pillow's name of each allowed format, and its media type."""
 
@@ -103,6 +108,10 @@ def keep_readers_quiet() -> None:
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+    # A worker has one thread, and needs the picture alone.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    pi_heif.options.DECODE_THREADS = 1
+    pi_heif.options.THUMBNAILS = pi_heif.options.DEPTH_IMAGES = pi_heif.options.AUX_IMAGES = False
     # libtiff writes to stderr itself, for example a line for each wrong row of a fax.
     ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
@@ -120,6 +129,9 @@ def sniff(data: bytes) -> str:
     # Two letters are not enough: text may start with them.
     if data[:2] == b"BM" and int.from_bytes(data[14:18], "little") in _BMP_HEADER_BYTES:
         return "BMP"
+    brand = sniff_brand(data)
+    if brand is not None:
+        return brand
     raise UnsupportedImageType(f"not an image of an allowed type: {', '.join(IMAGE_MEDIA_TYPES)}")
 
 
@@ -152,6 +164,8 @@ def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedP
     """
     try:
         photo = _decode_jpeg(header, needed_side) if header.image_format == "JPEG" else None
+        if header.image_format == "HEIF":
+            photo = _decode_heif(header)
         return photo or _decode_with_pillow(header, needed_side)
     except ImageError:
         raise
@@ -213,8 +227,8 @@ def _decode_with_pillow(header: Header, needed_side: int | None) -> DecodedPhoto
             least = least_side(needed_side)
             image.draft(image.mode, (least, 1) if width > height else (1, least))
         size = image.size
-        if header.image_format == "WEBP":
-            stored = _webp_frame(image)
+        if header.image_format in ("WEBP", "AVIF"):
+            stored = _first_frame(image)
         else:
             image.load()
             stored = image
@@ -224,12 +238,29 @@ def _decode_with_pillow(header: Header, needed_side: int | None) -> DecodedPhoto
         return _upright_srgb(stored, header)
 
 
-def _webp_frame(image: ImageFile.ImageFile) -> Image.Image:
-    """Decode an opened WebP's first frame without the two copies that Pillow makes of it."""
+def _first_frame(image: ImageFile.ImageFile) -> Image.Image:
+    """Decode an opened WebP's or AVIF's first frame without the two copies that Pillow makes."""
     opened: Any = image
-    frame, _ = opened._decoder.get_next()
+    webp = image.format == "WEBP"
+    frame = opened._decoder.get_next()[0] if webp else opened._decoder.get_frame(0)[0]
     opened._decoder = None  # frees its canvases
-    return Image.frombuffer(opened.rawmode, image.size, frame, "raw", opened.rawmode, 0, 1)
+    mode = opened.rawmode if webp else image.mode
+    if len(frame) != math.prod(image.size) * len(mode):
+        raise UndecodableImage("the image has several sizes")
+    return Image.frombuffer(mode, image.size, frame, "raw", mode, 0, 1)
+
+
+def _decode_heif(header: Header) -> DecodedPhoto:
+    """Decode a HEIF's picture with libheif, which turns and crops it."""
+    opened = pi_heif.open_heif(header.data)
+    picture = opened[opened.primary_index]
+    if picture.size[::-1] != header.size:
+        raise UndecodableImage("the image has several sizes")
+    stored = Image.frombytes(
+        picture.mode, picture.size, picture.data, "raw", picture.mode, picture.stride
+    )
+    del opened, picture
+    return _upright_srgb(stored, header)
 
 
 def _upright_srgb(image: Image.Image, header: Header) -> DecodedPhoto:

@@ -22,6 +22,7 @@ from typing import Final
 import numpy as np
 
 from service.errors import ImageTooLarge, TooExpensive, UndecodableImage
+from service.images.isobmff import read_picture
 from service.images.profiles import MAX_PROFILE_BYTES
 from service.images.tiff import ORIENTATION, Directory, exif_orientation
 
@@ -499,6 +500,40 @@ def _read_bmp(data: bytes, _: int) -> Header:
     return Header("BMP", (abs(height), width), data, stored_bytes=1 if bits <= 8 else 4)
 
 
+def _read_avif(data: bytes, _: int) -> Header:
+    picture = read_picture(data, "AVIF")
+    if picture.size != picture.coded:
+        raise UndecodableImage("AVIF that is to be cropped is not supported")
+    height, width = picture.coded
+    return Header(
+        "AVIF",
+        picture.size,
+        data,
+        stored_bytes=4,
+        # Planes of up to 16 bits, their conversion, and two copies of the file.
+        decoder_bytes=(8 + 4 * picture.alpha) * width * height + 2 * len(data),
+        orientation=picture.orientation,
+        icc_profile=picture.icc_profile,
+    )
+
+
+def _read_heif(data: bytes, max_pixels: int) -> Header:
+    picture = read_picture(data, "HEIF")
+    check_size(picture.coded, max_pixels)
+    height, width = picture.coded
+    # libheif turns and crops.
+    size = picture.size if picture.orientation < 5 else picture.size[::-1]
+    return Header(
+        "HEIF",
+        size,
+        data,
+        stored_bytes=4,
+        # Planes of up to 16 bits, what they are turned to and its copy, and two copies of the file.
+        decoder_bytes=(12 + 4 * picture.alpha) * width * height + 2 * len(data),
+        icc_profile=picture.icc_profile,
+    )
+
+
 _READERS: Final[dict[str, Callable[[bytes, int], Header]]] = {
     "JPEG": _read_jpeg,
     "PNG": _read_png,
@@ -506,4 +541,6 @@ _READERS: Final[dict[str, Callable[[bytes, int], Header]]] = {
     "GIF": _read_gif,
     "WEBP": _read_webp,
     "BMP": _read_bmp,
+    "AVIF": _read_avif,
+    "HEIF": _read_heif,
 }

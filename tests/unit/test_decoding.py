@@ -27,6 +27,8 @@ from service.images.headers import SCALING_MARGIN
 from tests.artefacts import encode
 from tests.mutations import PNG_SIGNATURE, chunk, hostile_files, interlaced_png, samples, save
 
+# Pillow writes no HEIF.
+WRITTEN = [name for name in IMAGE_MEDIA_TYPES if name != "HEIF"]
 CAP = 1_000_000
 
 
@@ -60,7 +62,7 @@ def test_jpeg_comes_back_closely() -> None:
 
 def test_every_allowed_format_is_sniffed() -> None:
     """The first bytes alone determine the format."""
-    for name in IMAGE_MEDIA_TYPES:
+    for name in WRITTEN:
         assert sniff(encode(gradient(), name)) == name
 
 
@@ -74,7 +76,6 @@ def test_every_allowed_format_is_sniffed() -> None:
         b"RIFF\0\0\0\0WAVE",
         b"P6 1 1 255 abc",
         b"BM is how this text begins, which is no bitmap.",
-        samples()["rgb.avif"],
         save(Image.new("RGB", (4, 4)), "JPEG2000"),
         save(Image.new("RGB", (4, 4)), "ICO"),
         save(Image.new("RGB", (4, 4)), "TGA"),
@@ -378,13 +379,13 @@ def test_the_first_frame_of_an_animation(image_format: str) -> None:
     assert (decode(data, CAP) == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize("image_format", list(IMAGE_MEDIA_TYPES))
+@pytest.mark.parametrize("image_format", WRITTEN)
 @pytest.mark.parametrize("part", [0.3, 0.9])
 def test_truncated_is_undecodable(image_format: str, part: float) -> None:
     """Half a photo is an error, scaled or not."""
     data = encode(noise(64, 64), image_format)
     for needed_side in (None, 8):
-        with pytest.raises(UndecodableImage, match="broken, truncated"):
+        with pytest.raises(UndecodableImage, match="broken"):
             decoding.decode(data[: int(len(data) * part)], CAP, needed_side)
 
 
@@ -431,9 +432,10 @@ def test_whatever_pillow_raises_is_mapped(
     def fail(*_: object, **__: object) -> None:
         raise error
 
+    data = samples()["palette.gif"]
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(UndecodableImage) as caught:
-        decode(samples()["palette.gif"], CAP)
+        decode(data, CAP)
     assert caught.value.__cause__ is error
 
 
@@ -443,9 +445,10 @@ def test_memory_that_runs_out_means_too_expensive(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object, **__: object) -> None:
         raise MemoryError
 
+    data = samples()["palette.gif"]
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(TooExpensive, match="more memory than its header"):
-        decode(samples()["palette.gif"], CAP)
+        decode(data, CAP)
 
 
 @pytest.mark.parametrize(
@@ -457,9 +460,10 @@ def test_pillows_bomb_guard_is_mapped(error: Exception, monkeypatch: pytest.Monk
     def fail(*_: object, **__: object) -> None:
         raise error
 
+    data = samples()["palette.gif"]
     monkeypatch.setattr(Image, "open", fail)
     with pytest.raises(ImageTooLarge):
-        decode(samples()["palette.gif"], CAP)
+        decode(data, CAP)
 
 
 @settings(deadline=None, max_examples=300)
