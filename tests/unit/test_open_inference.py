@@ -80,7 +80,7 @@ def test_memory_is_asked_for_before_json_is_read() -> None:
     """Too small a grant says what it must be, though the JSON is malformed."""
     body = b'{"inputs": [' + b"[]," * 100_000
     with pytest.raises(NeedsMemory) as needs:
-        JOB.read(body, replace(GRANT, memory_bytes=1), CONTRACT)
+        JOB.read(body, GRANT._replace(memory_bytes=1), CONTRACT)
     assert needs.value.memory_bytes == json_memory(body)
     assert needs.value.pixels == 0  # it is no photo: its time is not estimated from pixels
 
@@ -117,7 +117,7 @@ def test_the_advice_comes_before_the_memory() -> None:
     text = base64.b64encode(photo).decode()
     tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [text]}
     body = json.dumps({"inputs": [tensor]}).encode()
-    little = replace(GRANT, memory_bytes=24 * 2**20)
+    little = GRANT._replace(memory_bytes=24 * 2**20)
     with pytest.raises(ImageTooLarge, match="ask for binary data"):
         JOB.read(body, little, CONTRACT)
     binary = body[:-1] + b', "parameters": {"binary_data_output": true}}'
