@@ -16,7 +16,7 @@ import ctypes
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 import numpy as np
@@ -35,6 +35,7 @@ from service.images.headers import Header, least_side, read_header
 from service.images.profiles import lab_conversion, srgb_conversion, srgb_levels
 from service.images.screening import MeteredFile
 from service.images.stripes import stripes
+from service.images.tiff import is_raw
 
 IMAGE_MEDIA_TYPES: Final[dict[str, str]] = {
     "JPEG": "image/jpeg",
@@ -59,6 +60,9 @@ _SIGNATURES: Final = (
 
 # Sizes of all versions of the information header; each starts with its own size.
 _BMP_HEADER_BYTES: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
+
+# Channels of a JPEG -> the name of their space in simplejpeg.
+_SPACES: Final = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 
 # EXIF orientation -> the steps that turn the stored pixels upright: swap the axes, reverse the
 # rows, reverse the columns. Source: EXIF 2.3, tag 0x0112.
@@ -110,10 +114,10 @@ def keep_readers_quiet() -> None:
 def sniff(data: bytes) -> str:
     """Return Pillow's name of the allowed format that starts with these bytes.
 
-    Raises `UnsupportedImageType` for anything else.
+    Raises `UnsupportedImageType` for anything else, and for cameras' RAW files.
     """
     for signature, name in _SIGNATURES:
-        if data.startswith(signature):
+        if data.startswith(signature) and not (name == "TIFF" and is_raw(data)):
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
@@ -151,6 +155,8 @@ def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedP
     Raises `ImageTooLarge`, `TooExpensive` or `UndecodableImage`.
     """
     try:
+        if header.lacks_end:
+            header = _with_end(header)
         photo = _decode_jpeg(header, needed_side) if header.image_format == "JPEG" else None
         return photo or _decode_with_pillow(header, needed_side)
     except ImageError:
@@ -165,6 +171,23 @@ def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedP
         raise UndecodableImage(
             f"the {header.image_format} data is broken, truncated or of an unsupported variant"
         ) from exc
+
+
+def _with_end(header: Header) -> Header:
+    """Return a JPEG with an end if its scans are complete; readers refuse what has none.
+
+    Zeros are often in the place of the end.
+    """
+    scans = header.data.removesuffix(b"\xff").rstrip(b"\0")
+    # In a scan, a zero follows each FF.
+    data = scans + (b"\0\xff\xd9" if scans.endswith(b"\xff") else b"\xff\xd9")
+    try:
+        # It takes even a warning about the last bits for an error. An eighth of the size is enough.
+        space = _SPACES[header.channels]
+        simplejpeg.decode_jpeg(data, space, min_height=1, min_width=1, min_factor=8)
+    except Exception:  # noqa: BLE001  as in `_decode_jpeg`
+        return header
+    return replace(header, data=data)
 
 
 def _decode_jpeg(header: Header, needed_side: int | None) -> DecodedPhoto | None:
