@@ -260,7 +260,7 @@ def _upright_srgb(image: Image.Image, header: Header) -> DecodedPhoto:
     width, height = image.size
     pixels = _empty_upright((height, width), header.orientation)
     stored = _as_stored(pixels, header.orientation)
-    to_srgb = _conversion_of(image, header.icc_profile)
+    to_srgb = _conversion_of(image, header)
     for rows in stripes(height, 4 * width):
         stripe = to_srgb(image.crop((0, rows.start, width, rows.stop)))
         stored[rows] = np.asarray(stripe).view("V3")[..., 0]
@@ -303,12 +303,13 @@ def _photo(pixels: npt.NDArray[np.uint8], header: Header) -> DecodedPhoto:
 _ToRgb = Callable[[Image.Image], Image.Image]
 
 
-def _conversion_of(image: Image.Image, icc_profile: bytes | None) -> _ToRgb:
+def _conversion_of(image: Image.Image, header: Header) -> _ToRgb:
     """Return the conversion of an image's stripes to RGB in sRGB, transparency over white."""
+    icc_profile = header.icc_profile
     if image.mode.startswith("I;16"):
-        return _conversion_of_16_bits(icc_profile)
+        return _conversion_of_16_bits(header)
     if image.mode in ("I", "F"):
-        return _conversion_of_32_bits(image)
+        return _conversion_of_32_bits(image, header.inverted)
     if image.mode == "LAB":
         return lab_conversion().apply
     grey = image.mode in ("1", "L", "LA")
@@ -339,15 +340,18 @@ def _conversion_of_grey(icc_profile: bytes | None) -> _ToRgb:
     return lambda stripe: stripe.convert("L").point(table).convert("RGB")
 
 
-def _conversion_of_16_bits(icc_profile: bytes | None) -> _ToRgb:
-    """Scale by 255 / 65535, or by the profile's curve."""
-    levels = srgb_levels(icc_profile)
+def _conversion_of_16_bits(header: Header) -> _ToRgb:
+    """Scale from the greatest sample to 255, or by the profile's curve."""
+    levels = srgb_levels(header.icc_profile)
     if levels is None:
         levels = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)
+    if header.inverted or header.white < len(levels) - 1:
+        samples = np.arange(1 << 16).clip(max=header.white) * 65_535 // header.white
+        levels = levels[65_535 - samples if header.inverted else samples]
     return lambda stripe: Image.fromarray(levels[np.asarray(stripe)]).convert("RGB")
 
 
-def _conversion_of_32_bits(image: Image.Image) -> _ToRgb:
+def _conversion_of_32_bits(image: Image.Image, inverted: bool) -> _ToRgb:
     """Stretch from the smallest to the largest finite value.
 
     Integers and floats of 32 bits have no agreed range.
@@ -366,6 +370,8 @@ def _conversion_of_32_bits(image: Image.Image) -> _ToRgb:
             return Image.new("RGB", stripe.size)
         values = np.where(np.isfinite(samples), samples, 0).astype(np.float64) - low
         scaled = np.rint(values.clip(0, span) * (255 / span))
+        if inverted:
+            scaled = 255 - scaled
         return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
     return stretched

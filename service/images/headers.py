@@ -23,7 +23,7 @@ import numpy as np
 
 from service.errors import ImageTooLarge, TooExpensive, UndecodableImage
 from service.images.profiles import MAX_PROFILE_BYTES
-from service.images.tiff import ORIENTATION, Directory, exif_orientation
+from service.images.tiff import ORIENTATION, PHOTOMETRIC, Directory, exif_orientation
 
 MAX_SIDE: Final = 65_535
 """The longest side, pixels: the longest that a JPEG can have."""
@@ -116,8 +116,10 @@ class Header:
     ``size``: ``(H, W)`` as stored, not upright; ``orientation``: EXIF's, 1 to 8; ``icc_profile``:
     as stored, not checked; ``data``: the file without metadata, for its reader; ``channels``: of a
     JPEG, else 0; ``lacks_end``: whether a JPEG lacks only the marker at its end, to judge by its
-    scans. ``stored_bytes``: what a decoded pixel takes before it is converted to RGB;
-    ``decoder_bytes``: what the decoder takes beside the pixels, whatever the scale.
+    scans; ``inverted``: whether zero is white, which the reader does not know; ``white``: the
+    greatest sample of more than 8 and at most 16 bits. ``stored_bytes``: what a decoded pixel takes
+    before it is converted to RGB; ``decoder_bytes``: what the decoder takes beside the pixels,
+    whatever the scale.
     """
 
     image_format: str
@@ -127,6 +129,8 @@ class Header:
     decoder_bytes: int = 0
     channels: int = 0
     lacks_end: bool = False
+    inverted: bool = False
+    white: int = 65_535
     orientation: int = 1
     icc_profile: bytes | None = None
 
@@ -385,6 +389,10 @@ def _read_tiff(data: bytes, max_pixels: int) -> Header:
         _check_parts(directory, samples * -(-tile_height // 8) * -(-tile_width // 8))
         part_bytes = -(-samples * bits // 8) * tile_height * tile_width
     orientation = directory.number(ORIENTATION, 1)
+    # Pillow inverts samples of 8 bits, and leaves others as they are or refuses them.
+    inverted = bits > 8 and directory.number(PHOTOMETRIC, 1) == 0
+    if inverted:
+        directory = directory.with_number(PHOTOMETRIC, 1)
     return Header(
         "TIFF",
         (height, width),
@@ -392,6 +400,8 @@ def _read_tiff(data: bytes, max_pixels: int) -> Header:
         stored_bytes=4,
         # libtiff's strip or tile, and the colours that it makes of its samples.
         decoder_bytes=2 * part_bytes,
+        inverted=inverted,
+        white=(1 << bits) - 1 if 8 < bits < 16 else 65_535,
         orientation=orientation if 1 <= orientation <= 8 else 1,
         icc_profile=directory.bytes_of(_TIFF_PROFILE, MAX_PROFILE_BYTES),
     )

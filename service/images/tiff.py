@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 import numpy as np
@@ -20,7 +20,7 @@ MAX_FIELDS: Final = 4096
 
 _SUBFILE: Final = 254
 _OLD_SUBFILE: Final = 255
-_PHOTOMETRIC: Final = 262
+PHOTOMETRIC: Final = 262
 _CHILDREN: Final = 330
 _DNG_VERSION: Final = 50706
 # Canon's CR2, and Phase One's IIQ in both byte orders.
@@ -156,6 +156,12 @@ class Directory:
         size = field.count * _VALUE_BYTES_BIG.get(field.kind, 1)
         return self.data[field.place : field.place + size] if size <= most else b""
 
+    def with_number(self, tag: int, value: int) -> Self:
+        """Return the directory with one number of 16 bits in the place of a field's values."""
+        layout = f"{self.order}{'HHQH6x' if self.big else 'HHIH2x'}"
+        entry = struct.pack(layout, tag, 3, 1, value)
+        return replace(self, fields={**self.fields, tag: Field(3, 1, 0, entry)})
+
     def with_only(self, tags: frozenset[int]) -> bytes:
         """Return the file with a directory of these tags alone, and no second directory."""
         entries = [field.entry for tag, field in sorted(self.fields.items()) if tag in tags]
@@ -187,7 +193,7 @@ def is_raw(data: bytes) -> bool:
         _DNG_VERSION in directory.fields
         or data[8:12] in _RAW_MARKS
         or (bool(reduced) and (_CHILDREN in directory.fields or directory.has_next))
-        or any(one.number(_PHOTOMETRIC, 0) in _SENSOR for one in pictures)
+        or any(one.number(PHOTOMETRIC, 0) in _SENSOR for one in pictures)
     )
 
 
