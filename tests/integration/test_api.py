@@ -418,6 +418,12 @@ def _references(node: object) -> list[str]:
     return []
 
 
+async def test_openapi_behind_a_prefix(client: InProcess) -> None:
+    """Its server is relative to the document, wherever a proxy serves it."""
+    document = (await client.http.get("/openapi.json")).json()
+    assert document["servers"] == [{"url": "."}]
+
+
 async def test_the_docs_page(client: InProcess) -> None:
     """/docs loads the API's description."""
     response = await client.http.get("/docs")
