@@ -161,6 +161,8 @@ def create_app(
         version=API_VERSION,
         description=DESCRIPTION,
         redirect_slashes=False,
+        # Relative to the document, which a proxy may serve below a prefix.
+        servers=[{"url": "."}],
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         lifespan=lifespan,
         docs_url=None,

@@ -26,6 +26,13 @@ API_KEY_VARIABLE: Final = "FCN_API_KEY"
 REMOVED: Final = {"min_side": "; it was removed in 0.2.0: the least max_side is 64"}
 """Settings of earlier releases, and what an error says about them."""
 
+# What Kubernetes sets in each pod for a Service whose name begins with "fcn", unless the pod has
+# enableServiceLinks: false. Source: https://kubernetes.io/docs/concepts/services-networking/service.
+_SERVICE_LINK: Final = re.compile(
+    r"FCN_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_LINKED_ADDRESS: Final = re.compile(r"(tcp|udp|sctp)://")
+
 DEFAULT_MODEL: Final = (
     Path(__file__).parent.parent / "models" / "artifacts" / "context_fcn_resnet50_8s"
 )
@@ -196,6 +203,13 @@ class Settings(BaseSettings):
         "console", description="format of log lines: console or json"
     )
 
+    @field_validator("port", mode="before")
+    @classmethod
+    def _no_service_link(cls, port: object) -> object:
+        """The default for what Kubernetes sets where a Service is named ``fcn``."""
+        linked = isinstance(port, str) and _LINKED_ADDRESS.match(port)
+        return cls.model_fields["port"].default if linked else port
+
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
@@ -285,9 +299,9 @@ def load_settings(
     Raises `SettingsError` with one line that names the first variable that is unknown or wrong.
     """
     overrides = overrides or {}
-    for variable in os.environ if environ is None else environ:
+    for variable, value in (os.environ if environ is None else environ).items():
         name = variable.removeprefix(ENV_PREFIX).lower()
-        if variable == API_KEY_VARIABLE:
+        if variable == API_KEY_VARIABLE or _is_service_link(variable, value):
             continue
         if variable.startswith(ENV_PREFIX) and name not in Settings.model_fields:
             close = difflib.get_close_matches(name, Settings.model_fields, n=1)
@@ -306,6 +320,13 @@ def load_settings(
             f"{env_name('device')} ({settings.device})"
         )
     return settings
+
+
+def _is_service_link(variable: str, value: str) -> bool:
+    """Whether a variable is one that Kubernetes sets for a Service, and no setting."""
+    if variable.endswith("_PORT") and _LINKED_ADDRESS.match(value):
+        return True
+    return _SERVICE_LINK.fullmatch(variable) is not None
 
 
 def default_memory_mb() -> int:

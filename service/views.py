@@ -272,7 +272,7 @@ class Options(BaseModel):
     A parameter that the chosen view does not read has no effect.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     view: ViewName = Field(
         "mask",

@@ -24,8 +24,14 @@ async def get_service(request: Request) -> Service:
 ServiceDep = Annotated[Service, Depends(get_service)]
 
 
-async def get_ready_service(service: ServiceDep) -> Service:
-    """The service, if it is ready. Raises `Draining`."""
+async def get_ready_service(request: Request) -> Service:
+    """The service, if it is ready, as a dependency. Raises `Draining`."""
+    return ready_service(request)
+
+
+def ready_service(request: Request) -> Service:
+    """The service, if it is ready, where a dependency would cost more. Raises `Draining`."""
+    service: Service = request.state.service
     service.require_ready()
     return service
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from service.errors import NotAcceptable
 
 MediaTypeT = TypeVar("MediaTypeT", bound=str)
 
+# The value of a parameter, which may have commas and semicolons.
+_QUOTED: Final = re.compile(r'"(?:[^"\\]|\\.)*"?')
+_NUMBER: Final = re.compile(r"[0-9]{1,3}(\.[0-9]*)?|\.[0-9]+")
+# Java's HttpURLConnection sends the first; the others are common names of registered types.
+_ALIASES: Final = {"*": "*/*", "image/jpg": "image/jpeg", "image/x-png": "image/png"}
 
-def negotiate(accept: str | None, available: Sequence[MediaTypeT]) -> MediaTypeT:
+
+def negotiate(accept: Sequence[str], available: Sequence[MediaTypeT]) -> MediaTypeT:
     """Choose the media type of ``available`` (the default first) that ``accept`` prefers.
 
-    The most specific matching range gives a type its quality. Among equal qualities, the earliest
-    in ``available`` wins. Without the header, any type is acceptable. Raises `NotAcceptable`.
+    ``accept``: the values of all its header lines. The most specific matching range gives a type
+    its quality. Among equal qualities, the earliest in ``available`` wins. Without the header, any
+    type is acceptable. Raises `NotAcceptable`.
     """
-    if accept is None or not accept.strip():
+    joined = ", ".join(accept)
+    ranges = _parse(joined)
+    if not ranges:
         return available[0]
-    ranges = _parse(accept)
     best = max(available, key=lambda media_type: _quality(media_type, ranges))
     if _quality(best, ranges) <= 0:
         raise NotAcceptable(
-            f"Accept: {accept} allows none of {', '.join(available)}", tuple(available)
+            f"Accept: {joined} allows none of {', '.join(available)}", tuple(available)
         )
     return best
 
@@ -30,17 +39,16 @@ def negotiate(accept: str | None, available: Sequence[MediaTypeT]) -> MediaTypeT
 def _parse(accept: str) -> list[tuple[str, float]]:
     """Media ranges with their qualities. Parameters other than ``q`` are ignored."""
     ranges = []
-    for part in accept.split(","):
-        media_range, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    for part in _QUOTED.sub("", accept).lower().split(","):
+        media_range, *parameters = (piece.strip() for piece in part.split(";"))
         quality = 1.0
         for parameter in parameters:
             name, _, value = parameter.partition("=")
             if name.strip() == "q":
-                try:
-                    quality = min(max(float(value), 0.0), 1.0)
-                except ValueError:
-                    quality = 0.0
-        ranges.append((media_range, quality))
+                number = value.strip()
+                quality = min(float(number), 1.0) if _NUMBER.fullmatch(number) else 0.0
+        if media_range:
+            ranges.append((_ALIASES.get(media_range, media_range), quality))
     return ranges
 
 

@@ -8,24 +8,23 @@ body is complete.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from starlette.datastructures import UploadFile
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.access import client_address
-from service.errors import BodyTooLarge, NoImage, RequestTimeout
-from service.http.forms import open_form
+from service.errors import BodyTooLarge, InvalidParameter, NoImage, RequestTimeout
+from service.http.forms import read_form
 from service.memory import Lease
 from service.runtime import Service
 
 FIELD: Final = "image"
-FIELDS: Final = ("image", "images")
-"""The fields for the files of a form with several images; either name, repeated."""
+_FIELDS: Final = frozenset({FIELD, "images", "file", "files"})
+"""Names of the field with the image; ``[]`` may follow."""
 MULTIPART: Final = "multipart/form-data"
 
 PROGRESS_BYTES: Final = 65_536
@@ -36,14 +35,15 @@ of the whole if that is more."""
 _MAX_LENGTH_DIGITS: Final = 19
 
 # Boundaries, part headers and a few small fields around the file of a multipart body.
-_MULTIPART_OVERHEAD_BYTES: Final = 16 * 1024
+_MULTIPART_OVERHEAD_BYTES: Final = 32 * 1024
 _PART_OVERHEAD_BYTES: Final = 1024
-_MAX_FIELDS: Final = 8
-_MAX_FIELD_BYTES: Final = 1024
+
+Fields = Sequence[tuple[str, str]]
+"""The names and values of a form's text fields."""
 
 
-async def read_image(request: Request, max_bytes: int) -> bytes:
-    """Read the bytes of a request's image.
+async def read_image(request: Request, max_bytes: int) -> tuple[bytes, Fields]:
+    """Read the bytes of a request's image, and the other fields of its form.
 
     For ``multipart/form-data`` the image is the file in the field ``image``. For any other
     Content-Type it is the body (curl's ``--data-binary`` sends a form's type).
@@ -53,14 +53,13 @@ async def read_image(request: Request, max_bytes: int) -> bytes:
     requests are arriving or, before the first byte is read, if there is no place for a photo.
     """
     if _media_type(request) == MULTIPART:
-        data = await _read_form(request, max_bytes)
-    else:
-        data = await read_body(request, max_bytes)
-        if not data:
-            raise NoImage("the body is empty: send an image, or a form with the file as 'image'")
-    if len(data) > max_bytes:
-        raise _too_large(max_bytes)
-    return data
+        with _capped(request, max_bytes + _MULTIPART_OVERHEAD_BYTES, max_bytes) as capped:
+            (upload,), fields = await _read_uploads(capped, 1)
+        return upload.read(max_bytes), fields
+    data = await read_body(request, max_bytes)
+    if not data:
+        raise NoImage("the body is empty: send an image, or a form with the file as 'image'")
+    return data, ()
 
 
 async def read_body(request: Request, max_bytes: int, envelope_bytes: int = 0) -> bytes:
@@ -74,25 +73,24 @@ async def read_body(request: Request, max_bytes: int, envelope_bytes: int = 0) -
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """One file of a form. A large one stays on the disk until it is read."""
+    """One file of a form."""
 
     name: str
-    file: UploadFile
+    content: memoryview
 
-    async def read(self, max_bytes: int) -> bytes:
-        """Read its bytes. Raises `NoImage` or `BodyTooLarge`."""
-        if not self.file.size:
+    def read(self, max_bytes: int) -> bytes:
+        """Copy its bytes. Raises `NoImage` or `BodyTooLarge`."""
+        if not self.content:
             raise NoImage("the file is empty")
-        if self.file.size > max_bytes:
+        if len(self.content) > max_bytes:
             raise _too_large(max_bytes)
-        return await self.file.read()
+        return bytes(self.content)
 
 
-@asynccontextmanager
-async def open_images(
+async def read_images(
     request: Request, max_images: int, max_bytes: int
-) -> AsyncIterator[list[Upload]]:
-    """Open the images in a form's fields `image` or `images`, in order, until the context ends.
+) -> tuple[list[Upload], Fields]:
+    """Read the images in a form's fields ``image``, in order, and the other fields.
 
     ``max_bytes``: limit for all of them together. Raises as `read_image` does. More than
     ``max_images`` files are a malformed request.
@@ -101,17 +99,7 @@ async def open_images(
         raise NoImage(f"send {MULTIPART} with the files as {FIELD!r}, once for each")
     overhead = _MULTIPART_OVERHEAD_BYTES + max_images * _PART_OVERHEAD_BYTES
     with _capped(request, max_bytes + overhead, max_bytes, "the images of one request") as capped:
-        async with open_form(
-            capped, max_files=max_images, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
-        ) as form:
-            uploads = [
-                Upload(value.filename or "", value)
-                for field, value in form.multi_items()
-                if field in FIELDS and isinstance(value, UploadFile)
-            ]
-            if not uploads:
-                raise NoImage(f"the form has no file in a field {FIELD!r}")
-            yield uploads
+        return await _read_uploads(capped, max_images)
 
 
 def lease_of(request: Request) -> Lease:
@@ -151,20 +139,28 @@ def _announced(request: Request) -> int:
     return int(length) if length.isdecimal() and len(length) <= _MAX_LENGTH_DIGITS else 0
 
 
-async def _read_form(request: Request, max_bytes: int) -> bytes:
-    with _capped(request, max_bytes + _MULTIPART_OVERHEAD_BYTES, max_bytes) as capped:
-        async with open_form(
-            capped, max_files=1, max_fields=_MAX_FIELDS, max_part_size=_MAX_FIELD_BYTES
-        ) as form:
-            field = form.get(FIELD)
-            if field is None:
-                raise NoImage(f"the form has no field {FIELD!r}")
-            if not isinstance(field, UploadFile):
-                raise NoImage(f"the field {FIELD!r} is text, not a file")
-            data = await field.read()
-            if not data:
-                raise NoImage(f"the file in the field {FIELD!r} is empty")
-            return data
+async def _read_uploads(capped: Request, max_files: int) -> tuple[list[Upload], Fields]:
+    """Read a form's images and other fields.
+
+    Raises `NoImage`, `MalformedRequest`, `InvalidParameter`, and what receiving raises.
+    """
+    body = bytearray()  # a list of pieces and what is joined of it would take twice the memory
+    async for piece in capped.stream():
+        body += piece
+    form = read_form(capped.headers.get("Content-Type", ""), body, max_files)
+    uploads = [Upload(one.name, one.content) for one in form.files if _is_image(one.field)]
+    if not uploads:
+        if any(_is_image(name) for name, _ in form.fields):
+            raise NoImage(f"the field {FIELD!r} is text, not a file: send it with a filename")
+        raise NoImage(f"the form has no file in a field {FIELD!r}")
+    for file in form.files:
+        if not _is_image(file.field):
+            raise InvalidParameter(f"{file.field:.80}: send the file in the field {FIELD!r}")
+    return uploads, form.fields
+
+
+def _is_image(field: str) -> bool:
+    return field.removesuffix("[]") in _FIELDS
 
 
 @contextmanager

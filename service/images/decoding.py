@@ -17,7 +17,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Self
 
 import numpy as np
@@ -38,6 +38,7 @@ from service.images.isobmff import sniff_brand
 from service.images.profiles import lab_conversion, srgb_conversion, srgb_levels
 from service.images.screening import MeteredFile
 from service.images.stripes import stripes
+from service.images.tiff import is_raw
 
 IMAGE_MEDIA_TYPES: Final[dict[str, str]] = {
     "JPEG": "image/jpeg",
@@ -64,6 +65,9 @@ _SIGNATURES: Final = (
 
 # Sizes of all versions of the information header; each starts with its own size.
 _BMP_HEADER_BYTES: Final = frozenset({12, 40, 52, 56, 64, 108, 124})
+
+# Channels of a JPEG -> the name of their space in simplejpeg.
+_SPACES: Final = {1: "GRAY", 3: "RGB", 4: "CMYK"}
 
 # EXIF orientation -> the steps that turn the stored pixels upright: swap the axes, reverse the
 # rows, reverse the columns. Source: EXIF 2.3, tag 0x0112.
@@ -119,10 +123,10 @@ def keep_readers_quiet() -> None:
 def sniff(data: bytes) -> str:
     """Return Pillow's name of the allowed format that starts with these bytes.
 
-    Raises `UnsupportedImageType` for anything else.
+    Raises `UnsupportedImageType` for anything else, and for cameras' RAW files.
     """
     for signature, name in _SIGNATURES:
-        if data.startswith(signature):
+        if data.startswith(signature) and not (name == "TIFF" and is_raw(data)):
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
@@ -163,6 +167,8 @@ def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedP
     Raises `ImageTooLarge`, `TooExpensive` or `UndecodableImage`.
     """
     try:
+        if header.lacks_end:
+            header = _with_end(header)
         photo = _decode_jpeg(header, needed_side) if header.image_format == "JPEG" else None
         if header.image_format == "HEIF":
             photo = _decode_heif(header)
@@ -179,6 +185,23 @@ def decode_inspected(header: Header, needed_side: int | None = None) -> DecodedP
         raise UndecodableImage(
             f"the {header.image_format} data is broken, truncated or of an unsupported variant"
         ) from exc
+
+
+def _with_end(header: Header) -> Header:
+    """Return a JPEG with an end if its scans are complete; readers refuse what has none.
+
+    Zeros are often in the place of the end.
+    """
+    scans = header.data.removesuffix(b"\xff").rstrip(b"\0")
+    # In a scan, a zero follows each FF.
+    data = scans + (b"\0\xff\xd9" if scans.endswith(b"\xff") else b"\xff\xd9")
+    try:
+        # It takes even a warning about the last bits for an error. An eighth of the size is enough.
+        space = _SPACES[header.channels]
+        simplejpeg.decode_jpeg(data, space, min_height=1, min_width=1, min_factor=8)
+    except Exception:  # noqa: BLE001  as in `_decode_jpeg`
+        return header
+    return replace(header, data=data)
 
 
 def _decode_jpeg(header: Header, needed_side: int | None) -> DecodedPhoto | None:
@@ -268,7 +291,7 @@ def _upright_srgb(image: Image.Image, header: Header) -> DecodedPhoto:
     width, height = image.size
     pixels = _empty_upright((height, width), header.orientation)
     stored = _as_stored(pixels, header.orientation)
-    to_srgb = _conversion_of(image, header.icc_profile)
+    to_srgb = _conversion_of(image, header)
     for rows in stripes(height, 4 * width):
         stripe = to_srgb(image.crop((0, rows.start, width, rows.stop)))
         stored[rows] = np.asarray(stripe).view("V3")[..., 0]
@@ -311,12 +334,13 @@ def _photo(pixels: npt.NDArray[np.uint8], header: Header) -> DecodedPhoto:
 _ToRgb = Callable[[Image.Image], Image.Image]
 
 
-def _conversion_of(image: Image.Image, icc_profile: bytes | None) -> _ToRgb:
+def _conversion_of(image: Image.Image, header: Header) -> _ToRgb:
     """Return the conversion of an image's stripes to RGB in sRGB, transparency over white."""
+    icc_profile = header.icc_profile
     if image.mode.startswith("I;16"):
-        return _conversion_of_16_bits(icc_profile)
+        return _conversion_of_16_bits(header)
     if image.mode in ("I", "F"):
-        return _conversion_of_32_bits(image)
+        return _conversion_of_32_bits(image, header.inverted)
     if image.mode == "LAB":
         return lab_conversion().apply
     grey = image.mode in ("1", "L", "LA")
@@ -347,15 +371,18 @@ def _conversion_of_grey(icc_profile: bytes | None) -> _ToRgb:
     return lambda stripe: stripe.convert("L").point(table).convert("RGB")
 
 
-def _conversion_of_16_bits(icc_profile: bytes | None) -> _ToRgb:
-    """Scale by 255 / 65535, or by the profile's curve."""
-    levels = srgb_levels(icc_profile)
+def _conversion_of_16_bits(header: Header) -> _ToRgb:
+    """Scale from the greatest sample to 255, or by the profile's curve."""
+    levels = srgb_levels(header.icc_profile)
     if levels is None:
         levels = ((np.arange(1 << 16) + 128) // 257).astype(np.uint8)
+    if header.inverted or header.white < len(levels) - 1:
+        samples = np.arange(1 << 16).clip(max=header.white) * 65_535 // header.white
+        levels = levels[65_535 - samples if header.inverted else samples]
     return lambda stripe: Image.fromarray(levels[np.asarray(stripe)]).convert("RGB")
 
 
-def _conversion_of_32_bits(image: Image.Image) -> _ToRgb:
+def _conversion_of_32_bits(image: Image.Image, inverted: bool) -> _ToRgb:
     """Stretch from the smallest to the largest finite value.
 
     Integers and floats of 32 bits have no agreed range.
@@ -374,6 +401,8 @@ def _conversion_of_32_bits(image: Image.Image) -> _ToRgb:
             return Image.new("RGB", stripe.size)
         values = np.where(np.isfinite(samples), samples, 0).astype(np.float64) - low
         scaled = np.rint(values.clip(0, span) * (255 / span))
+        if inverted:
+            scaled = 255 - scaled
         return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
     return stretched

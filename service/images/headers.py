@@ -24,7 +24,7 @@ import numpy as np
 from service.errors import ImageTooLarge, TooExpensive, UndecodableImage
 from service.images.isobmff import read_picture
 from service.images.profiles import MAX_PROFILE_BYTES
-from service.images.tiff import ORIENTATION, Directory, exif_orientation
+from service.images.tiff import ORIENTATION, PHOTOMETRIC, Directory, exif_orientation
 
 MAX_SIDE: Final = 65_535
 """The longest side, pixels: the longest that a JPEG can have."""
@@ -75,6 +75,8 @@ _ROW_VISITS: Final = 4
 _MARKER: Final = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _ALONE: Final = frozenset({0x01, 0xD8})
 _END_OF_IMAGE: Final = 0xD9
+_END: Final = b"\xff\xd9"
+_ALL_SENT: Final = (1 << 64) - 1
 _START_OF_SCAN: Final = 0xDA
 _EXIF: Final = 0xE1
 _ICC: Final = 0xE2
@@ -87,6 +89,7 @@ _JPEG_KEPT: Final = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE}
 
 _PNG_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT: Final = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
+_PNG_ANCILLARY: Final = 0x20
 _PNG_GREY: Final = 0
 _PNG_PALETTE: Final = 3
 
@@ -113,8 +116,11 @@ class Header:
 
     ``size``: ``(H, W)`` as stored, not upright; ``orientation``: EXIF's, 1 to 8; ``icc_profile``:
     as stored, not checked; ``data``: the file without metadata, for its reader; ``channels``: of a
-    JPEG, else 0. ``stored_bytes``: what a decoded pixel takes before it is converted to RGB;
-    ``decoder_bytes``: what the decoder takes beside the pixels, whatever the scale.
+    JPEG, else 0; ``lacks_end``: whether a JPEG lacks only the marker at its end, to judge by its
+    scans; ``inverted``: whether zero is white, which the reader does not know; ``white``: the
+    greatest sample of more than 8 and at most 16 bits. ``stored_bytes``: what a decoded pixel takes
+    before it is converted to RGB; ``decoder_bytes``: what the decoder takes beside the pixels,
+    whatever the scale.
     """
 
     image_format: str
@@ -123,6 +129,9 @@ class Header:
     stored_bytes: int
     decoder_bytes: int = 0
     channels: int = 0
+    lacks_end: bool = False
+    inverted: bool = False
+    white: int = 65_535
     orientation: int = 1
     icc_profile: bytes | None = None
 
@@ -235,9 +244,22 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     raise TooExpensive(f"the image has more than {MAX_STEPS} segments")
 
 
+def _note_sent(sent: dict[int, int], components: bytes, band: bytes) -> None:
+    """Note in ``sent`` the coefficients of components whose last bits a scan has, a bit for each.
+
+    ``band``: what follows the components in a scan's header: first and last coefficient, and the
+    number of bits that were and are left for later scans.
+    """
+    first, last, bits_left = band[0], band[1], band[2] & 15
+    if not bits_left:
+        for one in components:
+            sent[one] = sent.get(one, 0) | max(0, (2 << last) - (1 << first))
+
+
 def _read_jpeg(data: bytes, max_pixels: int) -> Header:
     kept, frame, scans, visits = [b"\xff\xd8"], None, 0, 0
     exif, profile_parts = b"", {}
+    sent: dict[int, int] = {}
     pixels_at = len(data)
     for marker, start, end in _segments(data):
         body = data[start + 4 : end]
@@ -251,7 +273,9 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Header:
                 raise UndecodableImage("the image has no frame")
             pixels_at = min(pixels_at, start)
             scans += 1
-            visits += frame.visits(body[1 : 1 + 2 * body[0] : 2])
+            components = body[1 : 1 + 2 * body[0] : 2]
+            visits += frame.visits(components)
+            _note_sent(sent, components, body[1 + 2 * body[0] :])
             if visits > MAX_VISITS:
                 break
             if frame.marker not in _PROGRESSIVE and body[0] == len(frame.blocks):
@@ -280,6 +304,8 @@ def _read_jpeg(data: bytes, max_pixels: int) -> Header:
         # The coefficients of all scans.
         decoder_bytes=blocks * 64 * 2 if several else 0,
         channels=len(frame.blocks),
+        lacks_end=data.rfind(_END, pixels_at) < 0
+        and all(sent.get(one, 0) & _ALL_SENT == _ALL_SENT for one in frame.blocks),
         orientation=exif_orientation(exif),
         icc_profile=b"".join(profile_parts[part] for part in sorted(profile_parts)),
     )
@@ -298,7 +324,9 @@ def _read_png(data: bytes, max_pixels: int) -> Header:
             break
         length, kind = struct.unpack_from(">I4s", data, place)
         end = place + 12 + length
-        if kind in _PNG_KEPT:
+        if kind[0] & _PNG_ANCILLARY and not _is_whole_chunk(data[place:end]):
+            pass  # libpng, and so each viewer, goes on without it
+        elif kind in _PNG_KEPT:
             kept.append(data[place:end])
         elif kind == b"eXIf":
             exif = data[place + 8 : end - 4]
@@ -318,6 +346,10 @@ def _read_png(data: bytes, max_pixels: int) -> Header:
         orientation=exif_orientation(exif),
         icc_profile=icc_profile,
     )
+
+
+def _is_whole_chunk(chunk: bytes) -> bool:
+    return chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4)
 
 
 def _inflated_profile(body: bytes) -> bytes:
@@ -358,6 +390,10 @@ def _read_tiff(data: bytes, max_pixels: int) -> Header:
         _check_parts(directory, samples * -(-tile_height // 8) * -(-tile_width // 8))
         part_bytes = -(-samples * bits // 8) * tile_height * tile_width
     orientation = directory.number(ORIENTATION, 1)
+    # Pillow inverts samples of 8 bits, and leaves others as they are or refuses them.
+    inverted = bits > 8 and directory.number(PHOTOMETRIC, 1) == 0
+    if inverted:
+        directory = directory.with_number(PHOTOMETRIC, 1)
     return Header(
         "TIFF",
         (height, width),
@@ -365,6 +401,8 @@ def _read_tiff(data: bytes, max_pixels: int) -> Header:
         stored_bytes=4,
         # libtiff's strip or tile, and the colours that it makes of its samples.
         decoder_bytes=2 * part_bytes,
+        inverted=inverted,
+        white=(1 << bits) - 1 if 8 < bits < 16 else 65_535,
         orientation=orientation if 1 <= orientation <= 8 else 1,
         icc_profile=directory.bytes_of(_TIFF_PROFILE, MAX_PROFILE_BYTES),
     )
@@ -457,6 +495,9 @@ def _gif_extensions(data: bytes, place: int) -> Iterator[tuple[int, int]]:
 
 
 def _read_webp(data: bytes, _: int) -> Header:
+    if int.from_bytes(data[4:8], "little") > len(data) - 8:
+        # A wrong total; the size of each chunk counts, as in browsers.
+        data = b"".join((data[:4], struct.pack("<I", len(data) - 8), data[8:]))
     kind = data[12:16]
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))

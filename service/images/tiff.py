@@ -6,7 +6,8 @@ Source: TIFF 6.0, section 2; BigTIFF, https://www.awaresystems.be/imaging/tiff/b
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Final, Self
 
 import numpy as np
@@ -17,10 +18,25 @@ from service.errors import TooExpensive
 MAX_FIELDS: Final = 4096
 """Largest number of fields of a directory. Programs write a few dozen."""
 
+_SUBFILE: Final = 254
+_OLD_SUBFILE: Final = 255
+PHOTOMETRIC: Final = 262
+_CHILDREN: Final = 330
+_DNG_VERSION: Final = 50706
+# Canon's CR2, and Phase One's IIQ in both byte orders.
+_RAW_MARKS: Final = frozenset({b"CR\x02\0", b"IIII", b"MMMM"})
+# Photometric interpretations of a sensor's samples: with a colour filter, and without.
+_SENSOR: Final = frozenset({32803, 34892})
+
+MAX_CHILDREN: Final = 8
+"""Most directories below a directory that are read."""
+
 ORIENTATION: Final = 0x0112
 
-_VALUE_BYTES: Final = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
-_VALUE_BYTES_BIG: Final = {**_VALUE_BYTES, 13: 4, 16: 8, 17: 8, 18: 8}
+_VALUE_BYTES: Final = {
+    **{1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
+}
+_VALUE_BYTES_BIG: Final = {**_VALUE_BYTES, 16: 8, 17: 8, 18: 8}
 _UNSIGNED: Final = {1: "B", 3: "H", 4: "I", 16: "Q"}
 
 
@@ -40,9 +56,10 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Directory:
-    """The first directory of a file.
+    """A directory of a file.
 
-    ``order``: ``<`` or ``>``, as in `struct`; ``big``: whether it is a BigTIFF. If a tag is
+    ``order``: ``<`` or ``>``, as in `struct`; ``big``: whether it is a BigTIFF; ``has_next``:
+    whether another one follows, of another picture. If a tag is
     repeated, its first field counts, as in libtiff.
     """
 
@@ -50,17 +67,19 @@ class Directory:
     order: str
     big: bool
     fields: dict[int, Field]
+    has_next: bool = False
 
     @classmethod
-    def of(cls, data: bytes) -> Self:
-        """Read the directory.
+    def of(cls, data: bytes, start: int | None = None) -> Self:
+        """Read the first directory, or the one at ``start``.
 
         Raises `TooExpensive` if it has too many fields, `struct.error` if it is truncated.
         """
         order = "<" if data.startswith(b"II") else ">"
         big = b"+" in data[2:4]
         counts, entry = struct.Struct(f"{order}{'Q' if big else 'H'}"), _entry_layout(order, big)
-        (start,) = struct.unpack_from(f"{order}{'8xQ' if big else '4xI'}", data)
+        if start is None:
+            (start,) = struct.unpack_from(f"{order}{'8xQ' if big else '4xI'}", data)
         start = min(start, len(data))  # such places may not fit into an index
         (count,) = counts.unpack_from(data, start)
         if count > MAX_FIELDS:
@@ -75,7 +94,30 @@ class Directory:
                 (at,) = struct.unpack_from(f"{order}{'Q' if big else 'I'}", data, at)
             stored = data[place : place + entry.size]
             fields.setdefault(tag, Field(kind, values, min(at, len(data)), stored))
-        return cls(data, order, big, fields)
+        end = first + count * entry.size
+        return cls(data, order, big, fields, any(data[end : end + (8 if big else 4)]))
+
+    def children(self) -> list[Self]:
+        """Return the directories of other pictures of this one, at most `MAX_CHILDREN`.
+
+        Those that cannot be read are left out. Raises `TooExpensive` as `of` does.
+        """
+        found = []
+        for start in self._starts():
+            with suppress(struct.error):
+                found.append(type(self).of(self.data, start))
+        return found
+
+    def _starts(self) -> list[int]:
+        field = self.fields.get(_CHILDREN)
+        if field is None:
+            return []
+        # Type 13 is a pointer to a directory, and 18 its form in a BigTIFF.
+        kind = np.dtype(self.order + ("Q" if field.kind in (16, 18) else "I"))
+        most = min(field.count, MAX_CHILDREN) * kind.itemsize
+        stored = self.data[field.place : field.place + most]
+        whole = stored[: len(stored) // kind.itemsize * kind.itemsize]
+        return [int(start) for start in np.frombuffer(whole, kind)]
 
     def numbers(self, tag: int, most: int) -> npt.NDArray[np.int64]:
         """Return a field's values, ``(n,) int64``, without those past the end of the file.
@@ -114,6 +156,12 @@ class Directory:
         size = field.count * _VALUE_BYTES_BIG.get(field.kind, 1)
         return self.data[field.place : field.place + size] if size <= most else b""
 
+    def with_number(self, tag: int, value: int) -> Self:
+        """Return the directory with one number of 16 bits in the place of a field's values."""
+        layout = f"{self.order}{'HHQH6x' if self.big else 'HHIH2x'}"
+        entry = struct.pack(layout, tag, 3, 1, value)
+        return replace(self, fields={**self.fields, tag: Field(3, 1, 0, entry)})
+
     def with_only(self, tags: frozenset[int]) -> bytes:
         """Return the file with a directory of these tags alone, and no second directory."""
         entries = [field.entry for tag, field in sorted(self.fields.items()) if tag in tags]
@@ -128,6 +176,25 @@ class Directory:
 
 def _entry_layout(order: str, big: bool) -> struct.Struct:
     return struct.Struct(f"{order}{'HHQ8x' if big else 'HHI4x'}")
+
+
+def is_raw(data: bytes) -> bool:
+    """Return whether a TIFF is a camera's RAW file, or begins with a thumbnail as these do.
+
+    DNG, CR2, NEF, ARW, PEF, SRW and more are TIFFs; in most the first picture is a small preview.
+    """
+    try:
+        directory = Directory.of(data)
+        pictures = (directory, *directory.children())
+    except (TooExpensive, struct.error):
+        return False
+    reduced = directory.number(_SUBFILE, 0) & 1 or directory.number(_OLD_SUBFILE, 0) == 2
+    return (
+        _DNG_VERSION in directory.fields
+        or data[8:12] in _RAW_MARKS
+        or (bool(reduced) and (_CHILDREN in directory.fields or directory.has_next))
+        or any(one.number(PHOTOMETRIC, 0) in _SENSOR for one in pictures)
+    )
 
 
 def exif_orientation(block: bytes) -> int:

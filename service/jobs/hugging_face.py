@@ -21,6 +21,7 @@ from service.jobs.base import Grant, Reading, Written
 from service.jobs.messages import (
     Message,
     check_answer,
+    check_names,
     check_size,
     complaint,
     decode_image_text,
@@ -138,6 +139,7 @@ class _SegmentsWriter:
 
 def _parameters(given: dict[str, Any] | None) -> SegmentationParameters:
     """Raises `InvalidParameter`."""
+    check_names(given or {}, SegmentationParameters.model_fields)
     try:
         return SegmentationParameters.model_validate(given or {})
     except ValidationError as exc:

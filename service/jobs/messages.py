@@ -7,6 +7,8 @@ object. So its memory is estimated before it is parsed, and lists stop at their 
 from __future__ import annotations
 
 import binascii
+import difflib
+from collections.abc import Collection, Iterable
 from typing import Final, TypeVar
 from urllib.parse import unquote_to_bytes
 
@@ -14,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.errors import BodyTooLarge, MalformedRequest, TooExpensive
+from service.errors import BodyTooLarge, InvalidParameter, MalformedRequest, TooExpensive
 
 MessageT = TypeVar("MessageT", bound="Message")
 
@@ -35,6 +37,7 @@ _OBJECT: Final = 450
 
 # Characters of an explanation: the names in a request may be megabytes long.
 _MAX_COMPLAINT: Final = 300
+_SHOWN: Final = 80
 # Each takes a Python object; image files are sent in base64.
 _MAX_ESCAPES: Final = 2**16
 
@@ -82,6 +85,21 @@ def complaint(error: ValidationError) -> str:
     where = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     return (f"{where}: {message}" if where else message)[:_MAX_COMPLAINT]
+
+
+def check_names(given: Iterable[str], known: Collection[str]) -> None:
+    """Raises `InvalidParameter` for the first name that is not known."""
+    for name in given:
+        if name not in known:
+            raise InvalidParameter(f"{name[:_SHOWN]}: {unknown_name(name, known)}")
+
+
+def unknown_name(name: str, known: Collection[str]) -> str:
+    """What an error says about a parameter that is not known: the nearest name, or all names."""
+    close = difflib.get_close_matches(name[:_SHOWN].lower(), known, n=1)
+    if close:
+        return f"is not known; did you mean {close[0]}?"
+    return f"is not known; known are: {', '.join(known) or 'none'}"
 
 
 def decode_image_text(text: bytes, max_bytes: int) -> bytes:

@@ -27,6 +27,7 @@ from service.jobs.messages import (
     MAX_ANSWER_BYTES,
     NUMBER_BYTES,
     Message,
+    check_names,
     check_size,
     decode_base64,
     json_memory,
@@ -51,6 +52,16 @@ Pixels = npt.NDArray[np.uint8]
 _PHOTO_BYTES: Final = 6
 _BINARY_BYTES: Final = 4
 _JSON_BYTES: Final = 1 + 3 * NUMBER_BYTES
+
+# Of a request, and of its tensor. After the first ones, what clients send for the schedulers and
+# codecs of other servers; the answer does not depend on it.
+_PARAMETERS: Final = (
+    "binary_data_output",
+    "max_side",
+    *("priority", "timeout", "sequence_id", "sequence_start", "sequence_end"),
+    *("content_type", "headers"),
+)
+_TENSOR_PARAMETERS: Final = ("binary_data_size", "content_type")
 
 _BYTES_LENGTH: Final = struct.Struct("<I")
 # [1, H, W, 3]
@@ -142,6 +153,7 @@ class InferenceJob:
             raise MalformedRequest(f"inputs: must be one tensor, named {IMAGE!r}")
         (tensor,) = request.inputs
         parameters = request.parameters or {}
+        check_names(parameters, _PARAMETERS)
         outputs = _outputs(request.outputs, _flag(parameters, "binary_data_output") or False)
         max_side = _side(parameters, self.max_side) or contract.working_size
         binary = _binary_data(tensor, memoryview(body)[len(text) :], self.max_bytes)
@@ -271,6 +283,7 @@ def _binary_data(tensor: InputTensor, binary: memoryview, max_bytes: int) -> mem
         raise MalformedRequest(
             f"{IMAGE}: shared memory is not supported: send data, or binary data after the JSON"
         )
+    check_names(parameters, _TENSOR_PARAMETERS)
     size = parameters.get("binary_data_size")
     if (size is None) == (tensor.data is None):
         raise MalformedRequest(

@@ -21,14 +21,14 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.http.dependencies import ReadyServiceDep
+from service.http.dependencies import ready_service
 from service.http.disconnects import unless_gone
 from service.http.negotiation import negotiate
-from service.http.parameters import OptionsDep
+from service.http.parameters import options_parameters, read_options
 from service.http.problems import documented, embedded_problem
 from service.http.responses import BINARY, DOCUMENTED_HEADERS
 from service.http.routers import ServiceRouter
-from service.http.uploads import FIELD, MULTIPART, Upload, lease_of, open_images
+from service.http.uploads import FIELD, MULTIPART, Upload, lease_of, read_images
 from service.jobs.view import ViewJob
 from service.memory import Lease
 from service.routes.archive import Archive
@@ -85,24 +85,24 @@ _RESPONSE: Final = {
     summary="Segment several photos",
     response_class=JsonLines,
     responses={200: _RESPONSE, **documented(400, 404, 406, 408, 413, 422, 503)},
-    openapi_extra={"requestBody": _REQUEST_BODY},
+    openapi_extra={"parameters": options_parameters(), "requestBody": _REQUEST_BODY},
 )
-async def segment_batch(
-    request: Request, service: ReadyServiceDep, options: OptionsDep
-) -> Response:
+async def segment_batch(request: Request) -> Response:
     """Label every pixel of each photo.
 
     The response starts as soon as the first photo is done. An image that fails does not stop the
-    others: its entry is a problem.
+    others: its entry is a problem. The parameters may also be fields of the form.
     """
-    media_type = negotiate(request.headers.get("Accept"), BATCH_TYPES)
+    service = ready_service(request)
+    options = await read_options(request, service)
+    media_type = negotiate(request.headers.getlist("Accept"), BATCH_TYPES)
     engines, settings = service.engines, service.settings
+    uploads, fields = await read_images(request, settings.max_images, settings.max_images_bytes)
+    if fields:
+        options = await read_options(request, service, fields)
     manifest = engines.manifest(options.model or engines.names[0])
     model = ModelName(name=manifest.name, version=manifest.version)
     async with AsyncExitStack() as resources:
-        uploads = await resources.enter_async_context(
-            open_images(request, settings.max_images, settings.max_images_bytes)
-        )
         places = resources.enter_context(
             service.segmenter.hold(min(len(uploads), service.concurrency))
         )
@@ -146,7 +146,7 @@ async def _segment(
     request: Request, service: Service, upload: Upload, options: Options
 ) -> _ImageResult:
     try:
-        data = await upload.read(service.settings.max_bytes)
+        data = upload.read(service.settings.max_bytes)
         job = ViewJob.of(options)
         result = await service.segmenter.segment_held(job, data, lease_of(request))
     # No error of one image may fail the others.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fastapi import Depends
+
 from service.http.dependencies import ServiceDep
-from service.http.parameters import ModelQuery
+from service.http.parameters import ModelQuery, known_query
 from service.http.problems import documented
 from service.http.routers import ServiceRouter
 from service.schemas import (
@@ -17,7 +19,11 @@ from service.schemas import (
 )
 from service.views import COMMON_PARAMETERS, VIEWS
 
-router = ServiceRouter(tags=["catalogue"])
+router = ServiceRouter(
+    tags=["catalogue"],
+    dependencies=[Depends(known_query)],
+    responses=documented(422),
+)
 
 
 @router.get("/classes", summary="The label map", responses=documented(404, 503))

@@ -6,10 +6,10 @@ from typing import Final
 
 from fastapi import Request, Response
 
-from service.http.dependencies import ReadyServiceDep
+from service.http.dependencies import ready_service
 from service.http.disconnects import unless_gone
 from service.http.negotiation import negotiate
-from service.http.parameters import OptionsDep
+from service.http.parameters import options_parameters, read_options
 from service.http.problems import documented
 from service.http.responses import BINARY, DOCUMENTED_HEADERS, answer_headers
 from service.http.routers import ServiceRouter
@@ -55,17 +55,21 @@ _RESPONSE: Final = {
     summary="Segment a photo",
     response_class=Response,
     responses={200: _RESPONSE, **documented(400, 404, 406, 408, 413, 415, 422, 503, 504)},
-    openapi_extra={"requestBody": _REQUEST_BODY},
+    openapi_extra={"parameters": options_parameters(), "requestBody": _REQUEST_BODY},
 )
-async def segment(request: Request, service: ReadyServiceDep, options: OptionsDep) -> Response:
+async def segment(request: Request) -> Response:
     """Label every pixel of a photo with one of the model's classes.
 
     With `Accept: application/json` the response of any view is statistics of each class that is
-    present.
+    present. The parameters may also be fields of the form.
     """
+    service = ready_service(request)
+    options = await read_options(request, service)
+    data, fields = await read_image(request, service.settings.max_bytes)
+    if fields:
+        options = await read_options(request, service, fields)
     offered = offers(options.view)
-    media_type = negotiate(request.headers.get("Accept"), tuple(offered))
-    data = await read_image(request, service.settings.max_bytes)
+    media_type = negotiate(request.headers.getlist("Accept"), tuple(offered))
     job = ViewJob(options, offered[media_type].name, media_type)
     result = await unless_gone(request, service.segmenter.segment(job, data, lease_of(request)))
     return Response(

@@ -4,14 +4,16 @@ import asyncio
 import base64
 import io
 from collections.abc import AsyncIterator
+from typing import Annotated, Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI, Query
 from PIL import Image
 from pycocotools import mask as coco  # type: ignore[import-untyped]
 
 from service.artefact import voc
-from service.views import VIEWS
+from service.views import VIEWS, Options
 from tests.artefacts import encode, paint, two_class_photo
 from tests.clients import InProcess, assert_problem, mask_of
 
@@ -35,14 +37,33 @@ async def test_a_raw_body_gives_vocs_mask(client: InProcess) -> None:
     assert mask[4, 8] == 0
 
 
-async def test_a_form_gives_the_same(client: InProcess) -> None:
-    """A form field ``image`` beside small other fields gives the raw body's mask."""
-    raw = await client.http.post("/segment", content=PHOTO)
-    form = await client.http.post(
-        "/segment", files={"image": ("x.png", PHOTO)}, data={"note": "hello"}
-    )
-    assert form.status_code == 200
-    assert form.content == raw.content
+@pytest.mark.parametrize("field", ["image", "file", "image[]"])
+async def test_a_form_gives_the_same(client: InProcess, field: str) -> None:
+    """A form's file gives the raw body's answer, with parameters in the query or in the form."""
+    wanted = {"view": "overlay", "alpha": "0.25", "classes": "person"}
+    raw = await client.http.post("/segment", content=PHOTO, params=wanted)
+    photo = {field: ("x.png", PHOTO)}
+    for given in (
+        {"params": wanted},
+        {"data": {**wanted, "_charset_": "utf-8"}},
+        {"params": {"view": "overlay"}, "data": {"alpha": "0.25", "classes": "person"}},
+    ):
+        form = await client.http.post("/segment", files=photo, **given)  # type: ignore[arg-type]
+        assert form.status_code == 200
+        assert form.content == raw.content
+
+
+async def test_repeated_classes_are_one_list(client: InProcess) -> None:
+    """In the query, in the form, and in both."""
+    photo = {"image": ("x.png", PHOTO)}
+    wanted = await client.http.post("/segment", content=PHOTO, params={"classes": "person,cat"})
+    for given in (
+        {"params": {"classes": ["person", "cat"]}},
+        {"data": {"classes": ["person", "cat"]}},
+        {"params": {"classes": "person"}, "data": {"classes": "cat"}},
+    ):
+        response = await client.http.post("/segment", files=photo, **given)
+        assert response.content == wanted.content
 
 
 @pytest.mark.parametrize(
@@ -360,17 +381,32 @@ async def test_openapi_describes_the_body_and_every_response(client: InProcess) 
     assert parameters["view"]["enum"] == ["mask", "overlay", "cutout", "confidence", "json"]
     assert parameters["mask"]["enum"] == ["rle", "png", "polygons", "none"]
     batch = document["paths"]["/segment/batch"]["post"]
-    assert batch["parameters"] == post["parameters"]
     assert batch["responses"]["200"]["content"] == {
         "application/x-ndjson": {"schema": {"$ref": "#/components/schemas/BatchItem"}},
         "application/zip": {"schema": {"type": "string", "format": "binary"}},
     }
     for status in ("400", "406", "413", "415", "422", "503", "504"):
         assert list(post["responses"][status]["content"]) == ["application/problem+json"]
+    assert batch["parameters"] == post["parameters"] == _as_fastapi_describes(Options)
     schemas = document["components"]["schemas"]
     assert "HTTPValidationError" not in schemas
     for reference in _references(document):
         assert reference.removeprefix("#/components/schemas/") in schemas
+
+
+def _as_fastapi_describes(options: type[Options]) -> list[dict[str, Any]]:
+    """The parameters of an endpoint that takes them as FastAPI's query model."""
+    app = FastAPI()
+
+    @app.get("/")
+    async def endpoint(options: Annotated[options, Query()]) -> None:  # type: ignore[valid-type]
+        """Take them."""
+
+    parameters: list[dict[str, Any]] = app.openapi()["paths"]["/"]["get"]["parameters"]
+    for one in parameters:
+        if one["name"] == "max_side":  # the setting's range
+            one["schema"] = {"type": "integer", "minimum": 64, "maximum": 1280}
+    return parameters
 
 
 def _references(node: object) -> list[str]:
@@ -380,6 +416,12 @@ def _references(node: object) -> list[str]:
     if isinstance(node, list):
         return [found for value in node for found in _references(value)]
     return []
+
+
+async def test_openapi_behind_a_prefix(client: InProcess) -> None:
+    """Its server is relative to the document, wherever a proxy serves it."""
+    document = (await client.http.get("/openapi.json")).json()
+    assert document["servers"] == [{"url": "."}]
 
 
 async def test_the_docs_page(client: InProcess) -> None:

@@ -148,14 +148,79 @@ async def test_a_form_whose_file_alone_is_over_the_cap(client: InProcess) -> Non
         ({"max_side": "big"}, "max_side"),
         ({"classes": "person,unicorn"}, "classes"),
         ({"classes": ""}, "classes"),
+        ({"view": ["mask", "overlay"]}, "view"),
     ],
 )
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
 async def test_a_parameter_out_of_range(
-    client: InProcess, params: dict[str, str], parameter: str
+    client: InProcess, path: str, params: dict[str, str], parameter: str
 ) -> None:
-    """It is 422, and the detail names the parameter."""
-    response = await client.http.post("/segment", content=PHOTO, params=params)
-    assert assert_problem(response, 422, "invalid-parameter")["detail"].startswith(f"{parameter}: ")
+    """It is 422, and the detail names the parameter; in the query and in the form."""
+    photo = {"image": ("x.png", PHOTO)}
+    for given in ({"params": params}, {"data": params}):
+        response = await client.http.post(path, files=photo, **given)  # type: ignore[arg-type]
+        problem = assert_problem(response, 422, "invalid-parameter")
+        assert problem["detail"].startswith(f"{parameter}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("veiw", "did you mean view?"),
+        ("VIEW", "did you mean view?"),
+        ("max-side", "did you mean max_side?"),
+        ("class", "did you mean classes?"),
+        ("size", "known are: view, alpha, classes, max_side, mask, model"),
+        ("", "known are: view"),
+        ("x" * 2000, "known are: view"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/segment", "/segment/batch"])
+async def test_an_unknown_parameter(client: InProcess, path: str, name: str, hint: str) -> None:
+    """It is 422 with the nearest name, in the query and in the form: the default would be wrong."""
+    photo = {"image": ("x.png", PHOTO)}
+    for given in ({"params": {name: "1"}}, {"data": {name: "1"}}):
+        response = await client.http.post(path, files=photo, **given)  # type: ignore[arg-type]
+        problem = assert_problem(response, 422, "invalid-parameter")
+        assert problem["detail"].startswith(f"{name[:80]}: is not known; ")
+        assert hint in problem["detail"]
+        assert [one["parameter"] for one in problem["errors"]] == [name[:80]]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *[("GET", path) for path in ("/views", "/classes", "/models", "/model", "/v2")],
+        ("GET", "/v2/models/tiny"),
+        ("GET", "/v2/models/tiny/ready"),
+        ("POST", "/v2/models/tiny/infer"),
+        ("POST", "/v2/repository/index"),
+        ("POST", "/hf/image-segmentation"),
+        ("POST", "/label-studio/setup"),
+        ("POST", "/label-studio/predict"),
+    ],
+)
+async def test_an_unknown_parameter_of_any_endpoint(
+    client: InProcess, method: str, path: str
+) -> None:
+    """The same everywhere, in each protocol's own format."""
+    response = await client.http.request(method, path, params={"modle": "tiny"})
+    assert response.status_code == 422
+    assert "modle: is not known" in response.text
+
+
+async def test_a_file_in_another_field(client: InProcess) -> None:
+    """It is not left out without a word."""
+    files = [("image", ("a.png", PHOTO)), ("photo", ("b.png", PHOTO))]
+    response = await client.http.post("/segment/batch", files=files)
+    problem = assert_problem(response, 422, "invalid-parameter")
+    assert problem["detail"] == "photo: send the file in the field 'image'"
+
+
+async def test_a_query_of_too_many_parameters(client: InProcess) -> None:
+    """It is 400."""
+    response = await client.http.post("/segment?" + "view=mask&" * 300, content=PHOTO)
+    assert_problem(response, 400, "malformed-request")
 
 
 @pytest.mark.parametrize(

@@ -444,7 +444,9 @@ def test_no_form(protocol_server: Server, path: str, content_type: str, body: by
         (FORM, part('name="image"; filename="../../etc/passwd"') + END),
         (FORM, part('name="image"; filename="a\0b/c\\\\d.png"') + END),
         (FORM, part('name="image"; filename="caf\N{LATIN SMALL LETTER E WITH ACUTE}.png"') + END),
-        (FORM, part('name="note"', b"1") + part(IMAGE) + END + b"epilogue"),
+        (FORM, part('name="view"', b"mask") + part(IMAGE) + END + b"epilogue"),
+        (FORM, part("name=image; filename*=utf-8''f%C3%B6to.png") + END),
+        (FORM, part('name="image"', PHOTO, "Content-Type: image/png") + END),
     ],
 )
 def test_an_odd_form(protocol_server: Server, content_type: str, body: bytes) -> None:

@@ -28,8 +28,6 @@ from limits.storage import Storage
 from PIL import _imaging
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
-from python_multipart.multipart import parse_options_header
-from starlette import formparsers
 from starlette.requests import Request
 from starlette.staticfiles import StaticFiles
 from uvicorn import _types as uvicorn_types
@@ -272,12 +270,6 @@ async def test_the_scope_has_the_route() -> None:
 def test_dependencies_have_a_class() -> None:
     """`service.http.access` annotates with it; FastAPI documents the function only."""
     assert inspect.isclass(Depends), "fastapi.params.Depends: service/http/access.py fails"
-
-
-def test_options_of_a_header_are_parsed_as_starlette_does() -> None:
-    """Starlette's form parser uses this function of python-multipart, which documents it."""
-    found = vars(formparsers)["parse_options_header"]
-    assert found is parse_options_header, "service/http/forms.py may find another boundary"
 
 
 def test_files_are_answered_by_one_method() -> None:

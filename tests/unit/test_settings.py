@@ -116,3 +116,29 @@ def test_every_setting_is_documented() -> None:
     """The service's README lists every variable."""
     page = (Path(__file__).parents[2] / "service" / "README.md").read_text(encoding="utf-8")
     assert [name for name in Settings.model_fields if f"| `{env_name(name)}` |" not in page] == []
+
+
+@pytest.mark.parametrize("service", ["FCN", "FCN_SEGMENT", "FCN_SEGMENT_SERVE_SVC"])
+def test_what_kubernetes_sets_is_no_setting(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Service links of a Service whose name begins with ours."""
+    for name, value in {
+        "SERVICE_HOST": "10.1.1.1",
+        "SERVICE_PORT": "80",
+        "SERVICE_PORT_HTTP": "80",
+        "PORT": "tcp://10.1.1.1:80",
+        "PORT_80_TCP": "tcp://10.1.1.1:80",
+        "PORT_80_TCP_PROTO": "tcp",
+        "PORT_80_TCP_PORT": "80",
+        "PORT_80_TCP_ADDR": "10.1.1.1",
+    }.items():
+        monkeypatch.setenv(f"{service}_{name}", value)
+    assert load_settings() == Settings(port=8000)
+    assert load_settings({"port": "9001"}).port == 9001
+
+
+@pytest.mark.parametrize("variable", ["FCN_SEGMENT_PORT", "FCN_SERVICE", "FCN_SERVICE_HOSTS"])
+def test_what_only_resembles_a_service_link(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an unknown setting."""
+    monkeypatch.setenv(variable, "80")
+    with pytest.raises(SettingsError, match=f"unknown setting {variable}"):
+        load_settings()

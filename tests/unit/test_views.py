@@ -84,9 +84,9 @@ def test_media_types_are_negotiated(name: ViewName) -> None:
     """Accept selects each of a view's media types; without it the view's first is used."""
     offered = offers(name)
     assert tuple(offered)[: len(VIEWS[name].media_types)] == VIEWS[name].media_types
-    assert negotiate(None, tuple(offered)) == VIEWS[name].media_types[0]
+    assert negotiate([], tuple(offered)) == VIEWS[name].media_types[0]
     for media_type in offered:
-        assert negotiate(f"text/html, {media_type};q=0.1", tuple(offered)) == media_type
+        assert negotiate([f"text/html, {media_type};q=0.1"], tuple(offered)) == media_type
 
 
 @pytest.mark.parametrize("name", VIEWS)

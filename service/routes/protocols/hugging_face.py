@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Final
 
-from fastapi import Request, Response
+from fastapi import Depends, Request, Response
 
 from service.errors import NoImage
 from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
-from service.http.parameters import ModelQuery
+from service.http.parameters import ModelQuery, known_query
 from service.http.problems import documented_errors
 from service.http.responses import answer_headers
 from service.http.routers import ServiceRouter
@@ -21,7 +21,13 @@ from service.images.decoding import IMAGE_MEDIA_TYPES
 from service.jobs.hugging_face import ImageSegmentationJob, Segment, SegmentationRequest
 from service.routes.protocols.messages import read_image_body, request_body
 
-router = ServiceRouter(foreign_errors=True, prefix="/hf", tags=["hugging face"])
+router = ServiceRouter(
+    foreign_errors=True,
+    prefix="/hf",
+    tags=["hugging face"],
+    dependencies=[Depends(known_query)],
+    responses=documented_errors(422),
+)
 
 _ENVELOPE_BYTES: Final = 64 * 1024
 

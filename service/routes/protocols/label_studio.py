@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import structlog
-from fastapi import Request, Response
+from fastapi import Depends, Request, Response
 from pydantic import Field
 
 from service.artefact.contract import ModelContract
@@ -31,6 +31,7 @@ from service.errors import (
 )
 from service.http.dependencies import ReadyServiceDep
 from service.http.disconnects import unless_gone
+from service.http.parameters import known_query
 from service.http.problems import documented_errors
 from service.http.routers import ServiceRouter
 from service.http.uploads import lease_of, read_body
@@ -51,7 +52,13 @@ from service.schemas import Schema
 from service.segmenter import SMALL_BYTES, Result
 from service.workers.pool import Done
 
-router = ServiceRouter(foreign_errors=True, prefix="/label-studio", tags=["label studio"])
+router = ServiceRouter(
+    foreign_errors=True,
+    prefix="/label-studio",
+    tags=["label studio"],
+    dependencies=[Depends(known_query)],
+    responses=documented_errors(422),
+)
 health = ServiceRouter(
     foreign_errors=True, probe=True, prefix="/label-studio/health", tags=["label studio"]
 )

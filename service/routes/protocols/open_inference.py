@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import Header, Request, Response
+from fastapi import Depends, Header, Request, Response
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
@@ -16,6 +16,7 @@ from service import __version__
 from service.errors import Draining, MalformedRequest, ModelUnavailable, UnknownModel
 from service.http.dependencies import ReadyServiceDep, ServiceDep
 from service.http.disconnects import unless_gone
+from service.http.parameters import known_query
 from service.http.problems import documented_errors
 from service.http.responses import answer_headers
 from service.http.routers import ServiceRouter
@@ -33,7 +34,13 @@ from service.routes.protocols.messages import BINARY, read_image_body, request_b
 from service.runtime import Service
 from service.schemas import Schema
 
-router = ServiceRouter(foreign_errors=True, prefix="/v2", tags=["open inference protocol"])
+router = ServiceRouter(
+    foreign_errors=True,
+    prefix="/v2",
+    tags=["open inference protocol"],
+    dependencies=[Depends(known_query)],
+    responses=documented_errors(422),
+)
 health = ServiceRouter(
     foreign_errors=True, probe=True, prefix="/v2/health", tags=["open inference protocol"]
 )
