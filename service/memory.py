@@ -23,6 +23,9 @@ BODIES_SHARE = 1 / 4
 CLIENT_SHARE = 1 / 2
 """The part that one client's photos and answers may take."""
 
+CLIENT_BYTES = 1 << 30
+"""The most bytes of a photo, and of all photos and answers of one client, however much there is."""
+
 UNREAD_SHARE = 1 / 8
 """A client that has no more than this part may take more than its share for a single photo."""
 
@@ -68,6 +71,10 @@ class MemoryAccount:
     @property
     def largest(self) -> int:
         """The most bytes that one photo can ever get."""
+        return min(self._for_photos, CLIENT_BYTES)
+
+    @property
+    def _for_photos(self) -> int:
         return int(self.capacity * (1 - BODIES_SHARE))
 
     @property
@@ -92,7 +99,7 @@ class MemoryAccount:
         """
         if size > self.largest:
             raise ImageTooLarge(
-                f"the image needs {size >> 20} MiB of memory, but the service has "
+                f"the image and its answer need {size >> 20} MiB of memory, but a photo may have "
                 f"{self.largest >> 20} MiB"
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -135,20 +142,21 @@ class MemoryAccount:
         wait for a photo must not keep it waiting, and a photo that only its own request's answers
         keep out must not hold up others.
         """
-        share = self.capacity * CLIENT_SHARE
+        share = min(self.capacity * CLIENT_SHARE, CLIENT_BYTES)
+        little = share / CLIENT_SHARE * UNREAD_SHARE
         held_back: set[str] = set()
         for waiting in [*self._waiting]:
             client = waiting.client
             if client in held_back:
                 continue
             own = self._by_client[client] - waiting.answers
-            alone = client is None or own <= self.capacity * UNREAD_SHARE
+            alone = client is None or own <= little
             if client is not None and not alone and own + waiting.size > share:
                 if own > self._answers[client] - waiting.answers:
                     held_back.add(client)
                 continue
-            if self.photos + waiting.size > self.largest:
-                if waiting.answers + waiting.size > self.largest:
+            if self.photos + waiting.size > self._for_photos:
+                if waiting.answers + waiting.size > self._for_photos:
                     continue
                 return
             self._waiting.remove(waiting)

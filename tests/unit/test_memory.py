@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from service.errors import BodyTooLarge, ImageTooLarge, Overloaded
-from service.memory import Lease, MemoryAccount, resident_bytes
+from service.memory import CLIENT_BYTES, Lease, MemoryAccount, resident_bytes
 
 pytestmark = pytest.mark.anyio
 
@@ -54,7 +54,7 @@ async def test_bodies_leave_room_for_photos() -> None:
 async def test_a_photo_that_never_fits() -> None:
     """It is refused instead of waiting for ever."""
     account = MemoryAccount(400 * 2**20)
-    with pytest.raises(ImageTooLarge, match="needs 301 MiB of memory, but the service has 300 MiB"):
+    with pytest.raises(ImageTooLarge, match="need 301 MiB of memory, but a photo may have 300"):
         await account.take(ONE, 301 * 2**20)
 
 
@@ -176,3 +176,16 @@ async def test_answers_that_are_not_read_hold_up_no_other_photo_of_the_client() 
         assert not large.done()
         account.give(ONE, 60)
     await asyncio.wait_for(large, 5)
+
+
+async def test_one_client_has_at_most_a_gibibyte() -> None:
+    """However much there is, a photo and all photos of one client get no more."""
+    account = MemoryAccount(64 * CLIENT_BYTES)
+    with pytest.raises(ImageTooLarge, match="a photo may have 1024 MiB"):
+        await account.take(ONE, CLIENT_BYTES + 1)
+    await account.take(ONE, CLIENT_BYTES)
+    own = await started(account, ONE, 1)
+    await account.take(OTHER, CLIENT_BYTES)
+    assert not own.done()
+    account.give(ONE, CLIENT_BYTES)
+    await own

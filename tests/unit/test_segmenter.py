@@ -229,7 +229,7 @@ async def test_a_photo_that_never_fits_is_refused(make_settings: Callable[..., S
     """The error says what it needs and what there is."""
     async with open_service(make_settings()) as service:
         job = LargeJob(1000, service.segmenter.memory.largest + 2**20)
-        with pytest.raises(ImageTooLarge, match=r"needs \d+ MiB of memory, but the service has"):
+        with pytest.raises(ImageTooLarge, match=r"need \d+ MiB of memory, but a photo may have"):
             await service.segmenter.segment(job, PHOTO)
 
 
