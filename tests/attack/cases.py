@@ -57,7 +57,8 @@ class Measured(NamedTuple):
     """A case and what it cost.
 
     ``peak_mib``: of all processes together; ``before_mib``: what they had before it, which includes
-    what workers keep of an earlier case until they have been idle for a while.
+    what workers keep of an earlier case until they have been idle for a while; ``log``: what the
+    service logged about an answer of 500.
     """
 
     number: int
@@ -70,6 +71,7 @@ class Measured(NamedTuple):
     peak_mib: float
     before_mib: float
     photos: int
+    log: str = ""
 
     @property
     def cpu_per_photo_s(self) -> float:
@@ -165,6 +167,7 @@ async def attack(
                     peak_bytes / MIB,
                     before_bytes / MIB,
                     request.photos,
+                    str(service.seen("unforeseen error")) if answer.status == 500 else "",
                 )
             )
             if service.process.poll() is not None:
