@@ -194,9 +194,7 @@ class Settings(BaseSettings):
         "(default: none, tasks carry images as data: URIs)",
     )
     label_studio_token: SecretStr | None = Field(
-        None,
-        description="legacy token or personal access token for that Label Studio; the service "
-        "exchanges a personal one for access tokens and renews them",
+        None, description="access token for that Label Studio"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level that is logged: debug, info, warning or error"

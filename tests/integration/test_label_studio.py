@@ -1,7 +1,6 @@
 """Label Studio's protocol for ML backends, with the bodies that Label Studio sends."""
 
 import base64
-import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,26 +40,12 @@ CONFIG = """
 """
 
 
-def jwt(kind: str, number: int = 0) -> str:
-    """A token as Label Studio's: header, payload and signature."""
-    parts = ({"alg": "HS256"}, {"token_type": kind, "number": number}, {"a": "signature"})
-    encoded = (base64.urlsafe_b64encode(json.dumps(part).encode()) for part in parts)
-    return ".".join(part.decode().rstrip("=") for part in encoded)
-
-
 @dataclass
 class LabelStudio:
-    """A fake Label Studio: files by path, and the path and Authorization of each request.
-
-    ``personal``: the only token that it accepts, if any, in exchange for access tokens;
-    ``lifetime``: requests that each of these opens; ``exchanged``: their number.
-    """
+    """A fake Label Studio: files by path, and the path and Authorization of each request."""
 
     files: dict[str, bytes]
     url: str = ""
-    personal: str | None = None
-    lifetime: int = 100
-    exchanged: int = 0
     asked: list[tuple[str, str | None]] = field(default_factory=list)
 
 
@@ -72,24 +57,8 @@ def label_studio() -> Iterator[LabelStudio]:
     studio.files["/ls/data/upload/1/large.png"] = PHOTO + bytes(100_000)
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            known = sent == {"refresh": studio.personal} and self.path == "/ls/api/token/refresh/"
-            studio.exchanged += known
-            self.send_response(200 if known else 401)
-            self.end_headers()
-            self.wfile.write(json.dumps({"access": jwt("access", studio.exchanged)}).encode())
-
         def do_GET(self) -> None:
             studio.asked.append((self.path, self.headers["Authorization"]))
-            if studio.personal is not None:
-                access = f"Bearer {jwt('access', studio.exchanged)}"
-                if [sent for _, sent in studio.asked].count(access) > studio.lifetime or (
-                    self.headers["Authorization"] != access
-                ):
-                    self.send_response(401)
-                    self.end_headers()
-                    return
             content = studio.files.get(self.path)
             self.send_response(302 if "moved" in self.path else 404 if content is None else 200)
             if "moved" in self.path:
@@ -276,52 +245,6 @@ async def test_images_come_from_label_studio(
     ((path, authorization),) = label_studio.asked
     assert path in label_studio.files
     assert authorization == f"Token {TOKEN}"
-
-
-@pytest.mark.parametrize(("lifetime", "exchanged"), [(100, 1), (1, 3)])
-async def test_a_personal_token_is_exchanged_and_renewed(
-    make_settings: Callable[..., Settings],
-    label_studio: LabelStudio,
-    lifetime: int,
-    exchanged: int,
-) -> None:
-    """Once for a request, and again when the access token expires in between."""
-    label_studio.personal, label_studio.lifetime = jwt("refresh"), lifetime
-    settings = make_settings(
-        label_studio_url=label_studio.url, label_studio_token=label_studio.personal
-    )
-    async with in_process(settings) as backend:
-        body = predict_body(*["/data/upload/1/photo.png"] * 3)
-        response = await backend.http.post(f"{BASE}/predict", json=body)
-    assert [len(one["result"]) for one in response.json()["results"]] == [2, 2, 2]
-    assert label_studio.exchanged == exchanged
-
-
-async def test_a_personal_token_that_is_refused(
-    make_settings: Callable[..., Settings], label_studio: LabelStudio
-) -> None:
-    """The error names the setting and the cure."""
-    label_studio.personal = jwt("refresh")
-    settings = make_settings(
-        label_studio_url=label_studio.url, label_studio_token=jwt("refresh", 1)
-    )
-    async with in_process(settings) as backend:
-        body = predict_body("/data/upload/1/photo.png")
-        error = assert_error(await backend.http.post(f"{BASE}/predict", json=body), 502)
-    assert "FCN_LABEL_STUDIO_TOKEN" in error
-    assert label_studio.asked == []
-
-
-async def test_an_access_token_is_sent_as_it_is(
-    make_settings: Callable[..., Settings], label_studio: LabelStudio
-) -> None:
-    """Whoever sets one renews it."""
-    token = jwt("access")
-    settings = make_settings(label_studio_url=label_studio.url, label_studio_token=token)
-    async with in_process(settings) as backend:
-        body = predict_body("/data/upload/1/photo.png")
-        await backend.http.post(f"{BASE}/predict", json=body)
-    assert label_studio.asked == [("/ls/data/upload/1/photo.png", f"Bearer {token}")]
 
 
 @pytest.mark.parametrize(

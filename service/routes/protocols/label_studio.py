@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,8 +175,7 @@ async def _predict(service: Service, body: bytes, lease: Lease) -> bytes:
             lease.take_body(service.settings.max_bytes)  # for the image that is fetched
         read = await _read(service, ReadTasks(_contract(service).labels, SMALL_BYTES), body, lease)
         del body  # its memory is now that of the images
-        fetch = LabelStudioImages.configured(service.settings).fetch
-        brush = _Brush(service, lease, fetching, fetch, controls=read.parts[1])
+        brush = _Brush(service, lease, fetching, controls=read.parts[1])
         tasks = read.facts["images"]
         answer: list[bytes] = []
         failed: list[SegmentError] = []
@@ -202,15 +201,11 @@ async def _predict(service: Service, body: bytes, lease: Lease) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Brush:
-    """Finds regions in the images of one request. ``controls``: see `BrushJob`.
-
-    ``fetch``: see `LabelStudioImages`; only the thread ``fetching`` calls it.
-    """
+    """Finds regions in the images of one request. ``controls``: see `BrushJob`."""
 
     service: Service
     lease: Lease
     fetching: ThreadPoolExecutor
-    fetch: Callable[[bytes], bytes]
     controls: bytes
 
     async def regions(self, key: str, image: bytes | None) -> Result:
@@ -219,8 +214,9 @@ class _Brush:
             raise MalformedRequest(f"tasks: data has no image in {key!r:.80}")
         settings = self.service.settings
         if not image.startswith(DATA_URI):
+            fetch = LabelStudioImages.configured(settings).fetch
             loop = asyncio.get_running_loop()
-            image = await loop.run_in_executor(self.fetching, self.fetch, image)
+            image = await loop.run_in_executor(self.fetching, fetch, image)
         job = BrushJob(key, self.controls, settings.max_bytes)
         return await self.service.segmenter.segment_held(job, image, self.lease)
 

@@ -3,23 +3,15 @@
 Tasks name images by URL, and any client may send tasks. Therefore the service fetches only media
 files of the Label Studio in the settings: it uses only path and query of a task's URL, the path
 must be one of Label Studio's media paths, and redirects are not followed.
-
-A personal access token opens nothing by itself: Label Studio exchanges it for an access token that
-lasts minutes. Sources: https://labelstud.io/guide/access_tokens, and ``tokens/client_ext.py`` of
-label-studio-sdk.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import http.client
-import json
-import re
 import ssl
 import time
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
 from service.errors import BodyTooLarge, ImageUnavailable, InvalidParameter
@@ -35,24 +27,20 @@ MAX_URL_BYTES: Final = 4096
 """Longest URL that a task may name."""
 
 _CHUNK_BYTES: Final = 1 << 16
-_REFRESH_PATH: Final = "/api/token/refresh/"
-_MAX_TOKEN_BYTES: Final = 1 << 16
-_JWT: Final = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
 _PORTS: Final = {"http": 80, "https": 443}
 
 
-@dataclass
+@dataclass(frozen=True)
 class LabelStudioImages:
-    """Fetches the images of one request's tasks, one after the other; blocking.
+    """Fetches the images of tasks; blocking.
 
-    ``url``: Label Studio's own (None: images must be ``data:`` URIs); ``token``: a legacy, a
-    personal or an access token for it; ``max_bytes``: largest image file.
+    ``url``: Label Studio's own (None: images must be ``data:`` URIs); ``token``: an access token
+    for it; ``max_bytes``: largest image file.
     """
 
     url: str | None
     token: str | None = field(repr=False)
     max_bytes: int
-    _access: str | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def configured(cls, settings: Settings) -> LabelStudioImages:
@@ -77,107 +65,46 @@ class LabelStudioImages:
             )
         if len(reference) > MAX_URL_BYTES:
             raise InvalidParameter(f"an image's URL may have at most {MAX_URL_BYTES} bytes")
-        path = _media_path(reference.decode(), self.url)
-        personal = self.token is not None and _is_personal(self.token)
-        if personal and self._access is None:
-            self._renew(self.url)
-        status, data = _request(self.url, "GET", path, self._headers(), self.max_bytes)
-        if personal and status == http.HTTPStatus.UNAUTHORIZED:  # it has expired
-            self._renew(self.url)
-            status, data = _request(self.url, "GET", path, self._headers(), self.max_bytes)
-        if status != http.HTTPStatus.OK:
-            raise ImageUnavailable(f"Label Studio answered {status} for an image")
-        return data
+        return self._fetch(self.url, _media_path(reference.decode(), self.url))
 
-    def _renew(self, url: str) -> None:
-        """Exchange the personal token for an access token. Raises `ImageUnavailable`."""
-        status, data = _request(
-            url,
-            "POST",
-            urlsplit(url).path.rstrip("/") + _REFRESH_PATH,
-            {"Content-Type": "application/json"},
-            _MAX_TOKEN_BYTES,
-            json.dumps({"refresh": self.token}),
-        )
-        if status != http.HTTPStatus.OK:
-            raise ImageUnavailable(
-                f"Label Studio answered {status} for FCN_LABEL_STUDIO_TOKEN: if it has expired or "
-                "was revoked, make a new one"
+    def _fetch(self, url: str, path: str) -> bytes:
+        base = urlsplit(url)
+        host = base.hostname or ""
+        connection = (
+            http.client.HTTPSConnection(
+                host, base.port, timeout=TIMEOUT_S, context=ssl.create_default_context()
             )
-        access = _members(data).get("access")
-        if not isinstance(access, str) or not _JWT.fullmatch(access):
-            raise ImageUnavailable("Label Studio sent no access token")
-        self._access = access
+            if base.scheme == "https"
+            else http.client.HTTPConnection(host, base.port, timeout=TIMEOUT_S)
+        )
+        try:
+            connection.request("GET", path, headers=self._headers())
+            response = connection.getresponse()
+            if response.status != http.HTTPStatus.OK:
+                raise ImageUnavailable(f"Label Studio answered {response.status} for an image")
+            return self._body(response)
+        except (OSError, http.client.HTTPException) as exc:
+            raise ImageUnavailable("Label Studio did not send the image") from exc
+        finally:
+            connection.close()
 
     def _headers(self) -> dict[str, str]:
-        token = self._access or self.token
-        if token is None:
+        if self.token is None:
             return {}
-        return {"Authorization": f"{'Bearer' if _JWT.fullmatch(token) else 'Token'} {token}"}
+        # Newer tokens of Label Studio are JWTs: three parts separated by dots.
+        scheme = "Bearer" if self.token.count(".") == 2 else "Token"
+        return {"Authorization": f"{scheme} {self.token}"}
 
-
-def _is_personal(token: str) -> bool:
-    """Whether a token has to be exchanged. Legacy tokens are not JWTs."""
-    if not _JWT.fullmatch(token):
-        return False
-    try:
-        payload = base64.urlsafe_b64decode(token.split(".")[1] + "==")
-    except binascii.Error:
-        return False
-    return _members(payload).get("token_type") == "refresh"
-
-
-def _members(text: bytes) -> dict[str, Any]:
-    """The members of a JSON object; none if it is something else."""
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return parsed if isinstance(parsed, dict) else {}
-
-
-def _request(
-    url: str,
-    method: str,
-    path: str,
-    headers: dict[str, str],
-    max_bytes: int,
-    body: str | None = None,
-) -> tuple[int, bytes]:
-    """The status and body of Label Studio's answer, the body only of status 200.
-
-    Raises `ImageUnavailable` or `BodyTooLarge`.
-    """
-    base = urlsplit(url)
-    host = base.hostname or ""
-    connection = (
-        http.client.HTTPSConnection(
-            host, base.port, timeout=TIMEOUT_S, context=ssl.create_default_context()
-        )
-        if base.scheme == "https"
-        else http.client.HTTPConnection(host, base.port, timeout=TIMEOUT_S)
-    )
-    try:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        ok = response.status == http.HTTPStatus.OK
-        return response.status, _body(response, max_bytes) if ok else b""
-    except (OSError, http.client.HTTPException) as exc:
-        raise ImageUnavailable("Label Studio did not send the image") from exc
-    finally:
-        connection.close()
-
-
-def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    until = time.monotonic() + TIMEOUT_S
-    data = bytearray()
-    while chunk := response.read1(_CHUNK_BYTES):
-        data += chunk
-        if len(data) > max_bytes:
-            raise BodyTooLarge(f"an image may have at most {max_bytes} bytes")
-        if time.monotonic() > until:
-            raise ImageUnavailable("Label Studio sent the image too slowly")
-    return bytes(data)
+    def _body(self, response: http.client.HTTPResponse) -> bytes:
+        until = time.monotonic() + TIMEOUT_S
+        data = bytearray()
+        while chunk := response.read1(_CHUNK_BYTES):
+            data += chunk
+            if len(data) > self.max_bytes:
+                raise BodyTooLarge(f"an image may have at most {self.max_bytes} bytes")
+            if time.monotonic() > until:
+                raise ImageUnavailable("Label Studio sent the image too slowly")
+        return bytes(data)
 
 
 def _media_path(reference: str, url: str) -> str:
