@@ -194,7 +194,8 @@ class Settings(BaseSettings):
         "(default: none, tasks carry images as data: URIs)",
     )
     label_studio_token: SecretStr | None = Field(
-        None, description="access token for that Label Studio"
+        None,
+        description="token for that Label Studio: personal access token or legacy token",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level that is logged: debug, info, warning or error"

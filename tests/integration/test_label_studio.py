@@ -1,6 +1,7 @@
 """Label Studio's protocol for ML backends, with the bodies that Label Studio sends."""
 
 import base64
+import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,15 @@ pytestmark = pytest.mark.anyio
 PHOTO = encode(two_class_photo())
 BASE = "/label-studio"
 TOKEN = "0123456789abcdef"  # noqa: S105
+
+
+def jwt(token_type: str) -> str:
+    """A token of Label Studio's newer kinds, with a signature that nobody checks."""
+    parts = [json.dumps(part).encode() for part in ({"alg": "HS256"}, {"token_type": token_type})]
+    return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in (*parts, b"x"))
+
+
+PERSONAL = jwt("refresh")
 CONFIG = """
 <View>
   <Header value="What is it?"/>
@@ -47,6 +57,10 @@ class LabelStudio:
     files: dict[str, bytes]
     url: str = ""
     asked: list[tuple[str, str | None]] = field(default_factory=list)
+    accepted: str | None = None
+    """The only Authorization that opens its files; None: all."""
+    access: list[str] = field(default_factory=list)
+    """The access tokens that it gives for `PERSONAL`, one after the other."""
 
 
 @pytest.fixture
@@ -60,11 +74,24 @@ def label_studio() -> Iterator[LabelStudio]:
         def do_GET(self) -> None:
             studio.asked.append((self.path, self.headers["Authorization"]))
             content = studio.files.get(self.path)
+            if studio.accepted not in (None, self.headers["Authorization"]):
+                self.send_error(401)
+                return
             self.send_response(302 if "moved" in self.path else 404 if content is None else 200)
             if "moved" in self.path:
                 self.send_header("Location", f"{studio.url}/data/upload/1/photo.png")
             self.end_headers()
             self.wfile.write(content or b"")
+
+        def do_POST(self) -> None:
+            studio.asked.append((self.path, self.headers["Authorization"]))
+            given = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if given != {"refresh": PERSONAL} or not studio.access:
+                self.send_error(401)
+                return
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"access": studio.access.pop(0)}).encode())
 
         def log_message(self, *_: object) -> None:
             """Log nothing."""
@@ -245,6 +272,55 @@ async def test_images_come_from_label_studio(
     ((path, authorization),) = label_studio.asked
     assert path in label_studio.files
     assert authorization == f"Token {TOKEN}"
+
+
+async def test_a_personal_access_token_is_exchanged(
+    make_settings: Callable[..., Settings], label_studio: LabelStudio
+) -> None:
+    """Once for many images; again when Label Studio refuses what it has given."""
+    settings = make_settings(label_studio_url=label_studio.url, label_studio_token=PERSONAL)
+    body = predict_body("/data/upload/1/photo.png")
+    refresh, image = "/ls/api/token/refresh", "/ls/data/upload/1/photo.png"
+    async with in_process(settings) as client:
+        for access, expected in (
+            ("first", [(refresh, None), (image, "Bearer first")]),
+            ("first", [(image, "Bearer first")]),
+            ("second", [(image, "Bearer first"), (refresh, None), (image, "Bearer second")]),
+        ):
+            label_studio.asked.clear()
+            label_studio.access = [access]
+            label_studio.accepted = f"Bearer {access}"
+            response = await client.http.post(f"{BASE}/predict", json=body)
+            assert len(response.json()["results"][0]["result"]) == 2
+            assert label_studio.asked == expected
+
+
+@pytest.mark.parametrize("access", [[], ["two\nlines"], [""]])
+async def test_a_personal_access_token_that_is_refused(
+    make_settings: Callable[..., Settings], label_studio: LabelStudio, access: list[str]
+) -> None:
+    """502 that names the setting or says what is missing; the token is in no answer."""
+    settings = make_settings(label_studio_url=label_studio.url, label_studio_token=PERSONAL)
+    label_studio.access = list(access)
+    async with in_process(settings) as client:
+        body = predict_body("/data/upload/1/photo.png")
+        response = await client.http.post(f"{BASE}/predict", json=body)
+    assert response.status_code == 502
+    wanted = "sent no access token" if access else "401 to FCN_LABEL_STUDIO_TOKEN"
+    assert wanted in response.json()["error"]
+    assert PERSONAL not in response.text
+
+
+async def test_an_access_token_is_sent_as_it_is(
+    make_settings: Callable[..., Settings], label_studio: LabelStudio
+) -> None:
+    """A JWT of another type opens by itself."""
+    token = jwt("access")
+    settings = make_settings(label_studio_url=label_studio.url, label_studio_token=token)
+    async with in_process(settings) as client:
+        body = predict_body("/data/upload/1/photo.png")
+        await client.http.post(f"{BASE}/predict", json=body)
+    assert label_studio.asked == [("/ls/data/upload/1/photo.png", f"Bearer {token}")]
 
 
 @pytest.mark.parametrize(

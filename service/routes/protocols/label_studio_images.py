@@ -7,10 +7,14 @@ must be one of Label Studio's media paths, and redirects are not followed.
 
 from __future__ import annotations
 
+import base64
 import http.client
+import json
+import re
 import ssl
 import time
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote, unquote, urlsplit
 
@@ -26,6 +30,10 @@ TIMEOUT_S: Final = 10.0
 MAX_URL_BYTES: Final = 4096
 """Longest URL that a task may name."""
 
+REFRESH_PATH: Final = "/api/token/refresh"
+
+_JWT_DOTS: Final = 2
+_TOKEN: Final = re.compile(r"[\w.~+/=-]{1,8192}", re.ASCII)
 _CHUNK_BYTES: Final = 1 << 16
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -34,19 +42,23 @@ _PORTS: Final = {"http": 80, "https": 443}
 class LabelStudioImages:
     """Fetches the images of tasks; blocking.
 
-    ``url``: Label Studio's own (None: images must be ``data:`` URIs); ``token``: an access token
-    for it; ``max_bytes``: largest image file.
+    ``url``: Label Studio's own (None: images must be ``data:`` URIs); ``token``: for it, of
+    any of its kinds; ``max_bytes``: largest image file. A personal access token, Label Studio's
+    default kind, is a refresh token. The access token that it is exchanged for is kept until Label
+    Studio refuses it. Source: https://labelstud.io/guide/access_tokens.
     """
 
     url: str | None
     token: str | None = field(repr=False)
     max_bytes: int
+    # The access token, none before the first exchange.
+    _access: list[str] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def configured(cls, settings: Settings) -> LabelStudioImages:
         """The reader for these settings."""
         token = settings.label_studio_token
-        return cls(
+        return _remembered(
             settings.label_studio_url,
             token.get_secret_value() if token is not None else None,
             settings.max_bytes,
@@ -68,6 +80,50 @@ class LabelStudioImages:
         return self._fetch(self.url, _media_path(reference.decode(), self.url))
 
     def _fetch(self, url: str, path: str) -> bytes:
+        status, content = self._ask(url, "GET", path, self._authorization(url))
+        if status == http.HTTPStatus.UNAUTHORIZED and self._access:
+            self._access.clear()  # such tokens are good for minutes
+            status, content = self._ask(url, "GET", path, self._authorization(url))
+        if status != http.HTTPStatus.OK:
+            raise ImageUnavailable(f"Label Studio answered {status} for an image")
+        return content
+
+    def _authorization(self, url: str) -> dict[str, str]:
+        """The header for a request; a personal token is first exchanged for an access token."""
+        if self.token is None:
+            return {}
+        if self.token.count(".") != _JWT_DOTS:
+            return {"Authorization": f"Token {self.token}"}
+        if not _opens_nothing(self.token):
+            return {"Authorization": f"Bearer {self.token}"}
+        # Requests fetch in threads of their own; two exchanges at once do no harm.
+        access = next(iter(self._access), None)
+        if access is None:
+            access = self._exchange(url, self.token)
+            self._access[:] = [access]
+        return {"Authorization": f"Bearer {access}"}
+
+    def _exchange(self, url: str, token: str) -> str:
+        path = urlsplit(url).path.rstrip("/") + REFRESH_PATH
+        headers = {"Content-Type": "application/json"}
+        status, answer = self._ask(url, "POST", path, headers, json.dumps({"refresh": token}))
+        if status != http.HTTPStatus.OK:
+            raise ImageUnavailable(
+                f"Label Studio answered {status} to FCN_LABEL_STUDIO_TOKEN, a personal access "
+                "token: create a new one in its Account & Settings"
+            )
+        try:
+            access = json.loads(answer)["access"]
+        except (ValueError, TypeError, KeyError) as exc:
+            raise ImageUnavailable("Label Studio sent no access token") from exc
+        if not isinstance(access, str) or not _TOKEN.fullmatch(access):
+            raise ImageUnavailable("Label Studio sent no access token")
+        return access
+
+    def _ask(
+        self, url: str, method: str, path: str, headers: dict[str, str], body: str | None = None
+    ) -> tuple[int, bytes]:
+        """The status and the body of an answer; the body is read for 200 alone."""
         base = urlsplit(url)
         host = base.hostname or ""
         connection = (
@@ -78,22 +134,14 @@ class LabelStudioImages:
             else http.client.HTTPConnection(host, base.port, timeout=TIMEOUT_S)
         )
         try:
-            connection.request("GET", path, headers=self._headers())
+            connection.request(method, path, body, headers)
             response = connection.getresponse()
-            if response.status != http.HTTPStatus.OK:
-                raise ImageUnavailable(f"Label Studio answered {response.status} for an image")
-            return self._body(response)
+            found = response.status == http.HTTPStatus.OK
+            return response.status, self._body(response) if found else b""
         except (OSError, http.client.HTTPException) as exc:
             raise ImageUnavailable("Label Studio did not send the image") from exc
         finally:
             connection.close()
-
-    def _headers(self) -> dict[str, str]:
-        if self.token is None:
-            return {}
-        # Newer tokens of Label Studio are JWTs: three parts separated by dots.
-        scheme = "Bearer" if self.token.count(".") == 2 else "Token"
-        return {"Authorization": f"{scheme} {self.token}"}
 
     def _body(self, response: http.client.HTTPResponse) -> bytes:
         until = time.monotonic() + TIMEOUT_S
@@ -105,6 +153,22 @@ class LabelStudioImages:
             if time.monotonic() > until:
                 raise ImageUnavailable("Label Studio sent the image too slowly")
         return bytes(data)
+
+
+@lru_cache(maxsize=4)
+def _remembered(url: str | None, token: str | None, max_bytes: int) -> LabelStudioImages:
+    """The same reader for the same settings, so that its access token is used again."""
+    return LabelStudioImages(url, token, max_bytes)
+
+
+def _opens_nothing(token: str) -> bool:
+    """Whether a JWT is a refresh token: only the access token that it is exchanged for opens."""
+    payload = token.split(".")[1]
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+    except ValueError:
+        return False
+    return isinstance(claims, dict) and claims.get("token_type") == "refresh"
 
 
 def _media_path(reference: str, url: str) -> str:
