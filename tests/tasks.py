@@ -19,6 +19,7 @@ import numpy as np
 
 from service.artefact.contract import ModelContract
 from service.errors import UndecodableImage
+from service.images.encoding import encode_image
 from service.jobs.base import Grant, NeedsMemory, Reading, Written
 from service.jobs.open_inference import InferenceJob
 from service.jobs.view import ViewJob
@@ -93,6 +94,18 @@ class Allocate:
     def run(self, parts: Sequence[bytes]) -> Answer:
         """See `service.workers.worker.Task`."""
         return Answer({"sum": int(np.ones(self.size, dtype=np.uint8).sum(dtype=np.int64))})
+
+
+@dataclass(frozen=True)
+class EncodeWebp:
+    """Encodes a plain image of ``side`` pixels; libwebp says in its own way that memory ran out."""
+
+    side: int
+
+    def run(self, parts: Sequence[bytes]) -> Answer:
+        """See `service.workers.worker.Task`."""
+        plain = np.broadcast_to(np.uint8(9), (self.side, self.side, 4))
+        return Answer(parts=[encode_image(plain, "WEBP")])
 
 
 @dataclass(frozen=True)

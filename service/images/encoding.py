@@ -193,7 +193,13 @@ def _webp(image: Rows) -> bytes:
     for rows in stripes(height, width * channels):
         picture.paste(Image.fromarray(image[rows]), (0, rows.start))
     file = io.BytesIO()
-    picture.save(file, "WEBP", quality=WEBP_QUALITY, method=WEBP_EFFORT)
+    try:
+        picture.save(file, "WEBP", quality=WEBP_QUALITY, method=WEBP_EFFORT)
+    except ValueError as exc:
+        # By Pillow's text: libwebp's codes 1 and 2 mean that memory ran out.
+        if str(exc) in ("encoding error 1", "encoding error 2"):
+            raise MemoryError(str(exc)) from exc
+        raise
     return file.getvalue()
 
 

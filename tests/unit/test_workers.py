@@ -26,7 +26,19 @@ from service.workers import pool as pool_module
 from service.workers.channel import MAPPED_BYTES, Memory
 from service.workers.pool import Limits, Rank, WorkerPool
 from service.workers.template import TEMPLATE, Template
-from tests.tasks import Allocate, Echo, End, EndOnce, Fail, HangUp, Inspect, Lie, Spin, Wait
+from tests.tasks import (
+    Allocate,
+    Echo,
+    EncodeWebp,
+    End,
+    EndOnce,
+    Fail,
+    HangUp,
+    Inspect,
+    Lie,
+    Spin,
+    Wait,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -122,6 +134,14 @@ async def test_memory_is_limited_for_each_task(pool: WorkerPool) -> None:
     generous = replace(LIMITS, memory_bytes=600 * MIB)
     assert (await pool.run(Allocate(512 * MIB), [], generous)).facts["sum"] == 512 * MIB
     assert await pid_of(pool) == before
+
+
+async def test_an_encoder_without_memory(pool: WorkerPool) -> None:
+    """Its own error means the same."""
+    little = replace(LIMITS, memory_bytes=MIB)
+    with pytest.raises(TooExpensive, match="more memory"):
+        await pool.run(EncodeWebp(4200), [], little)
+    await pool.run(EncodeWebp(600), [], little)
 
 
 async def test_a_small_task_leaves_room_for_the_parts_of_a_large_one(
