@@ -20,6 +20,7 @@ from service.http.problems import (
     refusal,
 )
 from service.http.routers import RouteFlags
+from service.http.turns import Turns
 from service.telemetry import logs
 from service.telemetry.metrics import Metrics
 
@@ -49,12 +50,15 @@ class RequestContext:
         self.app = app
         self._metrics = metrics
         self._flags = flags
+        self._turns = Turns()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request. Scopes of other types pass through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if not self._flags.is_probe(scope):
+            await self._turns.take()
         scope.setdefault("state", {})["flags"] = self._flags
         with Observation(scope, self._metrics) as seen:
             scope["state"]["request_id"] = seen.request_id
