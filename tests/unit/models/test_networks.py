@@ -168,7 +168,7 @@ def test_the_leading_stages_can_be_computed_before(name: str) -> None:
             assert torch.equal(network(image, features), whole)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "rate"),
     [
