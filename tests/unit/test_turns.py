@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_burst_begins_in_order_a_few_in_each_turn() -> None:
-    """Others get their turn of the event loop between them; nobody waits for ever."""
+    """Others get their turn of the event loop between them; all of them begin."""
     turns, begun = Turns(), []
 
     async def begin(number: int) -> None:
